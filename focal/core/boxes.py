@@ -1,0 +1,277 @@
+"""Boxes (x1, y1, x2, y2) in pixels: areas, overlaps, and the R-CNN code."""
+
+from __future__ import annotations
+
+import math
+
+from focal.core import checks
+from focal.core.namespace import Array, Namespace
+
+__all__ = [
+    "box_area",
+    "box_iou",
+    "clip_boxes",
+    "decode_boxes",
+    "encode_boxes",
+    "generalized_box_iou",
+]
+
+Weights = tuple[float, float, float, float]
+SIZE_CLIP = math.log(1000 / 16)
+
+
+def box_area(xp: Namespace, boxes: Array) -> Array:
+    r"""Areas of boxes, :math:`(x_2 - x_1)(y_2 - y_1)`.
+
+    Args:
+        boxes: (..., 4) as (x1, y1, x2, y2) in pixels, floating-point.
+
+    Returns:
+        (...) areas in square pixels.
+
+    Raises:
+        TypeError: `boxes` is not a floating-point array.
+        ValueError: its last axis is not 4.
+
+    Example:
+        >>> import numpy as np
+        >>> from focal.numpy import box_area
+        >>> box_area(np.array([[0.0, 0.0, 2.0, 3.0]]))
+        array([6.])
+
+    Source: `torchvision.ops.box_area`; widths are x2 - x1, without the +1 of older code.
+    """
+    return _area(checks.check_boxes(xp, "box_area", "boxes", boxes))
+
+
+def box_iou(xp: Namespace, boxes1: Array, boxes2: Array) -> Array:
+    r"""Intersection over union of every box of one set with every box of another.
+
+    .. math:: \mathrm{IoU} = |A \cap B| / |A \cup B|
+
+    Args:
+        boxes1: (..., N, 4) as (x1, y1, x2, y2) in pixels, floating-point.
+        boxes2: (..., M, 4), with the leading axes of `boxes1` or none.
+
+    Returns:
+        (..., N, M) in [0, 1]; 0 where the union has no area.
+
+    Raises:
+        TypeError: an argument is not a floating-point array.
+        ValueError: a last axis is not 4.
+
+    Example:
+        >>> import numpy as np
+        >>> from focal.numpy import box_iou
+        >>> box_iou(np.array([[0.0, 0.0, 2.0, 2.0]]), np.array([[1.0, 0.0, 3.0, 2.0]])).round(4)
+        array([[0.3333]])
+
+    Source: `torchvision.ops.box_iou`, with 0 instead of NaN for boxes without area.
+    """
+    a, b = _pairs(xp, "box_iou", boxes1, boxes2)
+    intersection, union = _overlap(xp, a, b)
+    return ratio(xp, intersection, union)
+
+
+def generalized_box_iou(xp: Namespace, boxes1: Array, boxes2: Array) -> Array:
+    r"""Generalised IoU of every box of one set with every box of another.
+
+    .. math:: \mathrm{GIoU} = \mathrm{IoU} - |C \setminus (A \cup B)| / |C|
+
+    where C is the smallest box around A and B.
+
+    Args:
+        boxes1: (..., N, 4) as (x1, y1, x2, y2) in pixels, floating-point.
+        boxes2: (..., M, 4), with the leading axes of `boxes1` or none.
+
+    Returns:
+        (..., N, M) in [-1, 1]; a quotient without a denominator counts as 0.
+
+    Raises:
+        TypeError: an argument is not a floating-point array.
+        ValueError: a last axis is not 4.
+
+    Example:
+        >>> import numpy as np
+        >>> from focal.numpy import generalized_box_iou
+        >>> generalized_box_iou(np.array([[0.0, 0, 1, 1]]), np.array([[2.0, 0, 3, 1]])).round(4)
+        array([[-0.3333]])
+
+    Source: Rezatofighi et al. 2019; `torchvision.ops.generalized_box_iou`.
+    """
+    a, b = _pairs(xp, "generalized_box_iou", boxes1, boxes2)
+    return giou(xp, a, b)
+
+
+def encode_boxes(
+    xp: Namespace, boxes: Array, anchors: Array, weights: Weights = (1.0, 1.0, 1.0, 1.0)
+) -> Array:
+    r"""Boxes as offsets from anchors, the R-CNN parameterisation.
+
+    .. math:: w_x \frac{x - x_a}{w_a},\quad w_y \frac{y - y_a}{h_a},\quad
+              w_w \log\frac{w}{w_a},\quad w_h \log\frac{h}{h_a}
+
+    with (x, y) centres and (w, h) sizes; the subscript a marks the anchor.
+
+    Args:
+        boxes: (..., 4) as (x1, y1, x2, y2) in pixels, floating-point. Sides are taken as at
+            least the smallest positive number, so a box without area gives finite deltas.
+        anchors: (..., 4), broadcasting with `boxes`; sides > 0.
+        weights: Factors (wx, wy, ww, wh), each > 0. Default 1; R-CNN heads use (10, 10, 5, 5).
+
+    Returns:
+        (..., 4) deltas (dx, dy, dw, dh), without unit.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: a last axis is not 4, or a weight is not positive.
+
+    Example:
+        >>> import numpy as np
+        >>> from focal.numpy import encode_boxes
+        >>> encode_boxes(np.array([[1.0, 0, 3, 2]]), np.array([[0.0, 0, 2, 2]]))
+        array([[0.5, 0. , 0. , 0. ]])
+
+    Source: Girshick et al. 2014 (R-CNN), appendix C; torchvision's `BoxCoder`.
+    """
+    name = "encode_boxes"
+    boxes = checks.check_boxes(xp, name, "boxes", boxes)
+    anchors = checks.check_boxes(xp, name, "anchors", anchors)
+    wx, wy, ww, wh = checks.check_weights(name, weights)
+    x, y, w, h = _centre_size(boxes)
+    xa, ya, wa, ha = _centre_size(anchors)
+    tiny = xp.finfo(boxes.dtype).smallest_normal
+    w, h = xp.maximum(w, tiny), xp.maximum(h, tiny)
+    dx, dy = wx * (x - xa) / wa, wy * (y - ya) / ha
+    dw, dh = ww * (xp.log(w) - xp.log(wa)), wh * (xp.log(h) - xp.log(ha))
+    return xp.stack([dx, dy, dw, dh], axis=-1)
+
+
+def decode_boxes(
+    xp: Namespace,
+    deltas: Array,
+    anchors: Array,
+    weights: Weights = (1.0, 1.0, 1.0, 1.0),
+    clip: float = SIZE_CLIP,
+) -> Array:
+    r"""Boxes from offsets: the inverse of :func:`encode_boxes`.
+
+    .. math:: x = x_a + w_a\, d_x / w_x,\quad w = w_a\, e^{\min(d_w / w_w,\ \mathrm{clip})}
+
+    Args:
+        deltas: (..., 4) as (dx, dy, dw, dh), floating-point.
+        anchors: (..., 4) as (x1, y1, x2, y2) in pixels, broadcasting with `deltas`.
+        weights: Factors (wx, wy, ww, wh), each > 0. Default 1.
+        clip: Greatest log-size ratio; clamped from above only. Default log(1000 / 16).
+
+    Returns:
+        (..., 4) boxes (x1, y1, x2, y2) in pixels.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: a last axis is not 4, or a number is out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> from focal.numpy import decode_boxes
+        >>> decode_boxes(np.array([[0.5, 0.0, 0.0, 0.0]]), np.array([[0.0, 0, 2, 2]]))
+        array([[1., 0., 3., 2.]])
+
+    Source: Girshick et al. 2014 (R-CNN), appendix C; torchvision's `BoxCoder`.
+    """
+    name = "decode_boxes"
+    deltas = checks.check_boxes(xp, name, "deltas", deltas)
+    anchors = checks.check_boxes(xp, name, "anchors", anchors)
+    wx, wy, ww, wh = checks.check_weights(name, weights)
+    clip = checks.check_number(name, "clip", clip)
+    xa, ya, wa, ha = _centre_size(anchors)
+    x = xa + wa * (deltas[..., 0] / wx)
+    y = ya + ha * (deltas[..., 1] / wy)
+    half_w = 0.5 * wa * xp.exp(xp.minimum(deltas[..., 2] / ww, clip))
+    half_h = 0.5 * ha * xp.exp(xp.minimum(deltas[..., 3] / wh, clip))
+    return xp.stack([x - half_w, y - half_h, x + half_w, y + half_h], axis=-1)
+
+
+def clip_boxes(xp: Namespace, boxes: Array, image_size: tuple[int, int]) -> Array:
+    """Boxes cut off at the edges of the image.
+
+    Args:
+        boxes: (..., 4) as (x1, y1, x2, y2) in pixels, floating-point.
+        image_size: (height, width) in pixels, each >= 1.
+
+    Returns:
+        (..., 4) with x in [0, width] and y in [0, height].
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: the last axis is not 4, or a size is below 1.
+
+    Example:
+        >>> import numpy as np
+        >>> from focal.numpy import clip_boxes
+        >>> clip_boxes(np.array([[-5.0, 10.0, 50.0, 99.0]]), (32, 40))
+        array([[ 0., 10., 40., 32.]])
+
+    Source: `torchvision.ops.clip_boxes_to_image`.
+    """
+    name = "clip_boxes"
+    boxes = checks.check_boxes(xp, name, "boxes", boxes)
+    height, width = checks.check_image_size(name, image_size)
+    x1, y1, x2, y2 = _columns(boxes)
+    return xp.stack(
+        [
+            xp.minimum(xp.maximum(x1, 0.0), float(width)),
+            xp.minimum(xp.maximum(y1, 0.0), float(height)),
+            xp.minimum(xp.maximum(x2, 0.0), float(width)),
+            xp.minimum(xp.maximum(y2, 0.0), float(height)),
+        ],
+        axis=-1,
+    )
+
+
+def ratio(xp: Namespace, a: Array, b: Array) -> Array:
+    """A / b where b > 0, else 0, without a NaN in value or gradient."""
+    safe = b > 0
+    one, zero = xp.zeros_like(b) + 1, xp.zeros_like(a)
+    return xp.where(safe, a / xp.where(safe, b, one), zero)
+
+
+def _columns(boxes: Array) -> tuple[Array, Array, Array, Array]:
+    return boxes[..., 0], boxes[..., 1], boxes[..., 2], boxes[..., 3]
+
+
+def _centre_size(boxes: Array) -> tuple[Array, Array, Array, Array]:
+    x1, y1, x2, y2 = _columns(boxes)
+    w, h = x2 - x1, y2 - y1
+    return x1 + 0.5 * w, y1 + 0.5 * h, w, h
+
+
+def _area(boxes: Array) -> Array:
+    x1, y1, x2, y2 = _columns(boxes)
+    return (x2 - x1) * (y2 - y1)
+
+
+def _pairs(xp: Namespace, name: str, boxes1: Array, boxes2: Array) -> tuple[Array, Array]:
+    boxes1 = checks.check_boxes(xp, name, "boxes1", boxes1, at_least_2d=True)
+    boxes2 = checks.check_boxes(xp, name, "boxes2", boxes2, at_least_2d=True)
+    return boxes1[..., :, None, :], boxes2[..., None, :, :]
+
+
+def _overlap(xp: Namespace, a: Array, b: Array) -> tuple[Array, Array]:
+    """Intersection and union of broadcasting boxes."""
+    ax1, ay1, ax2, ay2 = _columns(a)
+    bx1, by1, bx2, by2 = _columns(b)
+    w = xp.maximum(xp.minimum(ax2, bx2) - xp.maximum(ax1, bx1), 0.0)
+    h = xp.maximum(xp.minimum(ay2, by2) - xp.maximum(ay1, by1), 0.0)
+    intersection = w * h
+    return intersection, _area(a) + _area(b) - intersection
+
+
+def giou(xp: Namespace, a: Array, b: Array) -> Array:
+    ax1, ay1, ax2, ay2 = _columns(a)
+    bx1, by1, bx2, by2 = _columns(b)
+    hull = (xp.maximum(ax2, bx2) - xp.minimum(ax1, bx1)) * (
+        xp.maximum(ay2, by2) - xp.minimum(ay1, by1)
+    )
+    intersection, union = _overlap(xp, a, b)
+    return ratio(xp, intersection, union) - ratio(xp, hull - union, hull)

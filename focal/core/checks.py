@@ -1,0 +1,198 @@
+"""Every check of an argument and its wording.
+
+Only static facts are looked at (types, shapes, Python numbers), never values on a device, so
+nothing here waits for one or breaks a trace. Each message names the function, the parameter,
+what was expected and what came.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+from focal.core.namespace import Array, Namespace
+
+INFINITY = math.inf
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def check_number(
+    function: str, parameter: str, value: Any, low: float = -INFINITY, high: float = INFINITY
+) -> float:
+    """A finite real number in [low, high], as a float."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{function}: {parameter} must be a number; got {_kind(value)}")
+    number = float(value)
+    if not (math.isfinite(number) and low <= number <= high):
+        raise ValueError(
+            f"{function}: {parameter} must be a finite number{_range(low, high)}; got {value!r}"
+        )
+    return number
+
+
+def check_integer(function: str, parameter: str, value: Any, low: int) -> int:
+    """An integer >= low."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{function}: {parameter} must be an integer; got {_kind(value)}")
+    if value < low:
+        raise ValueError(f"{function}: {parameter} must be >= {low}; got {value}")
+    return int(value)
+
+
+def check_alpha(function: str, alpha: Any) -> float | None:
+    """The weight of positives in [0, 1]; None and -1 turn it off."""
+    if alpha is None:
+        return None
+    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
+        raise TypeError(f"{function}: alpha must be a number or None; got {_kind(alpha)}")
+    if alpha == -1:
+        return None
+    if not 0 <= float(alpha) <= 1:
+        raise ValueError(
+            f"{function}: alpha must lie in [0, 1], or be None or -1 to turn it off; got {alpha!r}"
+        )
+    return float(alpha)
+
+
+def check_gamma(function: str, gamma: Any) -> float:
+    """A finite number >= 0."""
+    return check_number(function, "gamma", gamma, low=0)
+
+
+def check_choice(function: str, parameter: str, value: Any, choices: tuple[str, ...]) -> str:
+    """One of a few words."""
+    if not isinstance(value, str) or value not in choices:
+        words = ", ".join(repr(c) for c in choices)
+        raise ValueError(f"{function}: {parameter} must be one of {words}; got {value!r}")
+    return value
+
+
+def check_array(xp: Namespace, function: str, parameter: str, value: Any) -> Array:
+    """An array of the bound framework."""
+    array = xp.to_array(value)
+    if array is None:
+        raise TypeError(f"{function}: {parameter} must be {xp.array_name}; got {_kind(value)}")
+    return array
+
+
+def check_floating(xp: Namespace, function: str, parameter: str, value: Any) -> Array:
+    """An array of a real floating-point type."""
+    array = check_array(xp, function, parameter, value)
+    if not xp.isdtype(array.dtype, "real floating"):
+        raise TypeError(
+            f"{function}: {parameter} must have a floating-point type; got {array.dtype}"
+        )
+    return array
+
+
+def check_real(xp: Namespace, function: str, parameter: str, value: Any) -> Array:
+    """An array of a real or boolean type."""
+    array = check_array(xp, function, parameter, value)
+    if not xp.isdtype(array.dtype, ("bool", "integral", "real floating")):
+        raise TypeError(
+            f"{function}: {parameter} must have a real or boolean type; got {array.dtype}"
+        )
+    return array
+
+
+def check_labels(xp: Namespace, function: str, parameter: str, value: Any) -> Array:
+    """An array of an integer type."""
+    array = check_array(xp, function, parameter, value)
+    if not xp.isdtype(array.dtype, "integral"):
+        raise TypeError(f"{function}: {parameter} must have an integer type; got {array.dtype}")
+    return array
+
+
+def check_same_shape(
+    function: str, parameter: str, array: Array, other: str, other_array: Array
+) -> None:
+    """Shapes that must be equal; nothing broadcasts."""
+    if tuple(array.shape) != tuple(other_array.shape):
+        raise ValueError(
+            f"{function}: {parameter} must have the shape of {other}; "
+            f"got {other} {tuple(other_array.shape)}, {parameter} {tuple(array.shape)}"
+        )
+
+
+def check_shape(
+    function: str, parameter: str, array: Array, shape: tuple[int, ...], source: str
+) -> None:
+    """A shape that follows from another argument, described by `source`."""
+    if tuple(array.shape) != shape:
+        raise ValueError(
+            f"{function}: {parameter} must have shape {source} = {shape}; got {tuple(array.shape)}"
+        )
+
+
+def check_broadcasts(
+    function: str, parameter: str, array: Array, other: str, shape: tuple[int, ...]
+) -> None:
+    """A shape that broadcasts to `shape` without enlarging it."""
+    own = tuple(array.shape)
+    padded = (1,) * (len(shape) - len(own)) + own
+    if len(own) > len(shape) or any(a not in (1, b) for a, b in zip(padded, shape, strict=True)):
+        raise ValueError(
+            f"{function}: {parameter} must broadcast to the shape of {other}; "
+            f"got {other} {shape}, {parameter} {own}"
+        )
+
+
+def check_boxes(
+    xp: Namespace, function: str, parameter: str, value: Any, at_least_2d: bool = False
+) -> Array:
+    """Floating-point boxes (..., 4), or (..., N, 4) where they must form a list."""
+    array = check_floating(xp, function, parameter, value)
+    shape = tuple(array.shape)
+    if len(shape) < 1 + at_least_2d or shape[-1] != 4:
+        expected = "(..., N, 4)" if at_least_2d else "(..., 4)"
+        raise ValueError(f"{function}: {parameter} must have shape {expected}; got {shape}")
+    return array
+
+
+def check_image_size(function: str, image_size: Any) -> tuple[int, int]:
+    """(height, width) in whole pixels."""
+    try:
+        height, width = image_size
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{function}: image_size must be (height, width); got {image_size!r}"
+        ) from None
+    return (
+        check_integer(function, "image_size[0]", height, 1),
+        check_integer(function, "image_size[1]", width, 1),
+    )
+
+
+def check_weights(function: str, weights: Any) -> tuple[float, float, float, float]:
+    """Four positive numbers (wx, wy, ww, wh)."""
+    try:
+        wx, wy, ww, wh = weights
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{function}: weights must be four numbers (wx, wy, ww, wh); got {weights!r}"
+        ) from None
+    checked = tuple(check_number(function, "weights", w) for w in (wx, wy, ww, wh))
+    if min(checked) <= 0:
+        raise ValueError(f"{function}: weights must be > 0; got {weights!r}")
+    return checked[0], checked[1], checked[2], checked[3]
+
+
+def wide_type(xp: Namespace, array: Array) -> Any:
+    """The type to compute in: float32 for the half types, else the array's own."""
+    return xp.float32 if xp.finfo(array.dtype).bits < 32 else array.dtype
+
+
+def _range(low: float, high: float) -> str:
+    if low == -INFINITY and high == INFINITY:
+        return ""
+    if high == INFINITY:
+        return f" >= {low:g}"
+    return f" in [{low:g}, {high:g}]"
+
+
+def _kind(value: Any) -> str:
+    """A value for a message: numbers and words as they are, anything else by its type."""
+    if value is None or isinstance(value, (bool, numbers.Number, str)):
+        return repr(value)
+    return type(value).__name__

@@ -1,0 +1,164 @@
+"""The closed-form derivatives as public functions: the reference to check a gradient against.
+
+`focal.numpy` offers them; the frameworks have autodiff, which reaches the same formulas.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from focal.core import checks
+from focal.core.formulas import SigmoidFocal
+from focal.core.losses import checked_weight, dense_arguments, star_formula
+from focal.core.namespace import Array, Formula, Namespace
+
+__all__ = ["sigmoid_focal_loss_grad", "sigmoid_focal_loss_hess", "sigmoid_focal_loss_star_grad"]
+
+
+def sigmoid_focal_loss_grad(
+    xp: Namespace,
+    inputs: Array,
+    targets: Array,
+    alpha: float | None = 0.25,
+    gamma: float = 2.0,
+    *,
+    weight: Array | None = None,
+) -> Array:
+    r"""First derivative of :func:`sigmoid_focal_loss` in its logits, elementwise.
+
+    .. math:: \alpha_t m^\gamma \left[\gamma (1 - 2y) \frac{pq}{m} \mathrm{CE}
+              + (1-y) p - y q\right], \qquad m = y q + (1-y) p,\ q = 1 - p
+
+    Args:
+        inputs: Logits of any shape and floating-point type.
+        targets: Same shape as `inputs`, values in [0, 1].
+        alpha: As in :func:`sigmoid_focal_loss`.
+        gamma: As in :func:`sigmoid_focal_loss`.
+        weight: Factors that broadcast to the shape of `inputs`.
+
+    Returns:
+        The derivative, with the shape and type of `inputs`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: shapes differ or a number is out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> from focal.numpy import sigmoid_focal_loss_grad
+        >>> sigmoid_focal_loss_grad(np.array([-4.0, 0.0]), np.array([1, 1]), alpha=None).round(6)
+        array([-1.086396, -0.298287])
+
+    Source: Lin et al. 2017, appendix B, equation 10, extended to soft targets.
+    """
+    name = "sigmoid_focal_loss_grad"
+    formula = SigmoidFocal(checks.check_alpha(name, alpha), checks.check_gamma(name, gamma))
+    return _dense_derivative(xp, name, formula, 1, inputs, targets, weight)
+
+
+def sigmoid_focal_loss_hess(
+    xp: Namespace,
+    inputs: Array,
+    targets: Array,
+    alpha: float | None = 0.25,
+    gamma: float = 2.0,
+    *,
+    weight: Array | None = None,
+) -> Array:
+    r"""Second derivative of :func:`sigmoid_focal_loss` in its logits, elementwise.
+
+    With :math:`k = (1 - 2y)\, pq / m` and :math:`d = (1-y) p - y q`,
+
+    .. math:: \alpha_t m^\gamma \left[\gamma^2 k^2 \mathrm{CE} + 2 \gamma k d
+              + \gamma k (q - p - k)\, \mathrm{CE} + p q\right]
+
+    With the gradient it makes focal loss an objective for gradient boosting. It is negative
+    where the loss is not convex.
+
+    Args:
+        inputs: Logits of any shape and floating-point type.
+        targets: Same shape as `inputs`, values in [0, 1].
+        alpha: As in :func:`sigmoid_focal_loss`.
+        gamma: As in :func:`sigmoid_focal_loss`.
+        weight: Factors that broadcast to the shape of `inputs`.
+
+    Returns:
+        The second derivative, with the shape and type of `inputs`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: shapes differ or a number is out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> from focal.numpy import sigmoid_focal_loss_hess
+        >>> sigmoid_focal_loss_hess(np.array([0.0]), np.array([1]), alpha=None, gamma=0)
+        array([0.25])
+
+    Source: differentiation of equation 10 of Lin et al. 2017; docs/math.md derives it.
+    """
+    name = "sigmoid_focal_loss_hess"
+    formula = SigmoidFocal(checks.check_alpha(name, alpha), checks.check_gamma(name, gamma))
+    return _dense_derivative(xp, name, formula, 2, inputs, targets, weight)
+
+
+def sigmoid_focal_loss_star_grad(
+    xp: Namespace,
+    inputs: Array,
+    targets: Array,
+    alpha: float | None = 0.25,
+    gamma: float = 2.0,
+    beta: float = 1.0,
+    *,
+    weight: Array | None = None,
+) -> Array:
+    r"""First derivative of :func:`sigmoid_focal_loss_star` in its logits, elementwise.
+
+    .. math:: \alpha_t \left[(1-y)\, \sigma(\gamma x - \beta)
+              - y\, \sigma(-\gamma x - \beta)\right]
+
+    Args:
+        inputs: Logits of any shape and floating-point type.
+        targets: Same shape as `inputs`, values in [0, 1].
+        alpha: As in :func:`sigmoid_focal_loss_star`.
+        gamma: As in :func:`sigmoid_focal_loss_star`.
+        beta: As in :func:`sigmoid_focal_loss_star`.
+        weight: Factors that broadcast to the shape of `inputs`.
+
+    Returns:
+        The derivative, with the shape and type of `inputs`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: shapes differ or a number is out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> from focal.numpy import sigmoid_focal_loss_star_grad
+        >>> sigmoid_focal_loss_star_grad(np.array([0.0]), np.array([1]), alpha=None).round(6)
+        array([-0.268941])
+
+    Source: Lin et al. 2017, appendix B, equation 11.
+    """
+    name = "sigmoid_focal_loss_star_grad"
+    return _dense_derivative(
+        xp, name, star_formula(name, alpha, gamma, beta), 1, inputs, targets, weight
+    )
+
+
+def _dense_derivative(
+    xp: Namespace,
+    name: str,
+    formula: Formula,
+    order: Literal[1, 2],
+    inputs: Array,
+    targets: Array,
+    weight: Array | None,
+) -> Array:
+    inputs, targets = dense_arguments(xp, name, inputs, targets)
+    wide = checks.wide_type(xp, inputs)
+    x, y = xp.astype(inputs, wide), xp.astype(targets, wide)
+    result = formula.value_and_grad(xp, x, y)[1] if order == 1 else formula.hess(xp, x, y)
+    if weight is not None:
+        result = result * checked_weight(xp, name, weight, inputs, wide)
+    return xp.astype(result, inputs.dtype)

@@ -1,0 +1,180 @@
+r"""The elementwise formulas: value, first and second derivative, each written once.
+
+Notation (docs/math.md has the derivations): logit `x`, target `y` in [0, 1], `p = sigmoid(x)`,
+`q = sigmoid(-x)`. No formula forms `1 - p`, and no power `gamma - 1` appears.
+
+    m  = y q + (1 - y) p                     1 - p_t, as a sum of positive terms
+    ce = y softplus(-x) + (1 - y) softplus(x)
+    a  = alpha y + (1 - alpha)(1 - y)
+    FL = a m^gamma ce
+
+`value_and_grad` is written for the larger and the smaller of p and q rather than for p and q:
+with `s = sigmoid(-|x|)` the smaller and `w` the part of the target on the wrong side of the
+logit (`1 - y` for x >= 0, else `y`),
+
+    m = w + s (1 - 2 w),    ce = w |x| - log(1 - s),    dce/dx = sign(x) (w - s),
+
+which needs one exponential and one logarithm for loss and gradient together.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from focal.core.namespace import Array, Formula, Namespace
+
+__all__ = ["SigmoidFocal", "SigmoidFocalStar", "Sparse"]
+
+
+class SigmoidFocal(NamedTuple):
+    """FL = a m^gamma ce (paper, equation 5); soft targets blend inside m and ce."""
+
+    alpha: float | None
+    gamma: float
+
+    def value(self, xp: Namespace, x: Array, y: Array) -> Array:
+        """FL."""
+        _, _, _, ce, m = _parts(xp, x, y)
+        return _weighted_power(xp, self, m, y) * ce
+
+    def value_and_grad(self, xp: Namespace, x: Array, y: Array) -> tuple[Array, Array]:
+        """FL and dFL/dx = a m^gamma (gamma (1 - 2 y) (p q / m) ce + dce/dx)."""
+        positive, s, w, ce, m = _parts(xp, x, y)
+        slope = w - s
+        if self.gamma != 0:
+            bend = (s - s * s) * (2 * w - 1) * ce
+            slope = xp.addcdiv(slope, bend, m, self.gamma)
+        factor = _weighted_power(xp, self, m, y)
+        return factor * ce, slope * factor * (2 * positive - 1)
+
+    def hess(self, xp: Namespace, x: Array, y: Array) -> Array:
+        """d2FL/dx2; with k = (1 - 2 y) p q / m and d = dce/dx it is.
+
+        a m^gamma (gamma^2 k^2 ce + 2 gamma k d + gamma k (q - p - k) ce + p q)
+        """
+        p, q = xp.sigmoid(x), xp.sigmoid(-x)
+        m = _at_least_tiny(xp, y * q + (1 - y) * p)
+        ce = y * xp.softplus(-x) + (1 - y) * xp.softplus(x)
+        d = (1 - y) * p - y * q
+        k = (1 - 2 * y) * (p * q / m)
+        g = self.gamma
+        curvature = g * k * (ce * (g * k + q - p - k) + 2 * d) + p * q
+        return _weighted_power(xp, self, m, y) * curvature
+
+
+class SigmoidFocalStar(NamedTuple):
+    """FL* (paper, appendix A): cross entropy of the margin scaled by gamma, shifted by beta.
+
+    a (y softplus(-(gamma x + beta)) + (1 - y) softplus(gamma x - beta)) / gamma
+    """
+
+    alpha: float | None
+    gamma: float
+    beta: float
+
+    def value(self, xp: Namespace, x: Array, y: Array) -> Array:
+        """FL*."""
+        positive, negative = self._margins(x)
+        ce = y * xp.softplus(-positive) + (1 - y) * xp.softplus(-negative)
+        return _times(_alpha_factor(self.alpha, y), ce / self.gamma)
+
+    def value_and_grad(self, xp: Namespace, x: Array, y: Array) -> tuple[Array, Array]:
+        """FL* and dFL*/dx = a ((1 - y) sigmoid(gamma x - beta) - y sigmoid(-gamma x - beta))."""
+        positive, negative = self._margins(x)
+        slope = (1 - y) * xp.sigmoid(-negative) - y * xp.sigmoid(-positive)
+        return self.value(xp, x, y), _times(_alpha_factor(self.alpha, y), slope)
+
+    def hess(self, xp: Namespace, x: Array, y: Array) -> Array:
+        """d2FL*/dx2."""
+        positive, negative = self._margins(x)
+        bend_positive = xp.sigmoid(positive) * xp.sigmoid(-positive)
+        bend_negative = xp.sigmoid(negative) * xp.sigmoid(-negative)
+        bend = y * bend_positive + (1 - y) * bend_negative
+        return _times(_alpha_factor(self.alpha, y), self.gamma * bend)
+
+    def _margins(self, x: Array) -> tuple[Array, Array]:
+        """Gamma x_t + beta of a positive and of a negative."""
+        return self.gamma * x + self.beta, self.beta - self.gamma * x
+
+
+class Sparse(NamedTuple):
+    """A formula for integer labels: class in [0, K), -1 background, -2 ignored.
+
+    All logits are background but one a row, so the row's one positive is computed apart and
+    written over; a one-hot tensor never exists.
+    """
+
+    formula: Formula
+
+    def value(self, xp: Namespace, x: Array, labels: Array) -> Array:
+        """The loss of every logit."""
+        at, x_at, y_at = self._labelled(xp, x, labels)
+        background = self.formula.value(xp, x, 0.0)
+        return self._merge(xp, background, at, self.formula.value(xp, x_at, y_at), labels)
+
+    def value_and_grad(self, xp: Namespace, x: Array, labels: Array) -> tuple[Array, Array]:
+        """The loss of every logit and its derivative."""
+        at, x_at, y_at = self._labelled(xp, x, labels)
+        background = self.formula.value_and_grad(xp, x, 0.0)
+        labelled = self.formula.value_and_grad(xp, x_at, y_at)
+        value, grad = (
+            self._merge(xp, b, at, v, labels) for b, v in zip(background, labelled, strict=True)
+        )
+        return value, grad
+
+    def hess(self, xp: Namespace, x: Array, labels: Array) -> Array:
+        """The second derivative at every logit."""
+        at, x_at, y_at = self._labelled(xp, x, labels)
+        background = self.formula.hess(xp, x, 0.0)
+        return self._merge(xp, background, at, self.formula.hess(xp, x_at, y_at), labels)
+
+    def _labelled(self, xp: Namespace, x: Array, labels: Array) -> tuple[Array, Array, Array]:
+        """Per row one index, its logit, and whether it is a positive (else it is class 0)."""
+        at = xp.maximum(labels, xp.zeros_like(labels))[..., None]
+        return at, xp.take_along_axis(x, at, -1), xp.astype(labels >= 0, x.dtype)[..., None]
+
+    def _merge(
+        self, xp: Namespace, background: Array, at: Array, labelled: Array, labels: Array
+    ) -> Array:
+        return xp.keep_rows(xp.put_along_axis(background, at, labelled), labels >= -1)
+
+
+def _parts(xp: Namespace, x: Array, y: Array) -> tuple[Array, Array, Array, Array, Array]:
+    """step(x), s, w, ce and m of the module's docstring."""
+    # The clamp keeps w |x| a number at an infinite logit on the right side, where w is 0.
+    size = xp.minimum(xp.abs(x), xp.finfo(x.dtype).max)
+    s = xp.sigmoid(-size)
+    positive = xp.step(x)
+    w = xp.abs(positive - y)
+    ce = w * size - xp.log1p(-s)
+    m = _at_least_tiny(xp, xp.addcmul(w, s, 1 - 2 * w))
+    return positive, s, w, ce, m
+
+
+def _at_least_tiny(xp: Namespace, m: Array) -> Array:
+    """A subnormal m has lost its digits and would make p q / m a 0 / 0."""
+    return xp.maximum(m, xp.finfo(m.dtype).smallest_normal)
+
+
+def _weighted_power(xp: Namespace, loss: SigmoidFocal, m: Array, y: Array) -> Array:
+    """A m^gamma, with the usual exponents spelled in cheaper and more accurate operations."""
+    if loss.gamma == 0:
+        power = 1.0
+    elif loss.gamma == 0.5:
+        power = xp.sqrt(m)
+    elif loss.gamma == 1:
+        power = m
+    elif loss.gamma == 2:
+        power = m * m
+    else:
+        power = m**loss.gamma
+    return _times(_alpha_factor(loss.alpha, y), power)
+
+
+def _alpha_factor(alpha: float | None, y: Array) -> Array | None:
+    """Alpha for y = 1, 1 - alpha for y = 0, linear between; None where alpha is off."""
+    return None if alpha is None else (2 * alpha - 1) * y + (1 - alpha)
+
+
+def _times(factor: Array | None, values: Array) -> Array:
+    return values if factor is None else values * factor

@@ -1,0 +1,291 @@
+"""The public losses: check, pick the formula, reduce. Every adapter binds these functions.
+
+They take the array namespace `xp` first; `focal.numpy`, `focal.torch` and the rest bind it, so
+that users see only what follows it.
+"""
+
+from __future__ import annotations
+
+import math
+
+from focal.core import checks
+from focal.core.formulas import SigmoidFocal, SigmoidFocalStar, Sparse
+from focal.core.namespace import Array, Formula, Namespace, Reduction, SparseReduction
+
+__all__ = [
+    "balanced_cross_entropy",
+    "sigmoid_focal_loss",
+    "sigmoid_focal_loss_star",
+    "sparse_sigmoid_focal_loss",
+]
+
+
+def sigmoid_focal_loss(
+    xp: Namespace,
+    inputs: Array,
+    targets: Array,
+    alpha: float | None = 0.25,
+    gamma: float = 2.0,
+    reduction: Reduction = "none",
+    *,
+    weight: Array | None = None,
+) -> Array:
+    r"""Focal loss of independent binary classifications, from logits.
+
+    .. math::
+        \mathrm{FL} = \alpha_t (1 - p_t)^\gamma\, \mathrm{CE}, \qquad p = \sigma(x)
+
+    with :math:`1 - p_t = y(1-p) + (1-y)p`, :math:`\alpha_t = \alpha y + (1-\alpha)(1-y)` and
+    CE the binary cross entropy. Value and gradient are exact to a few units in the last place
+    for every finite logit and every gamma >= 0; the gradient is never NaN.
+
+    Args:
+        inputs: Logits of any shape and floating-point type. float16 and bfloat16 are computed
+            in float32.
+        targets: Same shape as `inputs` (nothing broadcasts), values in [0, 1], any real or
+            boolean type. Soft targets blend inside :math:`p_t` and CE, as in torchvision.
+        alpha: Weight of positives, `1 - alpha` for negatives, in [0, 1]. None or -1 turns it
+            off. Default 0.25.
+        gamma: Focusing parameter, finite, >= 0; 0 is cross entropy. Default 2.
+        reduction: "none" (default), "mean" over all elements, or "sum".
+        weight: Factors that broadcast to the shape of `inputs`, multiplied into the loss.
+
+    Returns:
+        The loss: the shape and type of `inputs` for "none", else a scalar (float32 where
+        `inputs` is a half type). The mean of no elements is 0.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: shapes differ, a number is out of range, or the reduction is unknown.
+
+    Example:
+        >>> import numpy as np
+        >>> from focal.numpy import sigmoid_focal_loss
+        >>> sigmoid_focal_loss(np.array([-4.0, 0.0, 4.0]), np.array([1.0, 1.0, 1.0])).round(6)
+        array([9.68727e-01, 4.33220e-02, 1.00000e-06])
+
+    Source: Lin et al. 2017, equation 5; the argument order and the soft targets are those of
+    `torchvision.ops.sigmoid_focal_loss`.
+    """
+    name = "sigmoid_focal_loss"
+    formula = SigmoidFocal(checks.check_alpha(name, alpha), checks.check_gamma(name, gamma))
+    return _dense_loss(xp, name, formula, inputs, targets, reduction, weight)
+
+
+def balanced_cross_entropy(
+    xp: Namespace,
+    inputs: Array,
+    targets: Array,
+    alpha: float | None = 0.75,
+    reduction: Reduction = "none",
+    *,
+    weight: Array | None = None,
+) -> Array:
+    r"""Alpha-balanced binary cross entropy, from logits: focal loss at gamma 0.
+
+    .. math:: \alpha_t\, \mathrm{CE}, \qquad \alpha_t = \alpha y + (1 - \alpha)(1 - y)
+
+    Args:
+        inputs: Logits of any shape and floating-point type.
+        targets: Same shape as `inputs`, values in [0, 1], any real or boolean type.
+        alpha: Weight of positives, `1 - alpha` for negatives, in [0, 1]. None or -1 turns it
+            off. Default 0.75, the paper's best for cross entropy.
+        reduction: "none" (default), "mean" over all elements, or "sum".
+        weight: Factors that broadcast to the shape of `inputs`, multiplied into the loss.
+
+    Returns:
+        The loss: the shape and type of `inputs` for "none", else a scalar.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: shapes differ, a number is out of range, or the reduction is unknown.
+
+    Example:
+        >>> import numpy as np
+        >>> from focal.numpy import balanced_cross_entropy
+        >>> balanced_cross_entropy(np.array([0.0, 0.0]), np.array([1, 0])).round(6)
+        array([0.51986 , 0.173287])
+
+    Source: Lin et al. 2017, equation 3 and Table 1a.
+    """
+    name = "balanced_cross_entropy"
+    formula = SigmoidFocal(checks.check_alpha(name, alpha), 0.0)
+    return _dense_loss(xp, name, formula, inputs, targets, reduction, weight)
+
+
+def sigmoid_focal_loss_star(
+    xp: Namespace,
+    inputs: Array,
+    targets: Array,
+    alpha: float | None = 0.25,
+    gamma: float = 2.0,
+    beta: float = 1.0,
+    reduction: Reduction = "none",
+    *,
+    weight: Array | None = None,
+) -> Array:
+    r"""FL*, the alternate form of focal loss of the paper's appendix, from logits.
+
+    .. math::
+        \mathrm{FL}^* = -\alpha_t \log \sigma(\gamma x_t + \beta) / \gamma, \qquad
+        x_t = x \text{ for } y = 1,\ -x \text{ for } y = 0
+
+    A soft target is the mixture `y FL*(y=1) + (1 - y) FL*(y=0)` times :math:`\alpha_t`, so that
+    gamma 1, beta 0 is binary cross entropy.
+
+    Args:
+        inputs: Logits of any shape and floating-point type.
+        targets: Same shape as `inputs`, values in [0, 1], any real or boolean type.
+        alpha: Weight of positives, `1 - alpha` for negatives, in [0, 1]. None or -1 turns it
+            off. Default 0.25.
+        gamma: Slope of the margin, finite, > 0. Default 2.
+        beta: Shift of the margin, finite. Default 1.
+        reduction: "none" (default), "mean" over all elements, or "sum".
+        weight: Factors that broadcast to the shape of `inputs`, multiplied into the loss.
+
+    Returns:
+        The loss: the shape and type of `inputs` for "none", else a scalar.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: shapes differ, a number is out of range, or the reduction is unknown.
+
+    Example:
+        >>> import numpy as np
+        >>> from focal.numpy import sigmoid_focal_loss_star
+        >>> sigmoid_focal_loss_star(np.array([0.0]), np.array([1.0]), alpha=None).round(6)
+        array([0.156631])
+
+    Source: Lin et al. 2017, appendix A, equations 6 to 8. fvcore's function of this name has
+    no beta.
+    """
+    name = "sigmoid_focal_loss_star"
+    formula = star_formula(name, alpha, gamma, beta)
+    return _dense_loss(xp, name, formula, inputs, targets, reduction, weight)
+
+
+def sparse_sigmoid_focal_loss(
+    xp: Namespace,
+    inputs: Array,
+    labels: Array,
+    alpha: float | None = 0.25,
+    gamma: float = 2.0,
+    reduction: SparseReduction = "none",
+    *,
+    weight: Array | None = None,
+) -> Array:
+    r"""Sigmoid focal loss with class labels instead of dense targets: a detector's loss.
+
+    The same as :func:`sigmoid_focal_loss` with one-hot targets, but no one-hot array is built.
+
+    Args:
+        inputs: Logits (..., K) of any floating-point type.
+        labels: Integers of shape `inputs.shape[:-1]`: the class in [0, K), -1 for background
+            (all K targets are 0), -2 for ignored (no loss, no gradient, not counted). Values
+            are not checked: below -2 is ignored, K and above is an error or undefined.
+        alpha: Weight of positives, `1 - alpha` for negatives, in [0, 1]. None or -1 turns it
+            off. Default 0.25.
+        gamma: Focusing parameter, finite, >= 0. Default 2.
+        reduction: "none" (default), "mean" over the logits of rows not ignored, "sum", or
+            "positives": the sum over max(1, number of labels >= 0), the paper's normaliser.
+        weight: Factors that broadcast to the shape of `inputs`, multiplied into the loss.
+
+    Returns:
+        The loss: the shape and type of `inputs` for "none", else a scalar (float32 where
+        `inputs` is a half type). A mean where every row is ignored is 0.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: shapes do not fit, a number is out of range, or the reduction is unknown.
+
+    Example:
+        >>> import numpy as np
+        >>> from focal.numpy import sparse_sigmoid_focal_loss
+        >>> logits = np.array([[2.0, -1.0], [0.0, 0.0], [3.0, 3.0]])
+        >>> sparse_sigmoid_focal_loss(logits, np.array([0, -1, -2])).round(4)
+        array([[0.0005, 0.017 ],
+               [0.13  , 0.13  ],
+               [0.    , 0.    ]])
+
+    Source: Lin et al. 2017, equation 5 and section 4.1 (normaliser); the labels are those of
+    NVIDIA Apex's focal loss.
+    """
+    name = "sparse_sigmoid_focal_loss"
+    checks.check_choice(name, "reduction", reduction, (*checks.REDUCTIONS, "positives"))
+    formula = SigmoidFocal(checks.check_alpha(name, alpha), checks.check_gamma(name, gamma))
+    inputs = checks.check_floating(xp, name, "inputs", inputs)
+    labels = checks.check_labels(xp, name, "labels", labels)
+    if len(inputs.shape) == 0:
+        raise ValueError(f"{name}: inputs must have a class axis; got shape ()")
+    checks.check_shape(name, "labels", labels, tuple(inputs.shape[:-1]), "inputs.shape[:-1]")
+
+    wide = checks.wide_type(xp, inputs)
+    count: Array | int = 1
+    if reduction == "positives":
+        count = xp.maximum(xp.sum(xp.astype(labels >= 0, wide)), 1)
+    elif reduction == "mean":
+        rows = xp.sum(xp.astype(labels >= -1, wide))
+        count = xp.maximum(rows * inputs.shape[-1], 1)
+    return _reduced(xp, name, Sparse(formula), inputs, labels, reduction, weight, count)
+
+
+def _dense_loss(
+    xp: Namespace,
+    name: str,
+    formula: Formula,
+    inputs: Array,
+    targets: Array,
+    reduction: str,
+    weight: Array | None,
+) -> Array:
+    checks.check_choice(name, "reduction", reduction, checks.REDUCTIONS)
+    inputs, targets = dense_arguments(xp, name, inputs, targets)
+    count = max(1, math.prod(inputs.shape)) if reduction == "mean" else 1
+    return _reduced(xp, name, formula, inputs, targets, reduction, weight, count)
+
+
+def _reduced(
+    xp: Namespace,
+    name: str,
+    formula: Formula,
+    inputs: Array,
+    targets: Array,
+    reduction: str,
+    weight: Array | None,
+    count: Array | int,
+) -> Array:
+    """The loss reduced as asked; `count` is what a sum is divided by."""
+    if weight is not None:
+        wide = checks.wide_type(xp, inputs)
+        losses = xp.pointwise(formula, xp.astype(inputs, wide), targets)
+        losses = losses * checked_weight(xp, name, weight, inputs, wide)
+        if reduction == "none":
+            return xp.astype(losses, inputs.dtype)
+        total = xp.sum(losses)
+    elif reduction == "none":
+        return xp.pointwise(formula, inputs, targets)
+    else:
+        total = xp.pointwise_sum(formula, inputs, targets)
+    return total if reduction == "sum" else total / count
+
+
+def dense_arguments(xp: Namespace, name: str, inputs: Array, targets: Array) -> tuple[Array, Array]:
+    inputs = checks.check_floating(xp, name, "inputs", inputs)
+    targets = checks.check_real(xp, name, "targets", targets)
+    checks.check_same_shape(name, "targets", targets, "inputs", inputs)
+    return inputs, targets
+
+
+def checked_weight(xp: Namespace, name: str, weight: Array, inputs: Array, wide: object) -> Array:
+    weight = checks.check_real(xp, name, "weight", weight)
+    checks.check_broadcasts(name, "weight", weight, "inputs", tuple(inputs.shape))
+    return xp.astype(weight, wide)
+
+
+def star_formula(name: str, alpha: float | None, gamma: float, beta: float) -> SigmoidFocalStar:
+    slope = checks.check_gamma(name, gamma)
+    if slope == 0:
+        raise ValueError(f"{name}: gamma must be > 0, the loss is divided by it; got {gamma!r}")
+    return SigmoidFocalStar(
+        checks.check_alpha(name, alpha), slope, checks.check_number(name, "beta", beta)
+    )

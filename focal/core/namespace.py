@@ -1,0 +1,118 @@
+"""What the core asks of a framework.
+
+The core is written against `xp`, a module (or any object) that offers the functions below.
+Most are those of the array API standard under its own names; the rest exist because a
+framework has a better way to say them than a composition (a fused operation, a registered
+derivative, a loop that can be traced). Each adapter binds them once, in `_namespace.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
+
+__all__ = ["Array", "Formula", "Namespace", "Reduction", "SparseReduction"]
+
+Array = Any
+"""An array of whichever framework is bound; the core never asks which."""
+
+
+Reduction = Literal["none", "mean", "sum"]
+SparseReduction = Literal["none", "mean", "sum", "positives"]
+
+
+class Formula(Protocol):
+    """An elementwise loss of logits `x` and targets `t`, with its derivatives in `x`.
+
+    `t` is an array of the shape of `x`, a number, or (where a formula says so) an integer
+    array of labels that lacks the last axis of `x`.
+    """
+
+    def value(self, xp: Namespace, x: Array, t: Array) -> Array:
+        """The loss."""
+
+    def value_and_grad(self, xp: Namespace, x: Array, t: Array) -> tuple[Array, Array]:
+        """The loss and its first derivative, which share most of their work."""
+
+    def hess(self, xp: Namespace, x: Array, t: Array) -> Array:
+        """The second derivative, in operations that the framework can differentiate again."""
+
+
+class Namespace(Protocol):
+    """The functions the core may call."""
+
+    # Array API standard
+    abs: Callable[..., Array]
+    any: Callable[..., Array]
+    argsort: Callable[..., Array]
+    astype: Callable[..., Array]
+    concat: Callable[..., Array]
+    exp: Callable[..., Array]
+    finfo: Callable[..., Any]
+    isdtype: Callable[..., bool]
+    log: Callable[..., Array]
+    log1p: Callable[..., Array]
+    max: Callable[..., Array]
+    maximum: Callable[..., Array]
+    minimum: Callable[..., Array]
+    moveaxis: Callable[..., Array]
+    sqrt: Callable[..., Array]
+    stack: Callable[..., Array]
+    sum: Callable[..., Array]
+    take_along_axis: Callable[..., Array]
+    where: Callable[..., Array]
+    zeros_like: Callable[..., Array]
+
+    array_name: str
+    float32: Any
+    index_type: Any
+    """How error messages call an array of this framework, such as "a torch.Tensor"."""
+
+    def to_array(self, value: object) -> Array | None:
+        """`value` as an array if this framework takes it for one, else None."""
+
+    def constant(self, value: Any, like: Array) -> Array:
+        """A NumPy array as an array of this framework, where `like` is (device)."""
+
+    # Stable primitives, differentiable by the framework
+    def sigmoid(self, x: Array) -> Array:
+        """1 / (1 + exp(-x)), with full relative accuracy where it is small."""
+
+    def softplus(self, x: Array) -> Array:
+        """log(1 + exp(x)), with full relative accuracy where it is small."""
+
+    def logsumexp(self, x: Array) -> Array:
+        """log(sum(exp(x))) over the last axis."""
+
+    # Fused where the framework can
+    def step(self, x: Array) -> Array:
+        """1 where x >= 0, else 0, in the type of x."""
+
+    def addcmul(self, a: Array, b: Array, c: Array) -> Array:
+        """A + b * c."""
+
+    def addcdiv(self, a: Array, b: Array, c: Array, scale: float) -> Array:
+        """A + scale * b / c."""
+
+    def put_along_axis(self, x: Array, indices: Array, values: Array) -> Array:
+        """A copy of x with `values` at `indices` of the last axis (one index per row)."""
+
+    def keep_rows(self, x: Array, keep: Array) -> Array:
+        """X where `keep` (which lacks the last axis) is true, exact zeros elsewhere."""
+
+    # The registered derivative
+    def pointwise(self, formula: Formula, x: Array, t: Array) -> Array:
+        """`formula.value` in the type of x, computed in float32 or better."""
+
+    def pointwise_sum(self, formula: Formula, x: Array, t: Array) -> Array:
+        """The sum of `formula.value`, in float32 or better."""
+
+    # Loops that may be traced
+    def fori_loop(self, n: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
+        """State = body(i, state) for i in 0 .. n - 1."""
+
+    def fixed_point(self, step: Callable[[Array], Array], start: Array) -> Array:
+        """start, step(start), step(step(start)), ... until nothing changes."""
+
+    def take_box(self, boxes: Array, i: Any) -> Sequence[Array]:
+        """The four coordinates of boxes[..., i, :], each with a new last axis of length 1."""

@@ -1,0 +1,191 @@
+"""Softmax focal loss: the sigmoid focal loss of the margin of the label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from focal.core import checks
+from focal.core.formulas import SigmoidFocal
+from focal.core.namespace import Array, Namespace, Reduction
+
+__all__ = ["softmax_focal_loss", "softmax_focal_loss_grad"]
+
+
+def softmax_focal_loss(
+    xp: Namespace,
+    inputs: Array,
+    labels: Array,
+    alpha: float | Sequence[float] | None = None,
+    gamma: float = 2.0,
+    reduction: Reduction = "none",
+    *,
+    ignore_index: int = -100,
+    axis: int = -1,
+) -> Array:
+    r"""Focal loss of one choice among K classes, from logits.
+
+    .. math:: \mathrm{FL} = \alpha_c (1 - p_c)^\gamma (-\log p_c), \qquad
+              p = \mathrm{softmax}(x)
+
+    Computed as the sigmoid focal loss of the margin
+    :math:`z = x_c - \log\sum_{j \ne c} e^{x_j}`, so that nothing is lost where
+    :math:`p_c` is near 1.
+
+    Args:
+        inputs: Logits of any floating-point type, with the K classes on `axis`.
+        labels: Integers of the shape of `inputs` without `axis`: the class in [0, K), or
+            `ignore_index`. Other values are an error or undefined.
+        alpha: None (default, off), a number >= 0 that multiplies every loss, or a sequence of
+            K such numbers, one per class.
+        gamma: Focusing parameter, finite, >= 0; 0 is cross entropy. Default 2.
+        reduction: "none" (default), "mean" over the labels that are not ignored (not divided
+            by the alphas), or "sum".
+        ignore_index: Label that has no loss, no gradient and does not count. Default -100.
+        axis: The class axis. Default -1; image logits (N, K, H, W) have it at 1.
+
+    Returns:
+        The loss: the shape of `labels` and the type of `inputs` for "none", else a scalar
+        (float32 where `inputs` is a half type).
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: shapes do not fit, a number is out of range, or the reduction is unknown.
+
+    Example:
+        >>> import numpy as np
+        >>> from focal.numpy import softmax_focal_loss
+        >>> softmax_focal_loss(np.array([[2.0, 0.5, -1.0]]), np.array([0])).round(6)
+        array([0.011092])
+
+    Source: Lin et al. 2017, equation 4, with the softmax of its footnote in section 3;
+    `ignore_index` as in `torch.nn.functional.cross_entropy`.
+    """
+    name = "softmax_focal_loss"
+    checks.check_choice(name, "reduction", reduction, checks.REDUCTIONS)
+    formula = SigmoidFocal(None, checks.check_gamma(name, gamma))
+    x, labels, alphas = _softmax_arguments(xp, name, inputs, labels, alpha, ignore_index, axis)
+    valid = labels != ignore_index
+    at = xp.where(valid, labels, xp.zeros_like(labels))
+    z = -xp.logsumexp(_others(xp, x, at, valid))
+    losses = xp.where(valid, xp.pointwise(formula, z, 1.0), xp.zeros_like(z))
+    losses = _times_alphas(xp, losses, alphas, at)
+    if reduction == "none":
+        return xp.astype(losses, inputs.dtype)
+    total = xp.sum(losses)
+    if reduction == "sum":
+        return total
+    return total / xp.maximum(xp.sum(xp.astype(valid, total.dtype)), 1)
+
+
+def softmax_focal_loss_grad(
+    xp: Namespace,
+    inputs: Array,
+    labels: Array,
+    alpha: float | Sequence[float] | None = None,
+    gamma: float = 2.0,
+    *,
+    ignore_index: int = -100,
+    axis: int = -1,
+) -> Array:
+    r"""Gradient of the unreduced :func:`softmax_focal_loss` in its logits.
+
+    With the margin z of the label c and FL' its derivative,
+
+    .. math:: \mathrm{FL}'(z) \left(e_c - (1 - e_c) \odot \mathrm{softmax}_{j \ne c}(x)\right)
+
+    Args:
+        inputs: Logits of any floating-point type, with the K classes on `axis`.
+        labels: Integers of the shape of `inputs` without `axis`, or `ignore_index`.
+        alpha: As in :func:`softmax_focal_loss`.
+        gamma: As in :func:`softmax_focal_loss`.
+        ignore_index: As in :func:`softmax_focal_loss`.
+        axis: The class axis. Default -1.
+
+    Returns:
+        The gradient of each loss in its own K logits, with the shape and type of `inputs`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: shapes do not fit or a number is out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> from focal.numpy import softmax_focal_loss_grad
+        >>> softmax_focal_loss_grad(np.array([[0.0, 0.0]]), np.array([0]), gamma=0)
+        array([[-0.5,  0.5]])
+
+    Source: chain rule on equation 4 of Lin et al. 2017; docs/math.md derives it.
+    """
+    name = "softmax_focal_loss_grad"
+    formula = SigmoidFocal(None, checks.check_gamma(name, gamma))
+    x, labels, alphas = _softmax_arguments(xp, name, inputs, labels, alpha, ignore_index, axis)
+    valid = labels != ignore_index
+    at = xp.where(valid, labels, xp.zeros_like(labels))
+    others = _others(xp, x, at, valid)
+    z = -xp.logsumexp(others)
+    _, slope = formula.value_and_grad(xp, z, 1.0)
+    slope = _times_alphas(xp, xp.where(valid, slope, xp.zeros_like(slope)), alphas, at)
+    slope = slope[..., None]
+    grad = xp.put_along_axis(-slope * xp.exp(others + z[..., None]), at[..., None], slope)
+    return xp.astype(xp.moveaxis(grad, -1, axis), inputs.dtype)
+
+
+def _softmax_arguments(
+    xp: Namespace,
+    name: str,
+    inputs: Array,
+    labels: Array,
+    alpha: float | Sequence[float] | None,
+    ignore_index: int,
+    axis: int,
+) -> tuple[Array, Array, tuple[float, ...] | float | None]:
+    """The logits in a wide type with the classes last, the labels, the checked alphas."""
+    inputs = checks.check_floating(xp, name, "inputs", inputs)
+    labels = checks.check_labels(xp, name, "labels", labels)
+    checks.check_integer(name, "ignore_index", ignore_index, low=-(2**63))
+    shape = tuple(inputs.shape)
+    if isinstance(axis, bool) or not isinstance(axis, int):
+        raise TypeError(f"{name}: axis must be an integer; got {axis!r}")
+    if not -len(shape) <= axis < len(shape):
+        raise ValueError(f"{name}: axis must be an axis of inputs {shape}; got {axis}")
+    axis %= len(shape)
+    classes = shape[axis]
+    checks.check_shape(
+        name, "labels", labels, shape[:axis] + shape[axis + 1 :], "inputs.shape without axis"
+    )
+    alphas: tuple[float, ...] | float | None = None
+    if isinstance(alpha, (list, tuple)):
+        alphas = tuple(checks.check_number(name, "alpha", a, low=0) for a in alpha)
+        if len(alphas) != classes:
+            raise ValueError(
+                f"{name}: alpha must have one number per class ({classes}); got {len(alphas)}"
+            )
+    elif alpha is not None:
+        alphas = checks.check_number(name, "alpha", alpha, low=0)
+    x = xp.moveaxis(xp.astype(inputs, checks.wide_type(xp, inputs)), axis, -1)
+    return x, labels, alphas
+
+
+def _others(xp: Namespace, x: Array, at: Array, valid: Array) -> Array:
+    """x_j - x_c, with the label's own entry out of the race and ignored rows at zero.
+
+    Subtracting first keeps the margin's digits when all logits are large. The least finite
+    number stands for -inf, which would turn into NaN where there is only one class.
+    """
+    c = at[..., None]
+    own = xp.take_along_axis(x, c, -1)
+    out = xp.zeros_like(own) + xp.finfo(x.dtype).min
+    return xp.keep_rows(xp.put_along_axis(x - own, c, out), valid)
+
+
+def _times_alphas(
+    xp: Namespace, values: Array, alphas: tuple[float, ...] | float | None, at: Array
+) -> Array:
+    if alphas is None:
+        return values
+    if isinstance(alphas, float):
+        return values * alphas
+    table = xp.zeros_like(values)
+    for index, alpha in enumerate(alphas):
+        table = xp.where(at == index, xp.zeros_like(values) + alpha, table)
+    return values * table

@@ -1,0 +1,316 @@
+"""Which anchor learns what: matching, target assignment, and the sampling baselines."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from focal.core import checks
+from focal.core.boxes import Weights, encode_boxes
+from focal.core.namespace import Array, Namespace
+from focal.core.nms import suppress
+
+__all__ = ["assign_targets", "hard_example_mask", "match_anchors", "subsample"]
+
+
+def match_anchors(
+    xp: Namespace,
+    anchors: Array,
+    boxes: Array,
+    foreground: float = 0.5,
+    background: float = 0.4,
+    allow_low_quality: bool | float = False,
+) -> Array:
+    """The box that each anchor is to predict.
+
+    An anchor belongs to the box with which its IoU is greatest (the first of equals) if that
+    is at least `foreground`; it is background if it is below `background`, ignored between.
+
+    Args:
+        anchors: (N, 4) as (x1, y1, x2, y2) in pixels, floating-point.
+        boxes: (M, 4), or (..., M, 4) for a batch; M may be 0. Boxes without area match
+            nothing, so a list may be padded with zeros.
+        foreground: Least IoU of a match, in [0, 1]. Default 0.5.
+        background: IoU below which an anchor is background, in [0, foreground]. Default 0.4.
+        allow_low_quality: Also match the anchors whose IoU with a box is the greatest that the
+            box has with any anchor, if that is above 0 (True) or at least the number given.
+            They keep the box that is best for them. Default False, as in the paper.
+
+    Returns:
+        (N,) or (..., N) integers: the index of the matched box, -1 background, -2 ignored.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: a last axis is not 4, or a threshold is out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> from focal.numpy import match_anchors
+        >>> anchors = np.array([[0.0, 0, 10, 10], [0, 0, 10, 22], [50, 50, 60, 60]])
+        >>> match_anchors(anchors, np.array([[0.0, 0.0, 10.0, 10.0]]))
+        array([ 0, -2, -1])
+
+    Source: Lin et al. 2017, section 4, "Anchors"; low-quality matches as in torchvision and
+    detectron2.
+    """
+    name = "match_anchors"
+    anchors = checks.check_boxes(xp, name, "anchors", anchors)
+    if len(anchors.shape) != 2:
+        raise ValueError(f"{name}: anchors must have shape (N, 4); got {tuple(anchors.shape)}")
+    boxes = checks.check_boxes(xp, name, "boxes", boxes, at_least_2d=True)
+    foreground = checks.check_number(name, "foreground", foreground, 0, 1)
+    background = checks.check_number(name, "background", background, 0, foreground)
+    floor = _low_quality_floor(name, allow_low_quality)
+
+    x1, y1, x2, y2 = (anchors[:, i] for i in range(4))
+    areas = (x2 - x1) * (y2 - y1)
+    tiny = xp.finfo(anchors.dtype).smallest_normal
+
+    def iou(i: int) -> Array:
+        """IoU of every anchor with box i of each list: (..., N)."""
+        bx1, by1, bx2, by2 = xp.take_box(boxes, i)
+        w = xp.maximum(xp.minimum(x2, bx2) - xp.maximum(x1, bx1), 0.0)
+        h = xp.maximum(xp.minimum(y2, by2) - xp.maximum(y1, by1), 0.0)
+        intersection = w * h
+        union = areas + (bx2 - bx1) * (by2 - by1) - intersection
+        return intersection / xp.maximum(union, tiny)
+
+    # One box at a time: the N x M table of overlaps is never held, only its running best.
+    def better(i: int, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        best, match = state
+        overlap = iou(i)
+        return xp.maximum(best, overlap), xp.where(overlap > best, i, match)
+
+    count = boxes.shape[-2]
+    shape = (*boxes.shape[:-2], anchors.shape[0])
+    best = xp.astype(xp.constant(np.zeros(shape, np.float32), boxes), anchors.dtype)
+    match = xp.astype(best, xp.index_type)
+    best, match = xp.fori_loop(count, better, (best, match))
+
+    low_quality = best < 0
+    if floor is not None and anchors.shape[0] > 0:
+
+        def mark(i: int, marked: Array) -> Array:
+            overlap = iou(i)
+            top = xp.max(overlap, axis=-1, keepdims=True)
+            worthy = (top > 0) & (top >= floor)
+            return marked | ((overlap == top) & worthy)
+
+        low_quality = xp.fori_loop(count, mark, low_quality)
+
+    matched = low_quality | ((best >= foreground) & (best > 0))
+    # With a background threshold of 0, what overlaps nothing is still background.
+    is_background = (best < background) | (best <= 0)
+    return xp.where(matched, match, xp.where(is_background, -1, xp.zeros_like(match) - 2))
+
+
+def assign_targets(
+    xp: Namespace,
+    anchors: Array,
+    boxes: Array,
+    labels: Array,
+    foreground: float = 0.5,
+    background: float = 0.4,
+    allow_low_quality: bool | float = False,
+    weights: Weights = (1.0, 1.0, 1.0, 1.0),
+) -> tuple[Array, Array]:
+    """What each anchor is to learn: a label, and deltas to the box it matched.
+
+    Args:
+        anchors: (N, 4) as (x1, y1, x2, y2) in pixels, floating-point.
+        boxes: (M, 4), or (..., M, 4) for a batch; M may be 0, and boxes without area (padding)
+            match nothing.
+        labels: (M,) or (..., M) integers, the class of each box.
+        foreground: As in :func:`match_anchors`.
+        background: As in :func:`match_anchors`.
+        allow_low_quality: As in :func:`match_anchors`.
+        weights: As in :func:`encode_boxes`.
+
+    Returns:
+        Labels (..., N): the class, -1 background, -2 ignored, as
+        :func:`sparse_sigmoid_focal_loss` takes them; and deltas (..., N, 4), 0 where the label
+        is below 0.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: shapes do not fit, or a number is out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> from focal.numpy import assign_targets
+        >>> anchors = np.array([[0.0, 0, 10, 10], [50, 50, 60, 60]])
+        >>> labels, deltas = assign_targets(anchors, np.array([[1.0, 0, 11, 10]]), np.array([7]))
+        >>> labels, deltas[0]
+        (array([ 7, -1]), array([0.1, 0. , 0. , 0. ]))
+
+    Source: Lin et al. 2017, section 4.
+    """
+    name = "assign_targets"
+    boxes = checks.check_boxes(xp, name, "boxes", boxes, at_least_2d=True)
+    labels = checks.check_labels(xp, name, "labels", labels)
+    checks.check_shape(name, "labels", labels, tuple(boxes.shape[:-1]), "boxes.shape[:-1]")
+    weights = checks.check_weights(name, weights)
+    match = match_anchors(xp, anchors, boxes, foreground, background, allow_low_quality)
+    anchors = checks.check_boxes(xp, name, "anchors", anchors)
+    if boxes.shape[-2] == 0:
+        return xp.astype(match, labels.dtype), xp.zeros_like(match[..., None] * anchors)
+    at = xp.maximum(match, xp.zeros_like(match))
+    matched = match >= 0
+    assigned = xp.where(matched, xp.take_along_axis(labels, at, -1), xp.astype(match, labels.dtype))
+    columns = [xp.take_along_axis(boxes[..., i], at, -1) for i in range(4)]
+    deltas = encode_boxes(xp, xp.stack(columns, axis=-1), anchors, weights)
+    return assigned, xp.where(matched[..., None], deltas, xp.zeros_like(deltas))
+
+
+def subsample(
+    xp: Namespace,
+    labels: Array,
+    num_samples: int,
+    positive_fraction: float = 0.25,
+    *,
+    noise: Array | None = None,
+) -> Array:
+    """A random minibatch of anchors with a bounded share of positives; the rest is ignored.
+
+    This is how two-stage detectors meet the imbalance that focal loss meets by itself: at most
+    `positive_fraction * num_samples` positives, filled up with background.
+
+    Args:
+        labels: (..., N) integers: class >= 0, -1 background, -2 ignored.
+        num_samples: Size of the minibatch, >= 0.
+        positive_fraction: Greatest share of positives, in [0, 1]. Default 0.25, that is 1:3.
+        noise: Random numbers of the shape of `labels`, floating-point; where they are smallest
+            is taken. Default: NumPy's `default_rng(0)`, the same in every framework and at
+            every call, so pass fresh numbers at every step.
+
+    Returns:
+        (..., N) labels with -2 where not sampled.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: a number is out of range, or shapes differ.
+
+    Example:
+        >>> import numpy as np
+        >>> from focal.numpy import subsample
+        >>> labels = np.array([3, 5, -1, -1, -1, -1, -2])
+        >>> subsample(labels, 4, noise=np.arange(7.0))
+        array([ 3, -2, -1, -1, -1, -2, -2])
+
+    Source: Ren et al. 2015 (Faster R-CNN), section 3.1.3; Lin et al. 2017, section 5.
+    """
+    name = "subsample"
+    labels = checks.check_labels(xp, name, "labels", labels)
+    num_samples = checks.check_integer(name, "num_samples", num_samples, 0)
+    share = checks.check_number(name, "positive_fraction", positive_fraction, 0, 1)
+    if noise is None:
+        shape = tuple(labels.shape)
+        noise = xp.constant(np.random.default_rng(0).random(shape, np.float32), labels)
+    noise = checks.check_floating(xp, name, "noise", noise)
+    checks.check_same_shape(name, "noise", noise, "labels", labels)
+    positive, negative = labels >= 0, labels == -1
+    positive = positive & (_rank(xp, positive, noise) < int(num_samples * share))
+    taken = _count(xp, positive)
+    negative = negative & (_rank(xp, negative, noise) < num_samples - taken)
+    return xp.where(positive | negative, labels, xp.zeros_like(labels) - 2)
+
+
+def hard_example_mask(
+    xp: Namespace,
+    losses: Array,
+    num_examples: int | None = None,
+    *,
+    positive: Array | None = None,
+    negative_ratio: float | None = None,
+    boxes: Array | None = None,
+    iou_threshold: float | None = None,
+) -> Array:
+    """Online hard example mining: the examples with the greatest losses.
+
+    With `boxes` and `iou_threshold`, greedy NMS by loss first leaves one example of each heap.
+    With `positive` and `negative_ratio`, positives and negatives are then taken, hardest
+    first, in the proportion 1 : negative_ratio (the SSD variant; 3 in the paper).
+
+    Args:
+        losses: (N,) loss of each example, floating-point.
+        num_examples: Greatest number taken, >= 0; None: no limit.
+        positive: (N,) booleans; needed for `negative_ratio`.
+        negative_ratio: Negatives taken per positive, >= 0. With `num_examples`, at most
+            num_examples / (1 + negative_ratio) positives are taken.
+        boxes: (N, 4) as (x1, y1, x2, y2) in pixels; needed for `iou_threshold`.
+        iou_threshold: IoU above which the example of smaller loss is dropped, in [0, 1].
+
+    Returns:
+        (N,) booleans, true where the example is taken. Of equal losses the first is taken.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: shapes do not fit, a number is out of range, or only one of a pair of
+            arguments was given.
+
+    Example:
+        >>> import numpy as np
+        >>> from focal.numpy import hard_example_mask
+        >>> hard_example_mask(np.array([0.1, 0.9, 0.5, 0.2]), 2)
+        array([False,  True,  True, False])
+
+    Source: Shrivastava et al. 2016 (OHEM); Liu et al. 2016 (SSD); Lin et al. 2017, Table 1d.
+    """
+    name = "hard_example_mask"
+    losses = checks.check_floating(xp, name, "losses", losses)
+    if len(losses.shape) != 1:
+        raise ValueError(f"{name}: losses must have shape (N,); got {tuple(losses.shape)}")
+    limit = None
+    if num_examples is not None:
+        limit = checks.check_integer(name, "num_examples", num_examples, 0)
+    _both_or_none(name, "boxes", boxes, "iou_threshold", iou_threshold)
+    candidates = losses == losses
+    if boxes is not None:
+        boxes = checks.check_boxes(xp, name, "boxes", boxes)
+        checks.check_shape(name, "boxes", boxes, (losses.shape[0], 4), "(N, 4)")
+        threshold = checks.check_number(name, "iou_threshold", iou_threshold, 0, 1)
+        order = xp.argsort(-losses, stable=True)
+        keep = suppress(xp, boxes[order], None, threshold)
+        candidates = candidates & keep[xp.argsort(order, stable=True)]
+    _both_or_none(name, "positive", positive, "negative_ratio", negative_ratio)
+    if negative_ratio is None:
+        hardness = _rank(xp, candidates, -losses)
+        return candidates if limit is None else candidates & (hardness < limit)
+
+    proportion = checks.check_number(name, "negative_ratio", negative_ratio, low=0)
+    positive = checks.check_real(xp, name, "positive", positive)
+    checks.check_same_shape(name, "positive", positive, "losses", losses)
+    is_positive = xp.astype(positive, losses.dtype) > 0
+    hard_positive = candidates & is_positive
+    if limit is not None:
+        most = math.floor(limit / (1 + proportion))
+        hard_positive = hard_positive & (_rank(xp, hard_positive, -losses) < most)
+    quota = xp.astype(_count(xp, hard_positive), losses.dtype) * proportion
+    hard_negative = candidates & ~is_positive
+    rank = xp.astype(_rank(xp, hard_negative, -losses), losses.dtype)
+    return hard_positive | (hard_negative & (rank + 1 <= quota))
+
+
+def _low_quality_floor(name: str, allow_low_quality: bool | float) -> float | None:
+    if allow_low_quality is False or allow_low_quality is None:
+        return None
+    if allow_low_quality is True:
+        return 0.0
+    return checks.check_number(name, "allow_low_quality", allow_low_quality, 0, 1)
+
+
+def _rank(xp: Namespace, mask: Array, keys: Array) -> Array:
+    """Place of each element among those of the mask by rising key, on the last axis."""
+    last = xp.where(mask, keys, xp.zeros_like(keys) + math.inf)
+    return xp.argsort(xp.argsort(last, axis=-1, stable=True), axis=-1, stable=True)
+
+
+def _count(xp: Namespace, mask: Array) -> Array:
+    return xp.sum(xp.astype(mask, xp.index_type), axis=-1, keepdims=True)
+
+
+def _both_or_none(name: str, a: str, a_value: object, b: str, b_value: object) -> None:
+    if (a_value is None) != (b_value is None):
+        given, missing = (a, b) if b_value is None else (b, a)
+        raise ValueError(f"{name}: {given} needs {missing}, which is None")

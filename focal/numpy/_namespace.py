@@ -1,0 +1,132 @@
+"""The core's array namespace on NumPy."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+from numpy import (  # noqa: F401  (the standard part of the namespace)
+    abs,
+    any,
+    argsort,
+    astype,
+    concat,
+    exp,
+    finfo,
+    float32,
+    isdtype,
+    log,
+    log1p,
+    max,
+    maximum,
+    minimum,
+    moveaxis,
+    sqrt,
+    stack,
+    sum,
+    take_along_axis,
+    where,
+    zeros_like,
+)
+from numpy import int64 as index_type  # noqa: F401
+
+from focal.core.namespace import Array, Formula, Namespace
+
+xp = cast(Namespace, sys.modules[__name__])
+
+array_name = "array-like"
+
+
+def to_array(value: object) -> Array | None:
+    """Arrays, numbers and nested sequences of numbers."""
+    array = np.asarray(value)
+    return None if array.dtype == object or array.dtype.kind in "USM" else array
+
+
+def constant(value: Any, like: Array) -> Array:
+    """NumPy arrays are arrays already."""
+    return value
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x)) without overflow."""
+    e = np.exp(-np.abs(x))
+    return np.where(x >= 0, 1, e) / (1 + e)
+
+
+def softplus(x: Array) -> Array:
+    """log(1 + exp(x)) without overflow."""
+    return np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x)))
+
+
+def logsumexp(x: Array) -> Array:
+    """Over the last axis."""
+    top = np.max(x, axis=-1, keepdims=True)
+    return np.squeeze(top, -1) + np.log(np.sum(np.exp(x - top), axis=-1))
+
+
+def step(x: Array) -> Array:
+    """1 where x >= 0, else 0."""
+    return np.asarray(x >= 0).astype(x.dtype)
+
+
+def addcmul(a: Array, b: Array, c: Array) -> Array:
+    """A + b * c."""
+    return a + b * c
+
+
+def addcdiv(a: Array, b: Array, c: Array, scale: float) -> Array:
+    """A + scale * b / c."""
+    return a + scale * (b / c)
+
+
+def put_along_axis(x: Array, indices: Array, values: Array) -> Array:
+    """A copy of x with one value replaced in each row."""
+    result = np.array(x)
+    np.put_along_axis(result, indices, values, axis=-1)
+    return result
+
+
+def keep_rows(x: Array, keep: Array) -> Array:
+    """Rows that are not kept become exact zeros."""
+    return np.where(keep[..., None], x, np.zeros_like(x))
+
+
+def pointwise(formula: Formula, x: Array, t: Array) -> Array:
+    """NumPy has no autodiff: the value itself."""
+    return np.asarray(_wide_value(formula, x, t)).astype(x.dtype)
+
+
+def pointwise_sum(formula: Formula, x: Array, t: Array) -> Array:
+    """The sum of the values, in float32 or better."""
+    return np.sum(_wide_value(formula, x, t))
+
+
+def fori_loop(n: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
+    """A plain loop."""
+    for i in range(n):
+        state = body(i, state)
+    return state
+
+
+def fixed_point(step: Callable[[Array], Array], start: Array) -> Array:
+    """Repeat until nothing changes."""
+    while True:
+        following = step(start)
+        if np.array_equal(following, start):
+            return following
+        start = following
+
+
+def take_box(boxes: Array, i: int) -> tuple[Array, ...]:
+    """x1, y1, x2, y2 of box i of each list."""
+    return tuple(boxes[..., i, k : k + 1] for k in range(4))
+
+
+def _wide_value(formula: Formula, x: Array, t: Array) -> Array:
+    wide = np.float32 if np.finfo(x.dtype).bits < 32 else x.dtype
+    if isinstance(t, np.ndarray) and t.shape == x.shape:
+        t = t.astype(wide)
+    return formula.value(xp, x.astype(wide), t)

@@ -1,0 +1,1 @@
+"""The reference RetinaNet: one detector, the same in every framework."""

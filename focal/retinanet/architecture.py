@@ -1,0 +1,77 @@
+"""The facts of the backbones and their normalisation, shared by the networks of all frameworks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+__all__ = ["BACKBONES", "NORM_EPS", "Backbone", "norm_groups"]
+
+NORM_EPS = 1e-5
+"""Added to the variance by every normalisation, batch or group."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A residual network: a stem of stride 2 and four stages, whose outputs are C2 to C5.
+
+    Attributes:
+        block: "basic" is two 3x3 convolutions; "bottleneck" is 1x1, 3x3 (with the stride), 1x1.
+        depths: blocks in each stage.
+        widths: width of each stage, as the ResNet paper counts it.
+        strides: stride of the first block of each stage.
+        groups: groups of the bottleneck's 3x3 convolution (ResNeXt).
+        width_per_group: channels of one such group in the first stage.
+        stem_channels: filters of the stem.
+        stem_kernel: side of the stem's filters.
+        stem_pool: whether a 3x3 max-pool of stride 2 follows the stem.
+    """
+
+    block: Literal["basic", "bottleneck"]
+    depths: tuple[int, int, int, int]
+    widths: tuple[int, int, int, int] = (64, 128, 256, 512)
+    strides: tuple[int, int, int, int] = (1, 2, 2, 2)
+    groups: int = 1
+    width_per_group: int = 64
+    stem_channels: int = 64
+    stem_kernel: int = 7
+    stem_pool: bool = True
+
+    @property
+    def channels(self) -> tuple[int, int, int, int]:
+        """Channels of C2, C3, C4 and C5."""
+        c2, c3, c4, c5 = self.widths
+        return (4 * c2, 4 * c3, 4 * c4, 4 * c5) if self.block == "bottleneck" else self.widths
+
+    def inner(self, width: int) -> int:
+        """Channels of the 3x3 convolution in a bottleneck of a stage of this width."""
+        return width * self.width_per_group // 64 * self.groups
+
+
+BACKBONES: Mapping[str, Backbone] = MappingProxyType(
+    {
+        # No max-pool but a stride in the first stage: C3 is at stride 8, as in the others.
+        "tiny": Backbone(
+            block="basic",
+            depths=(1, 1, 1, 1),
+            widths=(32, 64, 128, 128),
+            strides=(2, 2, 2, 2),
+            stem_channels=16,
+            stem_kernel=3,
+            stem_pool=False,
+        ),
+        "resnet18": Backbone("basic", (2, 2, 2, 2)),
+        "resnet34": Backbone("basic", (3, 4, 6, 3)),
+        "resnet50": Backbone("bottleneck", (3, 4, 6, 3)),
+        "resnet101": Backbone("bottleneck", (3, 4, 23, 3)),
+        "resnext101_32x8d": Backbone("bottleneck", (3, 4, 23, 3), groups=32, width_per_group=8),
+    }
+)
+
+
+def norm_groups(channels: int) -> int:
+    """Groups of a group normalisation: 32, or as many as divide the channels."""
+    return math.gcd(32, channels)

@@ -1,0 +1,151 @@
+"""What a RetinaNet is and how it is trained: two frozen dataclasses and their presets.
+
+Everything a run needs to be repeated is in here, in plain numbers. `RetinaNetConfig`
+describes the detector (network, anchors, target rules, loss, inference) and travels inside
+the weights file; `TrainConfig` describes one training run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from focal.core.anchors import AnchorConfig
+
+__all__ = ["RetinaNetConfig", "TrainConfig"]
+
+
+BackboneName = Literal["tiny", "resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d"]
+
+
+@dataclass(frozen=True)
+class RetinaNetConfig:
+    """The detector: network, anchors, targets, loss and inference.
+
+    The defaults are the paper's RetinaNet-50 (arXiv:1708.02002), but for the canvas.
+    """
+
+    classes: tuple[str, ...] = ()
+    """Names of the foreground classes; class index k is `classes[k]`. Their number is K."""
+    canvas: tuple[int, int] = (1024, 1024)
+    """(height, width) in pixels, multiples of the coarsest stride. Images are scaled to fit."""
+
+    # Network
+    backbone: BackboneName = "resnet50"
+    norm: Literal["batch", "frozen_batch", "group"] = "frozen_batch"
+    """Normalisation in the backbone. `frozen_batch` only makes sense with loaded weights."""
+    levels: tuple[int, ...] = (3, 4, 5, 6, 7)
+    channels: int = 256
+    p6_from: Literal["c5", "p5"] = "c5"
+    head_depth: int = 4
+    head_norm: Literal["none", "group"] = "none"
+    prior: float = 0.01
+
+    # Anchors and targets
+    anchors: AnchorConfig = field(default_factory=AnchorConfig)
+    foreground: float = 0.5
+    background: float = 0.4
+    allow_low_quality: bool | float = False
+
+    # Loss
+    alpha: float | None = 0.25
+    gamma: float = 2.0
+    box_loss: Literal["smooth_l1", "giou"] = "smooth_l1"
+    box_beta: float = 1.0
+    """Where smooth L1 turns from square to linear; 0 is L1."""
+    box_weight: float = 1.0
+    normaliser: Literal["batch", "image", "ema"] = "batch"
+    """Divide by the positives of the batch (paper), of each image, or by a running mean."""
+
+    # Inference
+    score_threshold: float = 0.05
+    candidates: int = 1000
+    """Best-scoring predictions kept per level before NMS."""
+    nms_threshold: float = 0.5
+    max_detections: int = 100
+
+    # Input: RGB in [0, 255] becomes (image / 255 - mean) / std
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    @property
+    def num_classes(self) -> int:
+        """K, the number of foreground classes; there is no background class."""
+        return len(self.classes)
+
+    def replace(self, **changes: Any) -> RetinaNetConfig:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> str:
+        """The config as JSON; `from_json` reads it back."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> RetinaNetConfig:
+        """Read what `to_json` wrote."""
+        fields = _tuples(json.loads(text))
+        return cls(**{**fields, "anchors": AnchorConfig(**fields["anchors"])})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. The defaults are the paper's schedule."""
+
+    steps: int = 90_000
+    batch_size: int = 16
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: Literal["step", "cosine"] = "step"
+    milestones: tuple[float, ...] = (60 / 90, 80 / 90)
+    """Fractions of `steps` at which the learning rate is divided by 10 (schedule "step")."""
+    warmup: int = 500
+    clip_norm: float | None = None
+    ema: float | None = None
+    """Decay of the moving average of the weights that is evaluated and saved; None: off."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto` is bfloat16 where the hardware multiplies it natively, else float32."""
+
+    # Input
+    crop: tuple[int, int] | None = None
+    """(height, width) of the training canvas; None trains on the whole canvas."""
+    zoom: tuple[float, float] = (1.0, 1.0)
+    """Range of the random scale applied before cropping."""
+    flips: Literal["none", "horizontal", "eightfold"] = "horizontal"
+    """`eightfold`: all symmetries of the square, for images that have no upright."""
+    jitter: float = 0.0
+    """Strength of the random brightness, contrast and saturation, 0 to 1."""
+    workers: int = 1
+
+    # Records
+    log_every: int = 20
+    eval_every: int = 0
+    """Steps between evaluations on the validation split; 0: only at the end."""
+    save_every: int = 500
+    seed: int = 0
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> str:
+        """The config as JSON; `from_json` reads it back."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainConfig:
+        """Read what `to_json` wrote."""
+        return cls(**_tuples(json.loads(text)))
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has lists where the dataclasses have tuples."""
+    if isinstance(value, list):
+        return tuple(_tuples(v) for v in value)
+    if isinstance(value, dict):
+        return {k: _tuples(v) for k, v in value.items()}
+    return value

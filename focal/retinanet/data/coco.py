@@ -1,0 +1,123 @@
+"""COCO JSON with a folder of images, checked as a whole before the first image is read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from focal.retinanet.data.coco_json import (
+    ImageRecord,
+    read_categories,
+    read_images,
+    read_json,
+    read_objects,
+)
+from focal.retinanet.data.dataset import Example, coco_annotation
+from focal.retinanet.data.images import DataError, exif_turns, read_image
+
+__all__ = ["CocoDataset"]
+
+
+class CocoDataset:
+    """One split of a detection set in the COCO format; a `Dataset`.
+
+    Two layouts are recognised:
+
+        root/instances_{split}.json              root/images/
+        root/annotations/instances_{split}2017.json   root/{split}2017/
+
+    Classes are the file's categories, sorted by id. Boxes are clipped to their image; those
+    without area, or wholly outside, are dropped, from the ground truth as well, and counted in
+    one line of the log. Crowd boxes are in the ground truth (where they excuse detections), but
+    not in the examples.
+
+    Raises:
+        DataError: a folder, split, file, key, id or number is missing or wrong.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], split: str) -> None:
+        root = Path(root)
+        path, self._folder = _find(root, split)
+        data = read_json(path)
+        self._file = path.name
+        self.name = f"{root.resolve().name}/{split}"
+        categories = read_categories(data, path.name)
+        self.category_ids = tuple(sorted(categories))
+        self.classes = tuple(categories[c] for c in self.category_ids)
+        self._images = read_images(data, path.name, self._folder)
+        self._objects = read_objects(data, path.name, self._images, self.category_ids)
+        rows = np.arange(len(self._images) + 1)
+        self._first = np.searchsorted(self._objects.image, rows)
+        seen = self._objects.image[~self._objects.crowd]
+        self.max_boxes = int(np.bincount(seen).max()) if len(seen) else 0
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Example:
+        """Decode one image.
+
+        Raises:
+            DataError: the file is not a readable image, or not of the size that the JSON says.
+        """
+        index = range(len(self))[index]
+        record = self._images[index]
+        image = read_image(self._folder / record.file)
+        if image.shape[:2] != (record.height, record.width):
+            raise DataError(self._wrong_size(record, image))
+        rows = np.arange(self._first[index], self._first[index + 1])
+        rows = rows[~self._objects.crowd[rows]]
+        boxes = self._objects.box[rows].astype(np.float32)
+        return Example(image, boxes, self._objects.label[rows], record.id)
+
+    def ground_truth(self) -> dict[str, Any]:
+        """The boxes as COCO's evaluation reads them: clipped, with crowds, with the file's ids."""
+        columns = [column.tolist() for column in self._objects]
+        return {
+            "images": [
+                {"id": i.id, "file_name": i.file, "height": i.height, "width": i.width}
+                for i in self._images
+            ],
+            "annotations": [
+                coco_annotation(
+                    number, self._images[image].id, self.category_ids[label], box, area, int(crowd)
+                )
+                for number, image, label, box, area, crowd in zip(*columns, strict=True)
+            ],
+            "categories": [
+                {"id": c, "name": n} for c, n in zip(self.category_ids, self.classes, strict=True)
+            ],
+        }
+
+    def _wrong_size(self, record: ImageRecord, image: np.ndarray) -> str:
+        height, width = image.shape[:2]
+        text = (
+            f"{self._file}: image id {record.id} ({record.file}): width x height is "
+            f"{record.width}x{record.height} in the JSON but {width}x{height} in the file"
+        )
+        swapped = (height, width) == (record.width, record.height)
+        if swapped and exif_turns(self._folder / record.file):
+            text += ", swapped by the EXIF orientation, which is applied"
+        return text
+
+
+def _find(root: Path, split: str) -> tuple[Path, Path]:
+    """The annotation file and the image folder of a split."""
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder")
+    found = {}
+    for path in root.glob("annotations/instances_*2017.json"):
+        year = path.stem.removeprefix("instances_")
+        found[year.removesuffix("2017")] = (path, root / year)
+    for path in root.glob("instances_*.json"):
+        found[path.stem.removeprefix("instances_")] = (path, root / "images")
+    if split not in found:
+        splits = ", ".join(sorted(found)) or "no instances_*.json"
+        raise DataError(f"{root}: no split {split!r}; found {splits}")
+    path, folder = found[split]
+    if not folder.is_dir():
+        raise DataError(f"{path.name}: its image folder {folder} does not exist")
+    return path, folder

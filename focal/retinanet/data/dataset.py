@@ -1,0 +1,85 @@
+"""What a dataset is: the interface that the loader and the evaluation ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+__all__ = ["Dataset", "Example", "coco_annotation"]
+
+
+class Example(NamedTuple):
+    """One image and its objects.
+
+    Attributes:
+        image: (H, W, 3) uint8, RGB.
+        boxes: (M, 4) float32, `(x1, y1, x2, y2)` in pixels of `image`, inside it, never empty.
+        labels: (M,) int64, the class index in [0, K) of each box.
+        image_id: the image's number in the ground truth.
+    """
+
+    image: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    image_id: int
+
+
+class Dataset(Protocol):
+    """Images with boxes, by index. A class of your own needs no more than these to be trained on.
+
+    Attributes:
+        name: what to call it in logs and tables.
+        classes: K names; label k is `classes[k]`.
+        category_ids: the K ids that `ground_truth` uses, by label.
+        max_boxes: the most boxes that any example has.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    @property
+    def category_ids(self) -> tuple[int, ...]: ...  # noqa: D102
+
+    @property
+    def max_boxes(self) -> int: ...  # noqa: D102
+
+    def __len__(self) -> int:
+        """The number of images."""
+        ...
+
+    def __getitem__(self, index: int, /) -> Example:
+        """The example at `index`, the same at every call; called from several threads at once."""
+        ...
+
+    def ground_truth(self) -> dict[str, Any]:
+        """`images`, `annotations` and `categories` in the COCO format, as `evaluate` reads them."""
+        ...
+
+
+def coco_annotation(
+    number: int,
+    image_id: int,
+    category_id: int,
+    box: Sequence[float],
+    area: float | None = None,
+    iscrowd: int = 0,
+) -> dict[str, Any]:
+    """One annotation in the COCO format, from an `(x1, y1, x2, y2)` box.
+
+    >>> coco_annotation(1, 7, 3, (10, 20, 15, 40))["bbox"]
+    [10.0, 20.0, 5.0, 20.0]
+    """
+    x1, y1, x2, y2 = (float(v) for v in box)
+    return {
+        "id": number,
+        "image_id": image_id,
+        "category_id": category_id,
+        "bbox": [x1, y1, x2 - x1, y2 - y1],
+        "area": (x2 - x1) * (y2 - y1) if area is None else float(area),
+        "iscrowd": iscrowd,
+    }

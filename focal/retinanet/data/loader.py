@@ -1,0 +1,188 @@
+"""Batches of static shape, made ahead of time by threads; batch s depends on (seed, s) alone."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from focal.retinanet.config import RetinaNetConfig, TrainConfig
+from focal.retinanet.data.dataset import Dataset, Example
+from focal.retinanet.data.transforms import augment, fit, place
+
+__all__ = ["Batch", "eval_batches", "train_batches"]
+
+_T = TypeVar("_T")
+
+# Streams of random numbers, apart from each other although they share the seed.
+_ORDER, _AUGMENT = 0, 1
+
+
+class Batch(NamedTuple):
+    """B images on a canvas of (H, W), each at the top-left corner.
+
+    Attributes:
+        images: (B, H, W, 3) uint8, RGB; the padding is the mean colour.
+        boxes: (B, M, 4) float32, `(x1, y1, x2, y2)` in canvas pixels; zeros where there is none.
+        labels: (B, M) int64, class indices; -1 where there is none.
+        sizes: (B, 2) int64, the (height, width) of the canvas that each image covers.
+        scales: (B,) float64, canvas pixels per pixel of the original image.
+        image_ids: (B,) int64; -1 for an image that only fills up the last batch.
+    """
+
+    images: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    sizes: np.ndarray
+    scales: np.ndarray
+    image_ids: np.ndarray
+
+
+def train_batches(
+    dataset: Dataset,
+    config: RetinaNetConfig,
+    train: TrainConfig,
+    start: int = 0,
+    cache_bytes: int = 2**30,
+) -> Iterator[Batch]:
+    """Augmented batches of shuffled epochs, without end.
+
+    A batch depends on the seed and its number, not on how many came before it, nor on the number
+    of workers: a run that resumes with `start` sees what it would have seen. Close the iterator,
+    or drop it, and its threads end.
+
+    Args:
+        dataset: at least one image.
+        config: its canvas and mean colour are used.
+        train: batch size, seed, workers (0: none, work in the caller), crop and augmentation.
+        start: number of the first batch.
+        cache_bytes: decoded images, scaled to the canvas, are kept in up to this much memory.
+
+    Returns:
+        Batches on a canvas of `train.crop`, no larger than `config.canvas`.
+
+    Raises:
+        ValueError: the dataset has no images. What the dataset raises reaches the consumer.
+    """
+    count, size = len(dataset), train.batch_size
+    if count == 0:
+        raise ValueError(f"train_batches: {dataset.name} has no images")
+    height, width = map(min, train.crop or config.canvas, config.canvas)
+    fitted = _FittedImages(dataset, config.canvas, cache_bytes)
+    order = functools.lru_cache(maxsize=2)(
+        lambda epoch: np.random.default_rng([train.seed, _ORDER, epoch]).permutation(count)
+    )
+
+    def item(step: int, slot: int) -> tuple[Example, float]:
+        epoch, position = divmod(step * size + slot, count)
+        example, scale = fitted[int(order(epoch)[position])]
+        rng = np.random.default_rng([train.seed, _AUGMENT, step, slot])
+        example, zoom = augment(
+            example, (height, width), train.zoom, train.flips, train.jitter, rng
+        )
+        return example, scale * zoom
+
+    def batch(step: int) -> Batch:
+        items = [item(step, slot) for slot in range(size)]
+        return _collate(items, (height, width), dataset.max_boxes, config)
+
+    return _prefetch(batch, itertools.count(start), train.workers)
+
+
+def eval_batches(
+    dataset: Dataset, config: RetinaNetConfig, batch_size: int, workers: int = 1
+) -> Iterator[Batch]:
+    """Every image once, in order, on the whole canvas.
+
+    The last batch is filled up by repeating the last image, with an image id of -1.
+    """
+    count = len(dataset)
+
+    def item(index: int) -> tuple[Example, float]:
+        example, scale = _fit(dataset[min(index, count - 1)], config.canvas)
+        return (example if index < count else example._replace(image_id=-1)), scale
+
+    def batch(first: int) -> Batch:
+        items = [item(index) for index in range(first, first + batch_size)]
+        return _collate(items, config.canvas, dataset.max_boxes, config)
+
+    return _prefetch(batch, range(0, count, batch_size), workers)
+
+
+class _FittedImages:
+    """The examples scaled to the canvas, kept in memory as far as the limit allows.
+
+    Nothing is ever thrown out: in shuffled epochs every image is as likely to be next as any
+    other, so those that came first are as good to keep as the latest.
+    """
+
+    def __init__(self, dataset: Dataset, canvas: tuple[int, int], cache_bytes: int) -> None:
+        self._dataset = dataset
+        self._canvas = canvas
+        self._free = cache_bytes
+        self._kept: dict[int, tuple[Example, float]] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, index: int) -> tuple[Example, float]:
+        kept = self._kept.get(index)
+        if kept is not None:
+            return kept
+        fitted = _fit(self._dataset[index], self._canvas)
+        with self._lock:
+            needed = fitted[0].image.nbytes
+            if index not in self._kept and needed <= self._free:
+                self._kept[index] = fitted
+                self._free -= needed
+        return fitted
+
+
+def _fit(example: Example, canvas: tuple[int, int]) -> tuple[Example, float]:
+    image, boxes, scale = fit(example.image, example.boxes, canvas)
+    return example._replace(image=image, boxes=boxes), scale
+
+
+def _collate(
+    items: list[tuple[Example, float]],
+    canvas: tuple[int, int],
+    max_boxes: int,
+    config: RetinaNetConfig,
+) -> Batch:
+    rows = max(8, -(-max_boxes // 8) * 8)  # a multiple of 8, so that few shapes are compiled
+    fill = np.rint(255 * np.array(config.mean)).astype(np.uint8)
+    boxes = np.zeros((len(items), rows, 4), np.float32)
+    labels = np.full((len(items), rows), -1, np.int64)
+    for row, (example, _) in enumerate(items):
+        boxes[row, : len(example.boxes)] = example.boxes
+        labels[row, : len(example.labels)] = example.labels
+    return Batch(
+        images=np.stack([place(example.image, canvas, fill) for example, _ in items]),
+        boxes=boxes,
+        labels=labels,
+        sizes=np.array([example.image.shape[:2] for example, _ in items], np.int64),
+        scales=np.array([scale for _, scale in items], np.float64),
+        image_ids=np.array([example.image_id for example, _ in items], np.int64),
+    )
+
+
+def _prefetch(make: Callable[[int], _T], numbers: Iterable[int], workers: int) -> Iterator[_T]:
+    """`map(make, numbers)`, in order, up to two batches per worker ahead of the consumer."""
+    if workers < 1:
+        yield from map(make, numbers)
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="focal-data")
+    waiting: deque[Future[_T]] = deque()
+    try:
+        for number in numbers:
+            waiting.append(pool.submit(make, number))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:  # also when the iterator is closed or collected
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,123 @@
+"""Average precision as COCO measures it, by pycocotools."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    ground_truth: Mapping[str, Any],
+    detections: Iterable[Mapping[str, Any]],
+    category_ids: Sequence[int],
+) -> dict[str, float]:
+    """COCO's box metrics, each in [0, 1], with at most 100 detections per image and class.
+
+    Args:
+        ground_truth: `images`, `annotations` and `categories` in the COCO format, as a dataset's
+            `ground_truth()` gives them. It is not changed.
+        detections: at most one entry per image: `image_id`, `boxes` (n, 4) as `(x1, y1, x2, y2)`
+            in pixels of the original image, `scores` (n,), `labels` (n,) class indices.
+        category_ids: the ground truth's category id of each label.
+
+    Returns:
+        "AP" (mean over IoU 0.50 to 0.95), "AP50", "AP75", "APs", "APm", "APl" (areas up to 32^2,
+        96^2 and beyond), "AR100", and "AP/<name>" for each class. A metric for which the ground
+        truth has no object is NaN.
+
+    Raises:
+        ValueError: an unknown or repeated image id, a label that is no class, a box or score
+            that is not finite, or arrays whose lengths differ.
+    """
+    names = {c["id"]: c["name"] for c in ground_truth["categories"]}
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        # Ids are numbered anew: pycocotools takes a match with an annotation of id 0 for none.
+        truth = _index(ground_truth, ground_truth["annotations"])
+        found = _index(ground_truth, _annotations(ground_truth, detections, category_ids))
+        coco = COCOeval(truth, found, "bbox")
+        coco.params.catIds = list(category_ids)
+        coco.params.maxDets = [100]
+        coco.evaluate()
+        coco.accumulate()
+    # precision: (IoU thresholds, recall points, classes, areas, 1); areas: all, s, m, l
+    precision, recall = coco.eval["precision"][..., 0], coco.eval["recall"][..., 0]
+    metrics = {
+        "AP": _mean(precision[:, :, :, 0]),
+        "AP50": _mean(precision[0, :, :, 0]),
+        "AP75": _mean(precision[5, :, :, 0]),
+        "APs": _mean(precision[:, :, :, 1]),
+        "APm": _mean(precision[:, :, :, 2]),
+        "APl": _mean(precision[:, :, :, 3]),
+        "AR100": _mean(recall[:, :, 0]),
+    }
+    for label, category in enumerate(category_ids):
+        metrics[f"AP/{names[category]}"] = _mean(precision[:, :, label, 0])
+    return metrics
+
+
+def _index(ground_truth: Mapping[str, Any], annotations: Sequence[Mapping[str, Any]]) -> COCO:
+    """A COCO object over copies of the annotations, which pycocotools writes into."""
+    coco = COCO()
+    coco.dataset = {
+        "images": ground_truth["images"],
+        "categories": ground_truth["categories"],
+        "annotations": [{**a, "id": number} for number, a in enumerate(annotations, 1)],
+    }
+    coco.createIndex()
+    return coco
+
+
+def _annotations(
+    ground_truth: Mapping[str, Any],
+    detections: Iterable[Mapping[str, Any]],
+    category_ids: Sequence[int],
+) -> list[dict[str, Any]]:
+    """Detections in the form of annotations."""
+    unseen = {image["id"] for image in ground_truth["images"]}
+    annotations = []
+    for entry in detections:
+        image_id = int(entry["image_id"])
+        if image_id not in unseen:
+            raise ValueError(f"evaluate: image_id {image_id} is unknown or comes twice")
+        unseen.remove(image_id)
+        boxes, scores, labels = (np.asarray(entry[k]) for k in ("boxes", "scores", "labels"))
+        n = len(scores)
+        if boxes.size != 4 * n or scores.shape != (n,) or labels.shape != (n,):
+            raise ValueError(
+                f"evaluate: image_id {image_id}: expected boxes (n, 4), scores (n,), labels (n,); "
+                f"got {boxes.shape}, {scores.shape}, {labels.shape}"
+            )
+        if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
+            raise ValueError(f"evaluate: image_id {image_id}: boxes and scores must be finite")
+        if n and not (labels.min() >= 0 and labels.max() < len(category_ids)):
+            raise ValueError(
+                f"evaluate: image_id {image_id}: labels must be in [0, {len(category_ids)})"
+            )
+        x1, y1, x2, y2 = boxes.reshape(n, 4).astype(np.float64).T
+        rows = np.stack([x1, y1, x2 - x1, y2 - y1], axis=1).tolist()
+        for bbox, score, label in zip(rows, scores.tolist(), labels.tolist(), strict=True):
+            annotations.append(
+                {
+                    "image_id": image_id,
+                    "category_id": category_ids[label],
+                    "bbox": bbox,
+                    "area": bbox[2] * bbox[3],
+                    "iscrowd": 0,
+                    "score": score,
+                }
+            )
+    return annotations
+
+
+def _mean(values: np.ndarray) -> float:
+    """The mean over classes that occur; COCOeval has -1 for the others."""
+    values = values[values > -1]
+    return float(values.mean()) if values.size else float("nan")

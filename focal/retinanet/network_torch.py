@@ -1,0 +1,329 @@
+"""RetinaNet in PyTorch: a residual network, a feature pyramid and two subnets.
+
+Parameters have the names and layouts of torchvision's `retinanet_resnet50_fpn` and
+`retinanet_resnet50_fpn_v2`, so that their weights load, and so that one weights file serves all
+frameworks. In shapes, N is images, A anchors in a cell and K classes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from focal.core.prior import prior_bias
+from focal.retinanet.architecture import BACKBONES, NORM_EPS, Backbone, norm_groups
+from focal.retinanet.config import RetinaNetConfig
+from focal.retinanet.weights import check_names, from_torchvision
+
+__all__ = ["RetinaNet", "build_network", "load_state", "read_torchvision", "state"]
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch normalisation as a fixed scale and shift: statistics and affine part are buffers."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x, of shape (N, channels, H, W)."""
+        # Folded, the backward pass keeps no feature map: `F.batch_norm` would keep x.
+        scale = self.weight * (self.running_var + NORM_EPS).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        # Under autocast x is of a half type and the buffers are not.
+        return torch.addcmul(shift[:, None, None], x, scale[:, None, None]).to(x.dtype)
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(norm_groups(channels), channels, eps=NORM_EPS)
+
+
+_Norm = Callable[[int], nn.Module]
+_NORMS: Mapping[str, _Norm] = {
+    "batch": partial(nn.BatchNorm2d, eps=NORM_EPS),
+    "frozen_batch": FrozenBatchNorm2d,
+    "group": _group_norm,
+}
+
+
+def _conv(
+    inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, bias: bool = False
+) -> nn.Conv2d:
+    """A convolution that keeps the size, but for its stride."""
+    return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=bias)
+
+
+def _initialise(module: nn.Module, weight: Callable[[Tensor], Tensor]) -> None:
+    """Draw the weights of all convolutions in the module with `weight`; set their biases to 0."""
+    for conv in module.modules():
+        if isinstance(conv, nn.Conv2d):
+            weight(conv.weight)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
+
+
+class BasicBlock(nn.Module):
+    """The residual block of ResNet-18 and 34: two 3x3 convolutions."""
+
+    def __init__(self, inputs: int, width: int, stride: int, net: Backbone, norm: _Norm) -> None:
+        super().__init__()
+        self.conv1 = _conv(inputs, width, 3, stride)
+        self.bn1 = norm(width)
+        self.conv2 = _conv(width, width, 3)
+        self.bn2 = norm(width)
+        self.downsample = _shortcut(inputs, width, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs, H, W) to (N, width, H / stride, W / stride)."""
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.bn2(self.conv2(y))
+        return F.relu(y + self.downsample(x), inplace=True)
+
+
+class Bottleneck(nn.Module):
+    """The residual block of the deeper networks: 1x1, 3x3 and 1x1 convolutions."""
+
+    def __init__(self, inputs: int, width: int, stride: int, net: Backbone, norm: _Norm) -> None:
+        super().__init__()
+        inner, outputs = net.inner(width), 4 * width
+        self.conv1 = _conv(inputs, inner, 1)
+        self.bn1 = norm(inner)
+        # The stride is here, not on the first convolution: ResNet "v1.5".
+        self.conv2 = _conv(inner, inner, 3, stride, net.groups)
+        self.bn2 = norm(inner)
+        self.conv3 = _conv(inner, outputs, 1)
+        self.bn3 = norm(outputs)
+        self.downsample = _shortcut(inputs, outputs, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs, H, W) to (N, 4 * width, H / stride, W / stride)."""
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
+        y = self.bn3(self.conv3(y))
+        return F.relu(y + self.downsample(x), inplace=True)
+
+
+def _shortcut(inputs: int, outputs: int, stride: int, norm: _Norm) -> nn.Module:
+    if inputs == outputs and stride == 1:
+        return nn.Identity()
+    return nn.Sequential(_conv(inputs, outputs, 1, stride), norm(outputs))
+
+
+class ResNet(nn.Module):
+    """The backbone, without its classifier."""
+
+    def __init__(self, net: Backbone, norm: _Norm) -> None:
+        super().__init__()
+        self.conv1 = _conv(3, net.stem_channels, net.stem_kernel, stride=2)
+        self.bn1 = norm(net.stem_channels)
+        self.maxpool = nn.MaxPool2d(3, 2, 1) if net.stem_pool else nn.Identity()
+
+        block = BasicBlock if net.block == "basic" else Bottleneck
+        inputs = (net.stem_channels, *net.channels)
+        self.layer1, self.layer2, self.layer3, self.layer4 = (
+            nn.Sequential(
+                block(inputs[i], net.widths[i], net.strides[i], net, norm),
+                *(block(inputs[i + 1], net.widths[i], 1, net, norm) for _ in range(1, depth)),
+            )
+            for i, depth in enumerate(net.depths)
+        )
+        _initialise(self, partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu"))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, 3, H, W) to C3, C4 and C5, at strides 8, 16 and 32."""
+        c1 = F.relu(self.bn1(self.conv1(images)), inplace=True)
+        c2 = self.layer1(self.maxpool(c1))
+        c3 = self.layer2(c2)
+        c4 = self.layer3(c3)
+        return c3, c4, self.layer4(c4)
+
+
+class FeaturePyramid(nn.Module):
+    """The feature pyramid: C3 to C5 in, the levels of the config out."""
+
+    def __init__(self, config: RetinaNetConfig, inputs: Sequence[int]) -> None:
+        super().__init__()
+        if config.levels not in ((3, 4, 5), (3, 4, 5, 6), (3, 4, 5, 6, 7)):
+            raise ValueError(f"levels must be 3 to 5, 6 or 7; got {config.levels}")
+        c = config.channels
+        self.p6_from = config.p6_from
+        self.inner_blocks = nn.ModuleList(nn.Sequential(_conv(n, c, 1, bias=True)) for n in inputs)
+        self.layer_blocks = nn.ModuleList(nn.Sequential(_conv(c, c, 3, bias=True)) for _ in inputs)
+        self.extra_blocks = nn.ModuleDict()
+        if 6 in config.levels:
+            p6_inputs = inputs[-1] if config.p6_from == "c5" else c
+            self.extra_blocks["p6"] = _conv(p6_inputs, c, 3, stride=2, bias=True)
+        if 7 in config.levels:
+            self.extra_blocks["p7"] = _conv(c, c, 3, stride=2, bias=True)
+        # Not the Gaussian of the subnets: like Detectron, keep the variance of the features.
+        _initialise(self, partial(nn.init.kaiming_uniform_, a=1))
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """C3 to C5 to P3, P4, ..., each (N, channels, H, W)."""
+        inner = [block(c) for block, c in zip(self.inner_blocks, features, strict=True)]
+        for i in (1, 0):
+            size = inner[i].shape[-2:]  # twice the coarser map, less one where that is odd
+            inner[i] = inner[i] + F.interpolate(inner[i + 1], size=size, mode="nearest")
+        levels = [block(x) for block, x in zip(self.layer_blocks, inner, strict=True)]
+        if "p6" in self.extra_blocks:
+            source = features[-1] if self.p6_from == "c5" else levels[-1]
+            levels.append(self.extra_blocks["p6"](source))
+        if "p7" in self.extra_blocks:
+            levels.append(self.extra_blocks["p7"](F.relu(levels[-1])))
+        return levels
+
+
+def _tower(config: RetinaNetConfig) -> nn.Sequential:
+    """The hidden layers of a subnet."""
+    c, normed = config.channels, config.head_norm == "group"
+    layers = nn.Sequential()
+    for _ in range(config.head_depth):
+        norm = [_group_norm(c)] if normed else []
+        layers.append(nn.Sequential(_conv(c, c, 3, bias=not normed), *norm, nn.ReLU(inplace=True)))
+    return layers
+
+
+def _per_anchor(x: Tensor, values: int) -> Tensor:
+    """(N, A * values, H, W) to (N, H * W * A, values); a view where x is channels-last."""
+    return x.permute(0, 2, 3, 1).unflatten(3, (-1, values)).flatten(1, 3)
+
+
+class ClassificationHead(nn.Module):
+    """The class subnet, with the same weights at every level."""
+
+    def __init__(self, config: RetinaNetConfig) -> None:
+        super().__init__()
+        self.num_classes = config.num_classes
+        outputs = config.anchors.per_cell * config.num_classes
+        self.conv = _tower(config)
+        self.cls_logits = _conv(config.channels, outputs, 3, bias=True)
+        _initialise(self, partial(nn.init.normal_, std=0.01))
+        # Every anchor starts as background; else the many negatives are the whole first loss.
+        nn.init.constant_(self.cls_logits.bias, prior_bias(config.prior))
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        """The levels, each (N, channels, H, W), to class logits (N, anchors, K)."""
+        logits = [_per_anchor(self.cls_logits(self.conv(x)), self.num_classes) for x in levels]
+        return torch.cat(logits, dim=1)
+
+
+class RegressionHead(nn.Module):
+    """The box subnet, with the same weights at every level."""
+
+    def __init__(self, config: RetinaNetConfig) -> None:
+        super().__init__()
+        self.conv = _tower(config)
+        self.bbox_reg = _conv(config.channels, 4 * config.anchors.per_cell, 3, bias=True)
+        _initialise(self, partial(nn.init.normal_, std=0.01))
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        """The levels, each (N, channels, H, W), to box deltas (N, anchors, 4)."""
+        return torch.cat([_per_anchor(self.bbox_reg(self.conv(x)), 4) for x in levels], dim=1)
+
+
+class RetinaNet(nn.Module):
+    """The detector of a config, from normalised images to the raw outputs for each anchor."""
+
+    def __init__(self, config: RetinaNetConfig) -> None:
+        super().__init__()
+        if not config.classes:
+            raise ValueError("RetinaNet: config.classes must name at least one class; got none")
+        net = BACKBONES[config.backbone]
+        self.backbone = nn.Sequential(
+            OrderedDict(
+                body=ResNet(net, _NORMS[config.norm]),
+                fpn=FeaturePyramid(config, net.channels[1:]),
+            )
+        )
+        self.head = nn.ModuleDict(
+            dict(
+                classification_head=ClassificationHead(config),
+                regression_head=RegressionHead(config),
+            )
+        )
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits and box deltas of every anchor.
+
+        Args:
+            images: (N, 3, H, W), normalised; any size. Channels-last is the faster layout.
+
+        Returns:
+            Class logits (N, anchors, K) and box deltas (N, anchors, 4). Anchors are ordered by
+            level, row, column, and last within the cell, as in `focal.torch.anchors`.
+        """
+        levels = self.backbone(images)
+        return self.head["classification_head"](levels), self.head["regression_head"](levels)
+
+
+def build_network(config: RetinaNetConfig, seed: int) -> RetinaNet:
+    """A network on the CPU with the initial weights of this seed; global random state is kept."""
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed GPUs as well
+        return RetinaNet(config)
+
+
+# Batch normalisation counts its batches, but computes nothing with the count, and the other
+# frameworks have none: it stays out of the weights.
+_COUNTER = "num_batches_tracked"
+
+
+def _numpy(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Contiguous float32 copies, without the counters."""
+    return {
+        name: x.detach().cpu().to(torch.float32, copy=True).contiguous().numpy()
+        for name, x in tensors.items()
+        if not name.endswith(_COUNTER)
+    }
+
+
+def state(model: RetinaNet) -> dict[str, np.ndarray]:
+    """A copy of the weights and statistics by name, as `weights.save_weights` takes them."""
+    return _numpy(model.state_dict())
+
+
+def load_state(model: RetinaNet, tensors: Mapping[str, np.ndarray]) -> None:
+    """Copy weights into the model.
+
+    Raises:
+        ValueError: a name is missing or unknown, or a shape differs.
+    """
+    own = model.state_dict()
+    check_names(tensors, {k: tuple(v.shape) for k, v in own.items() if not k.endswith(_COUNTER)})
+    model.load_state_dict({name: torch.tensor(x) for name, x in tensors.items()})
+
+
+def read_torchvision(
+    source: str | os.PathLike[str] | Mapping[str, Tensor], *, norm_eps: float = NORM_EPS
+) -> dict[str, np.ndarray]:
+    """Read a state dict of torchvision: a RetinaNet's, or a classifier's as its backbone.
+
+    To start from an ImageNet backbone: `load_state(model, state(model) | read_torchvision(path))`.
+
+    Args:
+        source: a `.pth` or `.safetensors` file, or the state dict itself.
+        norm_eps: as in `weights.from_torchvision`; 0 for the published v1, not for v2.
+    """
+    if isinstance(source, Mapping):
+        tensors = source
+    elif os.fspath(source).endswith(".safetensors"):
+        tensors = load_file(source)
+    else:
+        tensors = torch.load(source, map_location="cpu", weights_only=True)
+    return from_torchvision(_numpy(tensors), norm_eps=norm_eps)

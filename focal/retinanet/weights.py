@@ -1,0 +1,146 @@
+"""Weights files: safetensors with the config inside, the same for every framework.
+
+Names and layouts are those of torchvision's RetinaNet, convolutions (out, in, height, width).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from focal.retinanet.architecture import NORM_EPS
+from focal.retinanet.config import RetinaNetConfig
+
+__all__ = ["check_names", "from_torchvision", "load_weights", "save_weights"]
+
+FORMAT = "focal.retinanet"
+VERSION = "1"
+
+
+def save_weights(
+    path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], config: RetinaNetConfig
+) -> None:
+    """Write the tensors and the config to a file, whole or not at all.
+
+    Args:
+        path: the file, replaced if it exists. Its folder must exist.
+        tensors: arrays by name, in any memory layout.
+        config: the detector that they belong to.
+    """
+    path = Path(path)
+    metadata = {"format": FORMAT, "version": VERSION, "config": config.to_json()}
+    # safetensors writes the buffer of an array as it lies.
+    data = save({name: np.asarray(x, order="C") for name, x in tensors.items()}, metadata)
+    # In the same folder, since a rename across file systems is a copy, which can be cut short.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], RetinaNetConfig]:
+    """Read a file of `save_weights`.
+
+    Returns:
+        The arrays by name, and the config.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a complete weights file of this library, in a version known here.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a weights file; found none")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected a whole safetensors file; {error}") from error
+    found = metadata.get("format"), metadata.get("version")
+    if found != (FORMAT, VERSION):
+        raise ValueError(
+            f"{path}: expected format {FORMAT!r}, version {VERSION!r}, in the metadata; "
+            f"found format {found[0]!r}, version {found[1]!r}"
+        )
+    try:
+        return tensors, RetinaNetConfig.from_json(metadata["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected a RetinaNetConfig inside; {error!r}") from error
+
+
+def check_names(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Sequence[int]]) -> None:
+    """Check that the tensors are those of a network, by name and shape.
+
+    Args:
+        tensors: arrays by name.
+        expected: the shapes of the network's tensors by name.
+
+    Raises:
+        ValueError: a name is missing or unexpected, or a shape differs.
+    """
+    problems = {
+        "missing": [name for name in expected if name not in tensors],
+        "unexpected": [name for name in tensors if name not in expected],
+        "of another shape": [
+            f"{name} {tuple(tensors[name].shape)} for {tuple(shape)}"
+            for name, shape in expected.items()
+            if name in tensors and tuple(tensors[name].shape) != tuple(shape)
+        ],
+    }
+    found = [
+        f"{len(names)} {problem} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for problem, names in problems.items()
+        if names
+    ]
+    if found:
+        raise ValueError(f"the weights are not those of this network: {'; '.join(found)}")
+
+
+def from_torchvision(
+    tensors: Mapping[str, np.ndarray], *, norm_eps: float = NORM_EPS
+) -> dict[str, np.ndarray]:
+    """The weights of a torchvision RetinaNet, or of a ResNet as its backbone, under our names.
+
+    Args:
+        tensors: the arrays of torchvision's state dict, of any of its versions.
+        norm_eps: what the batch normalisations of that network add to the variance. It is 0 in
+            the published `retinanet_resnet50_fpn`, though not in `_v2`.
+
+    Returns:
+        The arrays by name; a classifier's last layer and the counters of batches are left out.
+    """
+    renamed = {
+        _current_name(name): x
+        for name, x in tensors.items()
+        if not name.startswith("fc.") and not name.endswith("num_batches_tracked")
+    }
+    if norm_eps != NORM_EPS:
+        # All our networks have one epsilon, so the weight beside it takes up the difference.
+        for name, var in list(renamed.items()):
+            if name.endswith("running_var"):
+                weight = name.replace("running_var", "weight")
+                renamed[weight] = renamed[weight] * np.sqrt((var + NORM_EPS) / (var + norm_eps))
+    return renamed
+
+
+def _current_name(name: str) -> str:
+    """Our name, which is the one in torchvision today; its published v1 file has older ones."""
+    name = re.sub(r"(fpn\.\w+_blocks\.\d)\.(weight|bias)$", r"\1.0.\2", name)
+    name = re.sub(
+        r"(_head\.conv)\.(\d)\.(weight|bias)$",
+        lambda m: f"{m[1]}.{int(m[2]) // 2}.0.{m[3]}",  # convolutions alternated with ReLUs
+        name,
+    )
+    return name if name.startswith(("backbone.", "head.")) else f"backbone.body.{name}"

@@ -1,0 +1,452 @@
+"""The PyTorch network: torchvision's names, shapes and order; the paper's initial weights."""
+
+import math
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+import torch
+
+from focal.core.anchors import AnchorConfig
+from focal.retinanet.architecture import BACKBONES
+from focal.retinanet.config import RetinaNetConfig
+from focal.retinanet.network_torch import (
+    FrozenBatchNorm2d,
+    RetinaNet,
+    build_network,
+    load_state,
+    read_torchvision,
+    state,
+)
+from focal.retinanet.weights import load_weights, save_weights
+
+COCO = tuple(f"class {i}" for i in range(91))  # torchvision counts a background
+V1 = RetinaNetConfig(classes=COCO, norm="frozen_batch", p6_from="p5")
+V2 = RetinaNetConfig(classes=COCO, norm="batch", p6_from="c5", head_norm="group")
+TINY = RetinaNetConfig(
+    classes=("a", "b", "c"),
+    backbone="tiny",
+    norm="batch",
+    levels=(3, 4, 5),
+    channels=64,
+    head_depth=2,
+)
+SMALL = TINY.replace(channels=16, head_depth=1, levels=(3, 4, 5, 6, 7))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A tiny network in evaluation mode; not to be changed."""
+    return build_network(TINY, seed=0).eval()
+
+
+def meta(config):
+    """The network without memory for its weights: names and shapes only."""
+    with torch.device("meta"):
+        return RetinaNet(config)
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def images(*size, seed=0):
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
+
+
+# Names, shapes and totals
+
+
+def torchvision_shapes(v2):
+    """The state dict of torchvision's ResNet-50 RetinaNets, from its published architecture."""
+    shapes = {}
+
+    def conv(name, inputs, outputs, kernel, bias):
+        shapes[f"{name}.weight"] = (outputs, inputs, kernel, kernel)
+        if bias:
+            shapes[f"{name}.bias"] = (outputs,)
+
+    def norm(name, channels):
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{name}.{part}"] = (channels,)
+        if v2:
+            shapes[f"{name}.num_batches_tracked"] = ()
+
+    conv("backbone.body.conv1", 3, 64, 7, False)
+    norm("backbone.body.bn1", 64)
+    inputs = 64
+    for stage, (blocks, width) in enumerate(((3, 64), (4, 128), (6, 256), (3, 512)), start=1):
+        for block in range(blocks):
+            name = f"backbone.body.layer{stage}.{block}"
+            sizes = ((inputs, width, 1), (width, width, 3), (width, 4 * width, 1))
+            for i, size in enumerate(sizes, start=1):
+                conv(f"{name}.conv{i}", *size, False)
+                norm(f"{name}.bn{i}", size[1])
+            if block == 0:
+                conv(f"{name}.downsample.0", inputs, 4 * width, 1, False)
+                norm(f"{name}.downsample.1", 4 * width)
+            inputs = 4 * width
+    for i, inputs in enumerate((512, 1024, 2048)):
+        conv(f"backbone.fpn.inner_blocks.{i}.0", inputs, 256, 1, True)
+        conv(f"backbone.fpn.layer_blocks.{i}.0", 256, 256, 3, True)
+    conv("backbone.fpn.extra_blocks.p6", 2048 if v2 else 256, 256, 3, True)
+    conv("backbone.fpn.extra_blocks.p7", 256, 256, 3, True)
+    for head, last, outputs in (
+        ("classification_head", "cls_logits", 9 * 91),
+        ("regression_head", "bbox_reg", 9 * 4),
+    ):
+        for i in range(4):
+            conv(f"head.{head}.conv.{i}.0", 256, 256, 3, not v2)
+            if v2:
+                shapes[f"head.{head}.conv.{i}.1.weight"] = (256,)
+                shapes[f"head.{head}.conv.{i}.1.bias"] = (256,)
+        conv(f"head.{head}.{last}", 256, outputs, 3, True)
+    return shapes
+
+
+@pytest.mark.parametrize(("config", "v2"), [(V1, False), (V2, True)])
+def test_names_and_shapes_are_torchvisions(config, v2):
+    own = {name: tuple(x.shape) for name, x in meta(config).state_dict().items()}
+    assert own == torchvision_shapes(v2)
+
+
+def test_parameter_totals_are_the_published_ones():
+    # torchvision's count is of parameters. In v1 the norms are frozen, hence buffers, and not in
+    # the count: as batch norms they are 53,120 parameters more. In v2 they are in it.
+    assert parameters(meta(V1)) == 34_014_999
+    assert parameters(meta(V1.replace(norm="batch"))) == 34_014_999 + 53_120
+    assert parameters(meta(V2)) == 38_198_935
+
+
+@pytest.mark.parametrize(
+    ("backbone", "classifier"),
+    [
+        ("resnet18", 11_689_512),
+        ("resnet34", 21_797_672),
+        ("resnet50", 25_557_032),
+        ("resnet101", 44_549_160),
+        ("resnext101_32x8d", 88_791_336),
+    ],
+)
+def test_backbones_are_the_published_classifiers_without_their_last_layer(backbone, classifier):
+    body = meta(V2.replace(backbone=backbone)).backbone.body
+    last_layer = 1000 * (BACKBONES[backbone].channels[-1] + 1)
+    assert parameters(body) == classifier - last_layer
+
+
+def test_tiny_is_tiny(tiny):
+    assert parameters(tiny) == 930_447
+
+
+def test_group_norm_needs_no_statistics():
+    names = meta(TINY.replace(norm="group")).state_dict()
+    assert not any("running" in name for name in names)
+    assert "backbone.body.layer1.0.downsample.1.weight" in names
+
+
+# Outputs
+
+
+@pytest.mark.parametrize("size", [(64, 64), (75, 101), (129, 97)])
+@pytest.mark.parametrize("levels", [(3, 4, 5), (3, 4, 5, 6), (3, 4, 5, 6, 7)])
+@pytest.mark.parametrize("p6_from", ["c5", "p5"])
+def test_every_cell_has_its_anchors(size, levels, p6_from):
+    model = build_network(SMALL.replace(levels=levels, p6_from=p6_from), seed=0).eval()
+    logits, deltas = model(images(2, 3, *size))
+    cells = sum(math.ceil(size[0] / 2**n) * math.ceil(size[1] / 2**n) for n in levels)
+    assert logits.shape == (2, 9 * cells, 3)
+    assert deltas.shape == (2, 9 * cells, 4)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+def test_larger_backbones_run(backbone):
+    model = build_network(SMALL.replace(backbone=backbone, norm="frozen_batch"), seed=0)
+    logits, deltas = model(images(1, 3, 65, 40))
+    assert logits.shape == (1, 9 * (9 * 5 + 5 * 3 + 3 * 2 + 2 + 1), 3)
+    assert logits.isfinite().all() and deltas.isfinite().all()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_order_is_level_row_column_anchor(memory_format):
+    config = SMALL.replace(head_depth=0, anchors=AnchorConfig(scales=(1.0,), ratios=(0.5, 2.0)))
+    head = build_network(config, seed=0).head
+    # A head that adds to each output channel a code of its own: the channels of one anchor are
+    # neighbours. The maps hold a code of level, row and column.
+    for last in (head.classification_head.cls_logits, head.regression_head.bbox_reg):
+        torch.nn.init.zeros_(last.weight)
+        last.weight.data[:, 0, 1, 1] = 1
+        last.bias.data = torch.arange(float(last.out_channels))
+    sizes = ((3, 5), (2, 3), (1, 2))
+    levels = []
+    for level, (height, width) in enumerate(sizes):
+        rows, columns = torch.arange(height)[:, None], torch.arange(width)
+        code = 10_000 * level + 1_000 * rows + 100 * columns
+        levels.append(
+            code.expand(2, 16, height, width).float().contiguous(memory_format=memory_format)
+        )
+    for subnet, values in (("classification_head", 3), ("regression_head", 4)):
+        expected = [
+            [10_000 * level + 1_000 * row + 100 * column + values * a + v for v in range(values)]
+            for level, (height, width) in enumerate(sizes)
+            for row in range(height)
+            for column in range(width)
+            for a in range(2)
+        ]
+        out = head[subnet](levels)
+        np.testing.assert_array_equal(out.detach().numpy(), [expected, expected])
+
+
+def test_memory_format_changes_nothing(tiny):
+    x = images(2, 3, 64, 96)
+    for plain, last in zip(tiny(x), tiny(x.to(memory_format=torch.channels_last)), strict=True):
+        torch.testing.assert_close(plain, last, atol=1e-5, rtol=1e-5)
+
+
+def test_an_empty_batch(tiny):
+    logits, deltas = tiny(images(0, 3, 64, 64))
+    assert logits.shape == (0, 9 * 84, 3) and deltas.shape == (0, 9 * 84, 4)
+
+
+def test_p6_source_is_the_configs():
+    for source, channels in (("c5", 128), ("p5", 16)):
+        p6 = meta(SMALL.replace(p6_from=source)).backbone.fpn.extra_blocks["p6"]
+        assert p6.in_channels == channels
+
+
+def test_p7_is_from_the_rectified_p6_and_p6_stays_as_it_is():
+    fpn = build_network(SMALL, seed=0).backbone.fpn
+    features = [images(1, c, s, s, seed=c) for c, s in ((64, 8), (128, 4), (128, 2))]
+    *_, p6, p7 = fpn(features)
+    assert (p6 < 0).any()
+    torch.testing.assert_close(p7, fpn.extra_blocks["p7"](p6.clamp(min=0)))
+
+
+def test_the_pyramid_upsamples_to_odd_sizes_by_nearest():
+    fpn = build_network(TINY.replace(channels=8), seed=0).backbone.fpn
+    features = [images(1, c, s, s, seed=s) for c, s in ((64, 9), (128, 5), (128, 3))]
+    inner = [block(c) for block, c in zip(fpn.inner_blocks, features, strict=True)]
+    index = torch.arange(5) * 3 // 5
+    p4 = fpn.layer_blocks[1](inner[1] + inner[2][:, :, index][:, :, :, index])
+    torch.testing.assert_close(fpn(features)[1], p4)
+
+
+def test_every_parameter_learns():
+    model = build_network(SMALL.replace(head_norm="group"), seed=0)
+    logits, deltas = model(images(2, 3, 128, 128))
+    (logits.square().sum() + deltas.square().sum()).backward()
+    assert [name for name, p in model.named_parameters() if not p.grad.abs().sum() > 0] == []
+
+
+@pytest.mark.parametrize("norm", ["batch", "frozen_batch", "group"])
+def test_half_precision_stays_near(norm):
+    model = build_network(TINY.replace(norm=norm), seed=0).eval()
+    x = images(2, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(x)
+    for full, low in zip(model(x), half, strict=True):
+        assert low.dtype == torch.bfloat16
+        # The logits lie at -4.6, where bfloat16 has steps of 1/32.
+        torch.testing.assert_close(low.float(), full, atol=0.05, rtol=0)
+
+
+def test_it_is_captured_as_one_graph(tiny):
+    x = images(2, 3, 65, 64)
+    expected = tiny(x)
+    compiled = torch.compile(tiny, backend="eager", fullgraph=True)
+    exported = torch.export.export(tiny, (x,)).module()
+    for run in (compiled, exported):
+        for a, b in zip(run(x), expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classes": ()}, "at least one class; got none"),
+        ({"levels": (3, 4)}, r"levels must be 3 to 5, 6 or 7; got \(3, 4\)"),
+        ({"levels": (2, 3, 4, 5)}, "levels must be"),
+    ],
+)
+def test_impossible_configs_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        meta(TINY.replace(**change))
+
+
+# Normalisation
+
+
+def test_frozen_batch_norm_is_batch_norm_in_evaluation():
+    norm, frozen = torch.nn.BatchNorm2d(6).eval(), FrozenBatchNorm2d(6)
+    tensors = {name: images(6, seed=i) for i, name in enumerate(frozen.state_dict())}
+    tensors["running_var"] = tensors["running_var"].abs()
+    norm.load_state_dict(tensors)
+    frozen.load_state_dict(tensors)
+    x = 3 + images(2, 6, 5, 4)
+    torch.testing.assert_close(frozen(x), norm(x))
+    x = x.to(memory_format=torch.channels_last)
+    assert frozen(x).is_contiguous(memory_format=torch.channels_last)
+    assert frozen(x.bfloat16()).dtype == torch.bfloat16
+    assert not list(frozen.parameters())
+
+
+# Initial weights
+
+
+def test_the_first_probability_is_the_prior():
+    for prior in (0.01, 0.1):
+        model = build_network(TINY.replace(prior=prior), seed=0)
+        bias = model.head.classification_head.cls_logits.bias
+        torch.testing.assert_close(bias, torch.full_like(bias, -math.log((1 - prior) / prior)))
+        logits, deltas = model(images(2, 3, 64, 64))
+        assert logits.sigmoid().mean().item() == pytest.approx(prior, rel=0.1)
+        assert deltas.abs().max() < 0.5
+
+
+def test_initial_weights_are_the_papers(tiny):
+    weights = state(tiny)
+    for name, x in weights.items():
+        if name.startswith("head.") and name.endswith("weight"):
+            assert x.mean() == pytest.approx(0, abs=5e-4), name
+            assert x.std() == pytest.approx(0.01, rel=0.05), name
+        elif name.startswith("backbone.fpn.") and name.endswith("weight"):
+            fan_in = x[0].size
+            assert x.std() == pytest.approx(fan_in**-0.5, rel=0.05), name
+            assert np.abs(x).max() <= (3 / fan_in) ** 0.5, name
+        elif name.startswith("backbone.body.layer") and "conv" in name:
+            fan_out = x.shape[0] * 9
+            assert x.std() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05), name
+        elif name.endswith("bias") and "cls_logits" not in name:
+            assert not x.any(), name
+
+
+def test_the_seed_decides_and_the_global_generator_is_kept():
+    before = torch.random.get_rng_state()
+    first, same, other = (state(build_network(SMALL, seed)) for seed in (1, 1, 2))
+    assert torch.equal(before, torch.random.get_rng_state())
+    for name, x in first.items():
+        np.testing.assert_array_equal(x, same[name])
+    assert (first["backbone.body.conv1.weight"] != other["backbone.body.conv1.weight"]).all()
+
+
+# State
+
+
+def test_state_round_trips_through_a_file(tmp_path):
+    first, second = build_network(SMALL, seed=1), build_network(SMALL, seed=2)
+    first(images(2, 3, 128, 128))  # moves the running statistics
+    save_weights(tmp_path / "w.safetensors", state(first), SMALL)
+    tensors, config = load_weights(tmp_path / "w.safetensors")
+    assert config == SMALL
+    load_state(second, tensors)
+    for name, x in state(first).items():
+        np.testing.assert_array_equal(x, state(second)[name])
+        np.testing.assert_array_equal(x, tensors[name])
+    x = images(1, 3, 64, 64)
+    for a, b in zip(first.eval()(x), second.eval()(x), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_state_is_a_snapshot_without_counters():
+    model = build_network(SMALL, seed=0).to(memory_format=torch.channels_last)
+    tensors = state(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    assert all(x.dtype == np.float32 and x.flags["C_CONTIGUOUS"] for x in tensors.values())
+    assert not any(name.endswith("num_batches_tracked") for name in tensors)
+    np.testing.assert_array_equal(
+        tensors["head.regression_head.bbox_reg.bias"], np.zeros(36, np.float32)
+    )
+
+
+def test_batch_and_frozen_norm_share_their_weights():
+    tensors = state(build_network(SMALL, seed=0))
+    load_state(build_network(SMALL.replace(norm="frozen_batch"), seed=1), tensors)
+
+
+def test_load_state_copies_even_what_is_read_only():
+    model = build_network(SMALL, seed=0)
+    tensors = state(model)
+    for x in tensors.values():
+        x.flags.writeable = False
+    load_state(model, tensors)
+    with torch.no_grad():
+        model.backbone.body.conv1.weight.zero_()
+    assert tensors["backbone.body.conv1.weight"].any()
+
+
+def test_load_state_names_what_does_not_fit(tiny):
+    tensors = state(tiny)
+    with pytest.raises(ValueError, match=r"1 missing \(backbone\.body\.conv1\.weight\)"):
+        load_state(tiny, {k: v for k, v in tensors.items() if k != "backbone.body.conv1.weight"})
+    other = state(build_network(TINY.replace(classes=("a",)), seed=0))
+    with pytest.raises(
+        ValueError, match=r"cls_logits\.weight \(9, 64, 3, 3\) for \(27, 64, 3, 3\)"
+    ):
+        load_state(tiny, other)
+
+
+# torchvision's files
+
+
+def older_names(tensors):
+    """The names in torchvision's published v1 file, which precedes its present modules."""
+    renamed = {}
+    for name, x in tensors.items():
+        parts = name.split(".")
+        if parts[2] == "conv":  # head.classification_head.conv.1.0.weight was conv.2.weight
+            parts[3:5] = [str(2 * int(parts[3]))]
+        elif parts[2] in ("inner_blocks", "layer_blocks"):
+            del parts[4]
+        renamed[".".join(parts)] = x
+    return renamed
+
+
+@pytest.mark.parametrize("kind", ["mapping", "pth", "safetensors"])
+@pytest.mark.parametrize("older", [False, True])
+def test_torchvision_state_dicts_load(tiny, tmp_path, kind, older):
+    source = dict(tiny.state_dict())
+    if older:
+        source = older_names(source)
+        assert "head.regression_head.conv.2.weight" in source
+        assert "backbone.fpn.inner_blocks.0.weight" in source
+    if kind == "pth":
+        torch.save(source, tmp_path / "model.pth")
+        source = tmp_path / "model.pth"
+    elif kind == "safetensors":
+        from safetensors.torch import save_file
+
+        save_file(source, tmp_path / "model.safetensors")
+        source = tmp_path / "model.safetensors"
+    tensors = read_torchvision(source)
+    expected = state(tiny)
+    assert tensors.keys() == expected.keys()
+    for name, x in expected.items():
+        np.testing.assert_array_equal(tensors[name], x)
+
+
+def test_a_torchvision_classifier_is_a_backbone(tiny):
+    body = build_network(TINY, seed=5).backbone.body.state_dict()
+    classifier = {**body, "fc.weight": torch.ones(10, 128), "fc.bias": torch.ones(10)}
+    tensors = read_torchvision(classifier)
+    model = build_network(TINY, seed=6)
+    load_state(model, state(model) | tensors)
+    for name, x in model.backbone.body.state_dict().items():
+        assert torch.equal(x, body[name]), name
+
+
+def test_the_epsilon_of_a_torchvision_network_is_taken_up():
+    config = SMALL.replace(norm="frozen_batch")
+    model = build_network(config, seed=0)
+    for i, norm in enumerate(m for m in model.modules() if isinstance(m, FrozenBatchNorm2d)):
+        norm.running_var.copy_(1e-5 * (0.1 + images(len(norm.running_var), seed=i).abs()))
+        norm.weight.mul_(1e-3)
+    x = images(1, 3, 64, 64)
+    loaded = build_network(config, seed=1)
+    load_state(loaded, read_torchvision(model.state_dict(), norm_eps=0.0))
+    # The same network with epsilon 0: variances lower by the epsilon that is added to them.
+    for norm in (m for m in model.modules() if isinstance(m, FrozenBatchNorm2d)):
+        norm.running_var.sub_(1e-5)
+    for a, b in zip(model(x), loaded(x), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
