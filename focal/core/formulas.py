@@ -145,7 +145,7 @@ def _parts(xp: Namespace, x: Array, y: Array) -> tuple[Array, Array, Array, Arra
     size = xp.minimum(xp.abs(x), xp.finfo(x.dtype).max)
     s = xp.sigmoid(-size)
     positive = xp.step(x)
-    w = xp.abs(positive - y)
+    w = xp.addcmul(y, positive, 1 - 2 * y)
     ce = w * size - xp.log1p(-s)
     m = _at_least_tiny(xp, xp.addcmul(w, s, 1 - 2 * w))
     return positive, s, w, ce, m

@@ -55,7 +55,7 @@ def softmax_focal_loss(
         >>> import numpy as np
         >>> from focal.numpy import softmax_focal_loss
         >>> softmax_focal_loss(np.array([[2.0, 0.5, -1.0]]), np.array([0])).round(6)
-        array([0.011092])
+        array([0.011093])
 
     Source: Lin et al. 2017, equation 4, with the softmax of its footnote in section 3;
     `ignore_index` as in `torch.nn.functional.cross_entropy`.

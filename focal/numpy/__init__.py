@@ -5,22 +5,17 @@ so the closed-form derivatives are here too.
 
     >>> import numpy as np
     >>> from focal.numpy import sigmoid_focal_loss
-    >>> float(sigmoid_focal_loss(np.array([0.0]), np.array([1.0]), reduction="sum"))
-    0.043321698784996574
+    >>> sigmoid_focal_loss(np.array([0.0, 3.0]), np.array([1.0, 1.0])).round(4)
+    array([0.0433, 0.    ])
 """
-
-from typing import cast
 
 from focal.core import anchors as _anchors
 from focal.core import box_losses, boxes, derivatives, losses, softmax, targets
 from focal.core import nms as _nms
 from focal.core.anchors import AnchorConfig
 from focal.core.bind import bind
-from focal.core.namespace import Namespace
 from focal.core.prior import expected_initial_loss, inverse_frequency_alpha, prior_bias
-from focal.numpy import _namespace
-
-_xp = cast(Namespace, _namespace)
+from focal.numpy._namespace import xp as _xp
 
 sigmoid_focal_loss = bind(losses.sigmoid_focal_loss, _xp, __name__)
 sparse_sigmoid_focal_loss = bind(losses.sparse_sigmoid_focal_loss, _xp, __name__)

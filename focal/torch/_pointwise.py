@@ -1,0 +1,292 @@
+"""A formula of the core as a differentiable PyTorch operation.
+
+Three `autograd.Function`s: the loss of each logit, its derivative times a scale (which can be
+differentiated again), and the sum. They keep logits and targets and recompute the rest. Only
+the sum works out its gradient together with the loss: one pass over the logits instead of two,
+and the memory is that of the gradient, which is needed next anyway.
+
+In eager mode a pass goes block by block, so that temporaries stay in the cache and nothing but
+the result has the size of the logits. `torch.compile` is given the whole formula.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from focal.core.namespace import Formula, Namespace
+from focal.torch import _ops
+
+__all__ = ["pointwise", "pointwise_sum"]
+
+xp = cast(Namespace, _ops)
+Targets = Tensor | float
+
+CPU_BLOCK = 1 << 17
+"""Elements per block: the temporaries of one fit the second-level cache."""
+DEVICE_BLOCK = 1 << 22
+"""Large enough that launching kernels costs nothing beside running them."""
+
+
+def pointwise(formula: Formula, x: Tensor, t: Targets) -> Tensor:
+    """`formula.value` in the type of x, with its registered derivative."""
+    if torch.compiler.is_compiling():
+        return _Value.apply(x, t, formula)
+    if isinstance(t, Tensor) and t.requires_grad:
+        # Learned targets are rare: autograd adds the derivative in t to the registered one.
+        by_t = formula.value(xp, *_wide_pair(x.detach(), t)).to(x.dtype)
+        return _EagerValue.apply(x, t.detach(), formula) + (by_t - by_t.detach())
+    return _EagerValue.apply(x, t, formula)
+
+
+def pointwise_sum(formula: Formula, x: Tensor, t: Targets) -> Tensor:
+    """The sum of `formula.value`, in float32 or better."""
+    if torch.compiler.is_compiling() or (isinstance(t, Tensor) and t.requires_grad):
+        return pointwise(formula, _wide(x), t).sum()
+    # The slope of half-precision logits would be rounded before it is scaled: recompute it.
+    with_slope = torch.is_grad_enabled() and x.requires_grad and _wide(x) is x
+    return _Sum.apply(x, t, formula, with_slope)[0]
+
+
+class _Value(torch.autograd.Function):
+    """FL(x, t) of each logit."""
+
+    @staticmethod
+    def forward(x: Tensor, t: Targets, formula: Formula) -> Tensor:
+        return _by_block(lambda xb, tb: formula.value(xp, xb, tb), x, t)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _save(ctx, *inputs[:3])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, t = _saved(ctx)
+        if torch.compiler.is_compiling():
+            slope = ctx.formula.value_and_grad(xp, *_wide_pair(x, t))[1]
+            return (slope * grad).to(x.dtype), None, None
+        return _Slope.apply(x, t, grad, ctx.formula), None, None
+
+
+class _EagerValue(_Value):
+    """What `torch.func` needs in addition, which `torch.compile` does not take."""
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], x: Tensor, t: Targets, formula: Formula
+    ) -> tuple[Tensor, int]:
+        x, t = _batch_first(info.batch_size, in_dims, x, t)
+        return _EagerValue.apply(x, t, formula), 0
+
+    @staticmethod
+    def jvp(ctx: Any, x_tangent: Tensor, *_: Any) -> Tensor:
+        x, t = _saved(ctx)
+        return _Slope.apply(x, t, x_tangent, ctx.formula)
+
+
+class _Slope(torch.autograd.Function):
+    """scale * dFL/dx, with `scale` of the shape of x or a scalar."""
+
+    @staticmethod
+    def forward(x: Tensor, t: Targets, scale: Tensor, formula: Formula) -> Tensor:
+        def block(xb: Tensor, tb: Targets, sb: Tensor = scale) -> Tensor:
+            return formula.value_and_grad(xp, xb, tb)[1] * sb
+
+        return _by_block(block, x, t, *([scale] if scale.ndim else []))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, t, scale, formula = inputs
+        _save(ctx, x, t, formula, scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, t, scale = _saved(ctx)
+        by_x = by_scale = None
+        if ctx.needs_input_grad[0]:
+            by_x = (_wide(grad) * _wide(scale) * _hess(ctx.formula, x, t)).to(x.dtype)
+        if ctx.needs_input_grad[2]:
+            by_scale = _Slope.apply(x, t, grad, ctx.formula)
+            by_scale = (by_scale if scale.ndim else by_scale.sum()).to(scale.dtype)
+        return by_x, None, by_scale, None
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[Any, ...],
+        x: Tensor,
+        t: Targets,
+        scale: Tensor,
+        formula: Formula,
+    ) -> tuple[Tensor, int]:
+        x, t = _batch_first(info.batch_size, in_dims, x, t)
+        if in_dims[2] is not None:
+            scale = scale.movedim(in_dims[2], 0)
+            scale = scale.reshape(scale.shape + (1,) * (x.ndim - scale.ndim))
+        return _Slope.apply(x, t, scale.expand_as(x), formula), 0
+
+    @staticmethod
+    def jvp(ctx: Any, x_tangent: Tensor | None, _: Any, scale_tangent: Any, __: Any) -> Tensor:
+        x, t, scale = _saved(ctx)
+        result = torch.zeros_like(x)
+        if x_tangent is not None:
+            result = result + x_tangent * scale * _hess(ctx.formula, x, t).to(x.dtype)
+        if scale_tangent is not None:
+            result = result + _Slope.apply(x, t, scale_tangent, ctx.formula)
+        return result
+
+
+class _Sum(torch.autograd.Function):
+    """The sum of FL(x, t), and dFL/dx for the first backward pass."""
+
+    @staticmethod
+    def forward(x: Tensor, t: Targets, formula: Formula, with_slope: bool) -> tuple[Tensor, Tensor]:
+        sums: list[Tensor] = []
+
+        def block(xb: Tensor, tb: Targets) -> Tensor | None:
+            if not with_slope:
+                sums.append(formula.value(xp, xb, tb).sum())
+                return None
+            value, slope = formula.value_and_grad(xp, xb, tb)
+            sums.append(value.sum())
+            return slope
+
+        slope = _by_block(block, x, t, output=with_slope)
+        return torch.stack(sums).sum(), slope
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, t, formula, with_slope = inputs
+        _save(ctx, x, t, formula)
+        ctx.slope = output[1].detach() if with_slope else None
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None
+        slope, ctx.slope = ctx.slope, None
+        if slope is not None and not torch.is_grad_enabled():
+            return slope.mul_(grad), None, None, None
+        # A second pass through the graph, or one that is itself differentiated.
+        x, t = _saved(ctx)
+        return _Slope.apply(x, t, grad, ctx.formula), None, None, None
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[Any, ...],
+        x: Tensor,
+        t: Targets,
+        formula: Formula,
+        with_slope: bool,
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, None]]:
+        x, t = _batch_first(info.batch_size, in_dims, x, t)
+        losses = _EagerValue.apply(_wide(x), t, formula)
+        return (losses.reshape(info.batch_size, -1).sum(1), x.new_empty(0)), (0, None)
+
+    @staticmethod
+    def jvp(ctx: Any, x_tangent: Tensor, *_: Any) -> tuple[Tensor, None]:
+        x, t = _saved(ctx)
+        return _wide(_Slope.apply(x, t, x_tangent, ctx.formula)).sum(), None
+
+
+def _hess(formula: Formula, x: Tensor, t: Targets) -> Tensor:
+    return formula.hess(xp, *_wide_pair(x, t))
+
+
+def _save(ctx: Any, x: Tensor, t: Targets, formula: Formula, *more: Tensor) -> None:
+    """Keep the arguments; targets may be a tensor or a number."""
+    tensors = (x, t, *more) if isinstance(t, Tensor) else (x, *more)
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+    ctx.formula = formula
+    ctx.number = None if isinstance(t, Tensor) else t
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """The tensors of `_save`, with the targets in second place."""
+    tensors = ctx.saved_tensors
+    return tensors if ctx.number is None else (tensors[0], ctx.number, *tensors[1:])
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Half types as float32."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _wide_pair(x: Tensor, t: Targets) -> tuple[Tensor, Targets]:
+    """Logits and dense targets in the type to compute in; labels and numbers as they are."""
+    x = _wide(x)
+    return x, t.to(x.dtype) if isinstance(t, Tensor) and t.shape == x.shape else t
+
+
+def _batch_first(
+    size: int, in_dims: tuple[Any, ...], x: Tensor, t: Targets
+) -> tuple[Tensor, Targets]:
+    """Logits and targets with the axis that vmap adds in front."""
+    first, second = (
+        a
+        if not isinstance(a, Tensor)
+        else a.expand(size, *a.shape)
+        if d is None
+        else a.movedim(d, 0)
+        for a, d in zip((x, t), in_dims, strict=False)
+    )
+    return first, second
+
+
+def _by_block(
+    function: Callable[..., Tensor | None],
+    x: Tensor,
+    t: Targets,
+    *more: Tensor,
+    output: bool = True,
+) -> Tensor:
+    """function(x, t, *more) elementwise, block by block, into a new tensor like x.
+
+    Without `output` the function is only called and the result is empty.
+    """
+    if torch.compiler.is_compiling():
+        return cast(Tensor, function(*_wide_pair(x, t), *more)).to(x.dtype)
+    flatten, restore = _layout(x, t)
+    flat = flatten(x)
+    result = torch.empty_like(flat) if output else x.new_empty(0)
+    size = CPU_BLOCK if x.device.type == "cpu" else DEVICE_BLOCK
+    rows = max(1, size // max(1, math.prod(flat.shape[1:])))
+    operands = [flat, t, *more]
+    blocks = [flatten(a).split(rows) if isinstance(a, Tensor) else None for a in operands[1:]]
+    for i, xb in enumerate(flat.split(rows)):
+        tb, *rest = (t if b is None else b[i] for b in blocks)
+        values = function(*_wide_pair(xb, tb), *rest)
+        if output:
+            result[i * rows : i * rows + len(xb)] = values
+    return restore(result) if output else result
+
+
+def _layout(x: Tensor, t: Targets) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """How to walk through memory: to one row per target, and back to the shape of x.
+
+    Dense operands are taken in the memory order of x, so that channels-last logits (or any
+    other permutation) are neither copied nor walked against the grain.
+    """
+    if isinstance(t, Tensor) and t.shape != x.shape:
+        classes = x.shape[-1]
+
+        def flatten_rows(a: Tensor) -> Tensor:
+            return a.reshape(-1, classes) if a.ndim == x.ndim else a.reshape(-1)
+
+        return flatten_rows, lambda flat: flat.view(x.shape)
+
+    order = sorted(range(x.ndim), key=x.stride, reverse=True)
+    shape = [x.shape[d] for d in order]
+    inverse = sorted(range(x.ndim), key=order.__getitem__)
+    return (
+        lambda a: a.permute(order).reshape(-1),
+        lambda flat: flat.view(shape).permute(inverse),
+    )

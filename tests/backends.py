@@ -1,0 +1,150 @@
+"""One object per framework, so that a test body runs over all of them.
+
+To add a framework: a class with its conversions and (if it has autodiff) `grad`, and a line in
+`BACKENDS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+import focal
+import focal.numpy
+from focal.core import anchors, box_losses, boxes, derivatives, losses, nms, softmax, targets
+from focal.core.bind import bind
+
+CORE = (losses, softmax, box_losses, derivatives, boxes, anchors, nms, targets)
+REQUIRE_ALL = os.environ.get("FOCAL_REQUIRE_ALL") == "1"
+
+
+class Backend:
+    """focal in one framework, called with NumPy arrays."""
+
+    name: ClassVar[str]
+    dtypes: ClassVar[tuple[str, ...]] = ("float16", "float32", "float64")
+    array_name: ClassVar[str]
+    F: Any
+
+    @property
+    def half_types(self) -> tuple[str, ...]:
+        return tuple(d for d in self.dtypes if d not in ("float32", "float64"))
+
+    def asarray(self, value: Any, dtype: str | None = None) -> Any:
+        """`value` as an array of the framework; `dtype` may name a type that NumPy lacks."""
+        raise NotImplementedError
+
+    def numpy(self, array: Any) -> np.ndarray:
+        """The array in NumPy; bfloat16 comes as float32, which holds it exactly."""
+        raise NotImplementedError
+
+    def dtype(self, array: Any) -> str:
+        return str(array.dtype).rpartition(".")[2]
+
+    def grad(self, function: Callable[[Any], Any], x: Any) -> np.ndarray:
+        """Autodiff gradient of the sum of function(x)."""
+        raise NotImplementedError
+
+    def __call__(self, function: str, *args: Any, **kwargs: Any) -> Any:
+        """A public function on NumPy arguments, with NumPy results."""
+        converted = {k: self._convert(v) for k, v in kwargs.items()}
+        result = getattr(self.F, function)(*map(self._convert, args), **converted)
+        return tuple(map(self.numpy, result)) if isinstance(result, tuple) else self.numpy(result)
+
+    def slope(self, function: str, x: Any, t: Any, **kwargs: Any) -> np.ndarray:
+        """Gradient of the sum of a loss in its logits: autodiff, or the closed form."""
+        t = self._convert(t)
+        converted = {k: self._convert(v) for k, v in kwargs.items()}
+        closed_form = getattr(self.F, function + "_grad", None)
+        if closed_form is not None:
+            return self.numpy(closed_form(self._convert(x), t, **converted))
+        loss = getattr(self.F, function)
+        return self.grad(lambda a: loss(a, t, **converted), self._convert(x))
+
+    def _convert(self, value: Any) -> Any:
+        return self.asarray(value) if isinstance(value, np.ndarray) else value
+
+
+class NumPy(Backend):
+    name = "numpy"
+    array_name = "array-like"
+
+    def __init__(self) -> None:
+        self.F = focal.numpy
+
+    def asarray(self, value: Any, dtype: str | None = None) -> np.ndarray:
+        array = np.array(value, dtype=dtype)
+        array.flags.writeable = False  # no function may write to its arguments
+        return array
+
+    def numpy(self, array: Any) -> np.ndarray:
+        return np.asarray(array)
+
+
+class ArrayApiStrict(Backend):
+    name = "array_api_strict"
+    dtypes = ("float32", "float64")
+    array_name = "an array_api_strict array"
+
+    def __init__(self) -> None:
+        self.xp = importlib.import_module("array_api_strict")
+        namespace: Any = importlib.import_module("strict_namespace")
+        self.F = ModuleType("strict_focal")
+        for module in CORE:
+            for name in module.__all__:
+                function = getattr(module, name)
+                if next(iter(inspect.signature(function).parameters)) == "xp":
+                    setattr(self.F, name, bind(function, namespace, self.F.__name__))
+
+    def asarray(self, value: Any, dtype: str | None = None) -> Any:
+        return self.xp.asarray(np.array(value, dtype=dtype))
+
+    def numpy(self, array: Any) -> np.ndarray:
+        return np.asarray(array)
+
+
+class Torch(Backend):
+    name = "torch"
+    dtypes = ("float16", "bfloat16", "float32", "float64")
+    array_name = "a torch.Tensor"
+
+    def __init__(self) -> None:
+        self.torch = importlib.import_module("torch")
+        self.F = importlib.import_module("focal.torch")
+
+    def asarray(self, value: Any, dtype: str | None = None) -> Any:
+        return self.torch.tensor(value, dtype=None if dtype is None else getattr(self.torch, dtype))
+
+    def numpy(self, array: Any) -> np.ndarray:
+        array = array.detach()
+        return (array.float() if array.dtype == self.torch.bfloat16 else array).numpy()
+
+    def grad(self, function: Callable[[Any], Any], x: Any) -> np.ndarray:
+        x = x.detach().clone().requires_grad_()
+        (gradient,) = self.torch.autograd.grad(function(x).sum(), x)
+        return self.numpy(gradient)
+
+
+BACKENDS: dict[str, type[Backend]] = {b.name: b for b in (NumPy, ArrayApiStrict, Torch)}
+AUTODIFF = ("torch",)
+"""The backends whose `grad` goes through the registered derivatives."""
+
+
+def load(name: str) -> Backend:
+    """The backend, or a skip where its framework is not installed.
+
+    Continuous integration sets FOCAL_REQUIRE_ALL=1, and then a missing framework is an error.
+    """
+    try:
+        return BACKENDS[name]()
+    except ModuleNotFoundError as error:
+        if REQUIRE_ALL or error.name is None or error.name.startswith("focal"):
+            raise
+        pytest.skip(f"{error.name} is not installed")
