@@ -134,7 +134,9 @@ class Torch(Backend):
 
 BACKENDS: dict[str, type[Backend]] = {b.name: b for b in (NumPy, ArrayApiStrict, Torch)}
 AUTODIFF = ("torch",)
-"""The backends whose `grad` goes through the registered derivatives."""
+"""The backends that differentiate the losses by themselves."""
+CLOSED_FORM = ("numpy", "array_api_strict")
+"""The backends that offer the derivatives as functions."""
 
 
 def load(name: str) -> Backend:

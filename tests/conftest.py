@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # the helper modules beside this file
 
-from backends import AUTODIFF, BACKENDS, Backend, load  # noqa: E402
+from backends import AUTODIFF, BACKENDS, CLOSED_FORM, Backend, load  # noqa: E402
 
 settings.register_profile(
     "ci",
@@ -33,4 +33,10 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 @pytest.fixture(params=AUTODIFF, scope="session")
 def autodiff(request: pytest.FixtureRequest) -> Backend:
     """Every backend that differentiates, in turn."""
+    return load(request.param)
+
+
+@pytest.fixture(params=CLOSED_FORM, scope="session")
+def closed_form(request: pytest.FixtureRequest) -> Backend:
+    """Every backend with the closed-form derivatives, in turn."""
     return load(request.param)

@@ -96,7 +96,9 @@ class _Slope(torch.autograd.Function):
         def block(xb: Tensor, tb: Targets, sb: Tensor = scale) -> Tensor:
             return formula.value_and_grad(xp, xb, tb)[1] * sb
 
-        return _by_block(block, x, t, *([scale] if scale.ndim else []))
+        if scale.ndim or _is_batched(scale):
+            return _by_block(block, x, t, scale)
+        return _by_block(block, x, t)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -171,7 +173,7 @@ class _Sum(torch.autograd.Function):
         if grad is None:
             return None, None, None, None
         slope, ctx.slope = ctx.slope, None
-        if slope is not None and not torch.is_grad_enabled():
+        if slope is not None and not (torch.is_grad_enabled() or _is_batched(grad)):
             return slope.mul_(grad), None, None, None
         # A second pass through the graph, or one that is itself differentiated.
         x, t = _saved(ctx)
@@ -241,6 +243,19 @@ def _batch_first(
     return first, second
 
 
+def _is_batched(a: Any) -> bool:
+    """Whether a vmap runs over the backward pass, so that nothing can be written in place.
+
+    `torch.autograd.grad(..., is_grads_batched=True)` has a batching of its own that reaches
+    the inside of an `autograd.Function`; only the dispatch keys tell.
+    """
+    if not isinstance(a, Tensor):
+        return False
+    keys = torch._C._dispatch_keys(a)
+    names = ("Batched", "FuncTorchBatched")
+    return any(keys.has(torch._C._dispatch_key_parse(name)) for name in names)
+
+
 def _by_block(
     function: Callable[..., Tensor | None],
     x: Tensor,
@@ -252,7 +267,7 @@ def _by_block(
 
     Without `output` the function is only called and the result is empty.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or any(map(_is_batched, (x, t, *more))):
         return cast(Tensor, function(*_wide_pair(x, t), *more)).to(x.dtype)
     flatten, restore = _layout(x, t)
     flat = flatten(x)

@@ -1,0 +1,350 @@
+"""What PyTorch users do with a loss: transforms, compilation, autocast, layouts, modules."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import focal.numpy as reference  # noqa: E402
+import focal.torch as F  # noqa: E402
+
+GAMMAS = [0.0, 0.5, 1.0, 2.0, 3.7]
+EXTREMES = [-1000.0, -100.0, -20.0, -1e-3, 0.0, 1e-3, 20.0, 100.0, 1000.0]
+
+
+def logits(*shape: int, dtype: "torch.dtype" = torch.float32, scale: float = 3.0) -> "torch.Tensor":
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+
+def soft(*shape: int, dtype: "torch.dtype" = torch.float32) -> "torch.Tensor":
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def dense_losses(gamma: float):
+    """Every dense loss as f(x, y) without reduction."""
+    return {
+        "focal": lambda x, y, r="none": F.sigmoid_focal_loss(x, y, 0.25, gamma, r),
+        "star": lambda x, y, r="none": F.sigmoid_focal_loss_star(x, y, 0.25, gamma + 0.5, 1.0, r),
+        "balanced": lambda x, y, r="none": F.balanced_cross_entropy(x, y, 0.75, r),
+    }
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("name", ["focal", "star", "balanced"])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_gradcheck_and_gradgradcheck(name, gamma, reduction):
+    loss = dense_losses(gamma)[name]
+    x = torch.cat([logits(4, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)])
+    x.requires_grad_()
+    y = torch.cat([soft(4, dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)])
+    assert torch.autograd.gradcheck(lambda x: loss(x, y, reduction), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: loss(x, y, reduction), (x,))
+    assert torch.autograd.gradcheck(
+        lambda x: loss(x, y, reduction), (x,), check_forward_ad=True, check_batched_grad=True
+    )
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_gradcheck_sparse_and_softmax(gamma):
+    x = logits(5, 3, dtype=torch.float64).requires_grad_()
+    labels = torch.tensor([0, 2, -1, -2, 1])
+    for reduction in ("none", "mean", "sum", "positives"):
+        f = lambda x, r=reduction: F.sparse_sigmoid_focal_loss(x, labels, 0.25, gamma, r)  # noqa: E731
+        assert torch.autograd.gradcheck(f, (x,), check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(f, (x,))
+    chosen = torch.tensor([0, 2, -100, 1, 1])
+    for reduction in ("none", "mean", "sum"):
+        f = lambda x, r=reduction: F.softmax_focal_loss(x, chosen, [1, 2, 3], gamma, r)  # noqa: E731
+        assert torch.autograd.gradcheck(f, (x,), check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(f, (x,))
+
+
+def test_the_gradient_in_the_targets_is_that_of_autograd():
+    x = logits(6, dtype=torch.float64).requires_grad_()
+    y = torch.cat([soft(4, dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)])
+    inside = y.clamp(1e-3, 1 - 1e-3).requires_grad_()
+    for reduction in ("none", "sum"):
+        f = lambda x, y, r=reduction: F.sigmoid_focal_loss(x, y, 0.25, 2.0, r)  # noqa: E731
+        assert torch.autograd.gradcheck(f, (x, inside))
+    # At a hard label the one-sided derivative is the formula's, not zero.
+    y.requires_grad_()
+    (by_y,) = torch.autograd.grad(F.sigmoid_focal_loss(x, y, None, 0.0, "sum"), y)
+    torch.testing.assert_close(by_y, -x.detach())  # d BCE / dy = -x
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_torch_func_transforms_agree_with_the_closed_forms(gamma):
+    from torch.func import grad, hessian, jacfwd, jvp, vmap
+
+    x, y = torch.tensor(EXTREMES, dtype=torch.float64), soft(9, dtype=torch.float64).round()
+    slope = torch.from_numpy(
+        reference.sigmoid_focal_loss_grad(x.numpy(), y.numpy(), 0.25, gamma)
+    )
+    bend = torch.from_numpy(reference.sigmoid_focal_loss_hess(x.numpy(), y.numpy(), 0.25, gamma))
+
+    def total(x, y):
+        return F.sigmoid_focal_loss(x, y, 0.25, gamma, "sum")
+
+    def each(x, y):
+        return F.sigmoid_focal_loss(x, y, 0.25, gamma)
+
+    torch.testing.assert_close(grad(total)(x, y), slope, rtol=1e-12, atol=0)
+    torch.testing.assert_close(vmap(grad(total))(x, y), slope, rtol=1e-12, atol=0)
+    torch.testing.assert_close(vmap(grad(each))(x, y), slope, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        jvp(lambda x: each(x, y), (x,), (torch.ones_like(x),))[1], slope, rtol=1e-12, atol=0
+    )
+    torch.testing.assert_close(jacfwd(total)(x, y), slope, rtol=1e-12, atol=0)
+    torch.testing.assert_close(hessian(total)(x, y), bend.diag(), rtol=1e-10, atol=1e-300)
+    torch.testing.assert_close(vmap(total)(x[:, None], y[:, None]), each(x, y))
+    torch.testing.assert_close(
+        vmap(total, in_dims=(1, None))(logits(9, 4, dtype=torch.float64), y),
+        torch.stack([total(c, y) for c in logits(9, 4, dtype=torch.float64).T]),
+    )
+
+
+def test_vmap_of_the_sparse_loss_is_a_loop_of_it():
+    x = logits(4, 6, 3)
+    labels = torch.randint(-2, 3, (4, 6), generator=torch.Generator().manual_seed(2))
+    for reduction in ("none", "sum", "mean", "positives"):
+        f = lambda x, t, r=reduction: F.sparse_sigmoid_focal_loss(x, t, reduction=r)  # noqa: E731
+        torch.testing.assert_close(
+            torch.func.vmap(f)(x, labels), torch.stack([f(a, b) for a, b in zip(x, labels)])
+        )
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_compile_fullgraph_equals_eager(reduction, gamma):
+    x, y = torch.tensor(EXTREMES * 2), torch.tensor([0.0] * 9 + [1.0] * 9)
+    labels = torch.tensor([0, 1, -1, -2, 1, 0])
+
+    def both(x):
+        dense = F.sigmoid_focal_loss(x, y, 0.25, gamma, reduction)
+        sparse = F.sparse_sigmoid_focal_loss(x.view(6, 3), labels, 0.25, gamma, reduction)
+        choice = F.softmax_focal_loss(x.view(6, 3), labels.clamp(min=0), None, gamma, reduction)
+        return dense.sum() + sparse.sum() + choice.sum()
+
+    torch._dynamo.reset()
+    eager, compiled = x.clone().requires_grad_(), x.clone().requires_grad_()
+    a = both(eager)
+    b = torch.compile(both, fullgraph=True)(compiled)
+    a.backward()
+    b.backward()
+    torch.testing.assert_close(b, a, rtol=1e-5, atol=0)
+    torch.testing.assert_close(compiled.grad, eager.grad, rtol=1e-5, atol=1e-37)
+
+
+def test_export_equals_eager():
+    class Model(torch.nn.Module):
+        def forward(self, x, y, t):
+            return (
+                F.sigmoid_focal_loss(x, y, reduction="mean"),
+                F.sparse_sigmoid_focal_loss(x, t, reduction="positives"),
+                F.softmax_focal_loss(x, t.clamp(min=0)),
+            )
+
+    arguments = (logits(4, 3), soft(4, 3), torch.tensor([0, -1, 2, -2]))
+    exported = torch.export.export(Model(), arguments)
+    for a, b in zip(exported.module()(*arguments), Model()(*arguments), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types_compute_in_float32(dtype):
+    x, y = logits(64, 8, dtype=dtype), soft(64, 8).round()
+    wide = x.double()
+    narrow = x.clone().requires_grad_()
+    each = F.sigmoid_focal_loss(narrow, y)
+    assert each.dtype == dtype
+    torch.testing.assert_close(each.double(), F.sigmoid_focal_loss(wide, y).to(dtype).double())
+    total = F.sigmoid_focal_loss(narrow, y, reduction="sum")
+    assert total.dtype == torch.float32
+    total.backward()
+    assert narrow.grad.dtype == dtype
+    slope = reference.sigmoid_focal_loss_grad(wide.numpy(), y.double().numpy())
+    torch.testing.assert_close(
+        narrow.grad.double(), torch.from_numpy(slope).to(dtype).double(), rtol=1e-2, atol=0
+    )
+
+
+def test_a_float16_sum_does_not_overflow():
+    x = torch.full((200, 100), 10.0, dtype=torch.float16)
+    total = F.sigmoid_focal_loss(x, torch.zeros_like(x), reduction="sum")
+    assert torch.isfinite(total) and total > 1e5
+    assert torch.isinf(total.half())
+
+
+def test_small_half_gradients_survive_the_scale_of_a_gradient_scaler():
+    x = torch.tensor([-7.0], dtype=torch.float16, requires_grad=True)
+    (F.sigmoid_focal_loss(x, torch.zeros(1), reduction="sum") * 65536.0).backward()
+    expected = reference.sigmoid_focal_loss_grad(np.array([-7.0]), np.array([0.0])) * 65536
+    assert x.grad.item() == pytest.approx(expected.item(), rel=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_changes_nothing(dtype):
+    x, y = logits(32, 4), soft(32, 4)
+    with torch.autocast("cpu", dtype=dtype):
+        inside = F.sigmoid_focal_loss(x, y)
+        from_half = F.sigmoid_focal_loss(x.to(dtype), y)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, F.sigmoid_focal_loss(x, y))
+    assert torch.equal(from_half, F.sigmoid_focal_loss(x.to(dtype), y))
+
+
+def layouts():
+    base = logits(2, 3, 8, 6)
+    yield "channels last", base.contiguous(memory_format=torch.channels_last)
+    yield "permuted", base.permute(3, 1, 0, 2)
+    yield "sliced", logits(4, 6, 8, 12)[::2, ::2, :, ::2]
+    yield "expanded", logits(1, 3, 1, 6).expand(2, 3, 8, 6)
+    yield "scalar", logits(1)[0]
+    yield "empty", logits(0, 3)
+
+
+@pytest.mark.parametrize(("name", "x"), list(layouts()), ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_memory_layouts(name, x, reduction):
+    y = torch.rand(x.shape, generator=torch.Generator().manual_seed(3))
+    x = x.detach().requires_grad_()
+    plain = x.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+    a = F.sigmoid_focal_loss(x, y, reduction=reduction)
+    b = F.sigmoid_focal_loss(plain, y, reduction=reduction)
+    torch.testing.assert_close(a, b)
+    torch.testing.assert_close(
+        torch.autograd.grad(a.sum(), x)[0], torch.autograd.grad(b.sum(), plain)[0]
+    )
+    if reduction == "none" and name in ("channels last", "permuted"):
+        assert a.stride() == x.stride()
+
+
+def test_many_blocks_equal_one_row_at_a_time(monkeypatch):
+    from focal.torch import _pointwise
+
+    x, y = logits(40, 7), soft(40, 7)
+    labels = torch.randint(-2, 7, (40,), generator=torch.Generator().manual_seed(4))
+    expected = [F.sigmoid_focal_loss(x, y), F.sparse_sigmoid_focal_loss(x, labels)]
+    for block in (1, 7, 50):
+        monkeypatch.setattr(_pointwise, "CPU_BLOCK", block)
+        torch.testing.assert_close(F.sigmoid_focal_loss(x, y), expected[0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            F.sparse_sigmoid_focal_loss(x, labels), expected[1], rtol=1e-6, atol=0
+        )
+        leaf = x.clone().requires_grad_()
+        F.sigmoid_focal_loss(leaf, y, reduction="sum").backward()
+        slope = reference.sigmoid_focal_loss_grad(x.numpy(), y.numpy())
+        torch.testing.assert_close(leaf.grad, torch.from_numpy(slope), rtol=1e-5, atol=1e-12)
+
+
+def test_backward_twice_and_under_create_graph():
+    x, y = logits(10, dtype=torch.float64).requires_grad_(), soft(10, dtype=torch.float64)
+    loss = 3 * F.sigmoid_focal_loss(x, y, reduction="mean")
+    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (third,) = torch.autograd.grad(loss, x, create_graph=True)
+    torch.testing.assert_close(second, first)
+    torch.testing.assert_close(third, first)
+    (bend,) = torch.autograd.grad(third.sum(), x)
+    expected = reference.sigmoid_focal_loss_hess(x.detach().numpy(), y.numpy()) * 3 / 10
+    torch.testing.assert_close(bend, torch.from_numpy(expected))
+
+
+def test_third_derivative_at_zero_is_right():
+    x = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    y = torch.ones(1, dtype=torch.float64)
+    (d1,) = torch.autograd.grad(F.sigmoid_focal_loss(x, y, None).sum(), x, create_graph=True)
+    (d2,) = torch.autograd.grad(d1, x, create_graph=True)
+    (d3,) = torch.autograd.grad(d2, x)
+    step = 1e-4
+    around = reference.sigmoid_focal_loss_hess(np.array([-step, step]), np.ones(2), None)
+    assert d3.item() == pytest.approx((around[1] - around[0]) / (2 * step), rel=1e-6)
+
+
+def test_forward_keeps_only_the_arguments():
+    x, y = logits(50, 8).requires_grad_(), soft(50, 8)
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        F.sigmoid_focal_loss(x, y)
+    pointers = {tensor.data_ptr() for tensor in kept}
+    assert pointers == {x.data_ptr(), y.data_ptr()}
+
+
+def test_no_gradient_no_work():
+    x = logits(5)
+    assert not F.sigmoid_focal_loss(x, soft(5), reduction="sum").requires_grad
+    with torch.no_grad():
+        loss = F.sigmoid_focal_loss(x.requires_grad_(), soft(5), reduction="sum")
+    assert not loss.requires_grad
+    with torch.inference_mode():
+        F.sigmoid_focal_loss(x, soft(5), reduction="sum")
+
+
+def modules():
+    return [
+        (F.SigmoidFocalLoss(0.5, 1.0), F.sigmoid_focal_loss, (0.5, 1.0, "mean"), "dense"),
+        (F.SparseSigmoidFocalLoss(), F.sparse_sigmoid_focal_loss, (0.25, 2.0, "positives"), "label"),
+        (F.SoftmaxFocalLoss([1, 2, 3]), F.softmax_focal_loss, ([1, 2, 3], 2.0, "mean"), "class"),
+        (F.SigmoidFocalLossStar(), F.sigmoid_focal_loss_star, (0.25, 2.0, 1.0, "mean"), "dense"),
+        (F.BalancedCrossEntropyLoss(), F.balanced_cross_entropy, (0.75, "mean"), "dense"),
+    ]
+
+
+@pytest.mark.parametrize(("module", "function", "arguments", "kind"), modules())
+def test_modules_equal_their_functions(module, function, arguments, kind):
+    x = logits(6, 3)
+    t = {"dense": soft(6, 3), "label": torch.tensor([0, 1, -1, -2, 2, 0])}.get(
+        kind, torch.tensor([0, 1, 2, -100, 2, 0])
+    )
+    expected = function(x, t, *arguments)
+    assert torch.equal(module(x, t), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(module))(x, t), expected)
+    assert not list(module.parameters()) and not module.state_dict()
+    assert "gamma" in repr(module) or "alpha" in repr(module)
+
+
+def test_module_checks_its_parameters_when_made():
+    with pytest.raises(ValueError, match=r"SigmoidFocalLoss: gamma must be a finite number >= 0; got -1"):
+        F.SigmoidFocalLoss(gamma=-1)
+    with pytest.raises(ValueError, match=r"SparseSigmoidFocalLoss: reduction must be one of"):
+        F.SparseSigmoidFocalLoss(reduction="avg")
+
+
+def test_functions_pickle_by_name():
+    assert pickle.loads(pickle.dumps(F.sigmoid_focal_loss)) is F.sigmoid_focal_loss
+
+
+def test_init_prior_bias():
+    layer = torch.nn.Conv2d(4, 6, 3)
+    assert F.init_prior_bias_(layer) is layer
+    torch.testing.assert_close(torch.sigmoid(layer.bias), torch.full((6,), 0.01))
+    F.init_prior_bias_(layer, [0.01, 0.1, 0.5])
+    torch.testing.assert_close(torch.sigmoid(layer.bias), torch.tensor([0.01, 0.1, 0.5] * 2))
+    assert layer.bias.requires_grad
+    with pytest.raises(ValueError, match="length that divides"):
+        F.init_prior_bias_(layer, [0.1] * 4)
+    with pytest.raises(TypeError, match="one-dimensional bias; got Conv2d"):
+        F.init_prior_bias_(torch.nn.Conv2d(4, 6, 3, bias=False))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_cuda_equals_cpu(dtype):
+    x, y = logits(1000, 80, dtype=dtype), soft(1000, 80).round()
+    labels = torch.randint(-2, 80, (1000,), generator=torch.Generator().manual_seed(5))
+    for f, t in ((F.sigmoid_focal_loss, y), (F.sparse_sigmoid_focal_loss, labels)):
+        here, there = x.clone().requires_grad_(), x.cuda().requires_grad_()
+        a, b = f(here, t, reduction="sum"), f(there, t.cuda(), reduction="sum")
+        a.backward()
+        b.backward()
+        torch.testing.assert_close(b.cpu(), a, rtol=1e-5, atol=0)
+        torch.testing.assert_close(there.grad.cpu(), here.grad, rtol=1e-5, atol=1e-30)
