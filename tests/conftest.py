@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # the helper modules beside this file
 
-from backends import AUTODIFF, BACKENDS, CLOSED_FORM, Backend, load  # noqa: E402
+from backends import AUTODIFF, BACKENDS, CLOSED_FORM, Backend, load
 
 settings.register_profile(
     "ci",

@@ -53,7 +53,7 @@ def _parts(x: Any, y: Any) -> tuple[Any, ...]:
     p, q = np.where(x >= 0, 1, e) / (1 + e), np.where(x >= 0, e, 1) / (1 + e)
     m = y * q + (1 - y) * p
     ce = y * np.logaddexp(0, -x) + (1 - y) * np.logaddexp(0, x)
-    k = np.abs(1 - 2 * y) * np.divide(p, m, out=np.zeros_like(m), where=m > 0) * q
+    k = np.abs(1 - 2 * y) * np.divide(p * q, m, out=np.zeros_like(m), where=m > 0)
     return p, q, m, ce, k
 
 

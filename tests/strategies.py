@@ -21,6 +21,9 @@ def logits(width: int = 32, bound: float = 1000.0) -> st.SearchStrategy[float]:
     return st.sampled_from(extremes) | st.floats(-bound, bound, width=width)
 
 
+# Exact in every type, bfloat16 too, and 1 - y is exact as well
+coarse_logits = st.sampled_from(EXTREMES) | st.integers(-256, 256).map(lambda k: k / 4)
+coarse_targets = st.integers(0, 64).map(lambda k: k / 64)
 hard_targets = st.sampled_from([0.0, 1.0])
 soft_targets = hard_targets | st.sampled_from([0.5, 2.0**-10]) | st.floats(0, 1, width=16)
 
@@ -35,12 +38,13 @@ def examples(
     draw: Any,
     dtype: str = "float32",
     targets: st.SearchStrategy[float] = soft_targets,
-    bound: float = 1000.0,
+    elements: st.SearchStrategy[float] | None = None,
 ) -> Examples:
     """Logits and targets of one shape."""
     shape = draw(shapes)
-    width = 8 * np.dtype(dtype).itemsize
-    x = draw(hnp.arrays(dtype, shape, elements=logits(width, bound)))
+    if elements is None:
+        elements = logits(8 * np.dtype(dtype).itemsize)
+    x = draw(hnp.arrays(dtype, shape, elements=elements))
     y = draw(hnp.arrays(dtype, shape, elements=targets))
     return Examples(x, y)
 

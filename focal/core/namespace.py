@@ -56,6 +56,7 @@ class Namespace(Protocol):
     maximum: Callable[..., Array]
     minimum: Callable[..., Array]
     moveaxis: Callable[..., Array]
+    reshape: Callable[..., Array]
     sqrt: Callable[..., Array]
     stack: Callable[..., Array]
     sum: Callable[..., Array]
@@ -83,6 +84,9 @@ class Namespace(Protocol):
 
     def logsumexp(self, x: Array) -> Array:
         """log(sum(exp(x))) over the last axis."""
+
+    def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
+        """The k greatest of the last axis and where they are, greatest first."""
 
     # Fused where the framework can
     def step(self, x: Array) -> Array:

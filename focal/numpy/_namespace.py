@@ -23,6 +23,7 @@ from numpy import (  # noqa: F401  (the standard part of the namespace)
     maximum,
     minimum,
     moveaxis,
+    reshape,
     sqrt,
     stack,
     sum,
@@ -65,6 +66,12 @@ def logsumexp(x: Array) -> Array:
     """Over the last axis."""
     top = np.max(x, axis=-1, keepdims=True)
     return np.squeeze(top, -1) + np.log(np.sum(np.exp(x - top), axis=-1))
+
+
+def top_k(x: Array, k: int) -> tuple[Array, Array]:
+    """The k greatest of the last axis and where they are, greatest first."""
+    indices = np.argsort(-x, axis=-1, stable=True)[..., :k]
+    return np.take_along_axis(x, indices, axis=-1), indices
 
 
 def step(x: Array) -> Array:

@@ -1,1 +1,30 @@
-"""The reference RetinaNet: one detector, the same in every framework."""
+"""The reference RetinaNet: one detector, the same in every framework.
+
+    >>> import numpy as np
+    >>> from focal.retinanet import PRESETS, build, predict
+    >>> config = PRESETS["tiny"].detector.replace(classes=("cat", "dog"))
+    >>> model = build(config, backend="torch")
+    >>> found = predict(model, [np.zeros((100, 120, 3), np.uint8)])
+    >>> sorted(found[0])
+    ['boxes', 'labels', 'scores']
+
+A model is the framework's own (an `nn.Module` in PyTorch) with its `config`; these functions
+hide which framework it is.
+"""
+
+from focal.retinanet.config import RetinaNetConfig, TrainConfig
+from focal.retinanet.detector import build, load, predict, raw_outputs, save
+from focal.retinanet.presets import CONVENTIONS, PRESETS, Preset
+
+__all__ = [
+    "CONVENTIONS",
+    "PRESETS",
+    "Preset",
+    "RetinaNetConfig",
+    "TrainConfig",
+    "build",
+    "load",
+    "predict",
+    "raw_outputs",
+    "save",
+]

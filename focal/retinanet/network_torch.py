@@ -240,10 +240,13 @@ class RegressionHead(nn.Module):
 class RetinaNet(nn.Module):
     """The detector of a config, from normalised images to the raw outputs for each anchor."""
 
+    backend = "torch"
+
     def __init__(self, config: RetinaNetConfig) -> None:
         super().__init__()
         if not config.classes:
             raise ValueError("RetinaNet: config.classes must name at least one class; got none")
+        self.config = config
         net = BACKBONES[config.backbone]
         self.backbone = nn.Sequential(
             OrderedDict(

@@ -17,7 +17,15 @@ from safetensors.numpy import save
 from focal.retinanet.architecture import NORM_EPS
 from focal.retinanet.config import RetinaNetConfig
 
-__all__ = ["check_names", "from_torchvision", "load_weights", "save_weights"]
+__all__ = [
+    "check_names",
+    "from_torchvision",
+    "load_weights",
+    "read_tensors",
+    "save_weights",
+    "write_atomically",
+    "write_tensors",
+]
 
 FORMAT = "focal.retinanet"
 VERSION = "1"
@@ -33,20 +41,7 @@ def save_weights(
         tensors: arrays by name, in any memory layout.
         config: the detector that they belong to.
     """
-    path = Path(path)
-    metadata = {"format": FORMAT, "version": VERSION, "config": config.to_json()}
-    # safetensors writes the buffer of an array as it lies.
-    data = save({name: np.asarray(x, order="C") for name, x in tensors.items()}, metadata)
-    # In the same folder, since a rename across file systems is a copy, which can be cut short.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_tensors(path, tensors, FORMAT, {"config": config.to_json()})
 
 
 def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], RetinaNetConfig]:
@@ -59,9 +54,35 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], R
         FileNotFoundError: there is no such file.
         ValueError: it is not a complete weights file of this library, in a version known here.
     """
+    tensors, metadata = read_tensors(path, FORMAT)
+    try:
+        return tensors, RetinaNetConfig.from_json(metadata["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected a RetinaNetConfig inside; {error!r}") from error
+
+
+def write_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, np.ndarray],
+    kind: str,
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file of some kind, whole or not at all."""
+    # safetensors writes the buffer of an array as it lies.
+    data = save(
+        {name: np.asarray(x, order="C") for name, x in tensors.items()},
+        {"format": kind, "version": VERSION, **metadata},
+    )
+    write_atomically(path, data)
+
+
+def read_tensors(
+    path: str | os.PathLike[str], kind: str
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Read a safetensors file of some kind: the arrays by name, and the metadata."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a weights file; found none")
+        raise FileNotFoundError(f"{path}: expected a file of format {kind!r}; found none")
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
@@ -69,15 +90,27 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], R
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a whole safetensors file; {error}") from error
     found = metadata.get("format"), metadata.get("version")
-    if found != (FORMAT, VERSION):
+    if found != (kind, VERSION):
         raise ValueError(
-            f"{path}: expected format {FORMAT!r}, version {VERSION!r}, in the metadata; "
+            f"{path}: expected format {kind!r}, version {VERSION!r}, in the metadata; "
             f"found format {found[0]!r}, version {found[1]!r}"
         )
+    return tensors, metadata
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file so that at every moment the old one or the new one is there, whole."""
+    path = Path(path)
+    # In the same folder, since a rename across file systems is a copy, which can be cut short.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        return tensors, RetinaNetConfig.from_json(metadata["config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: expected a RetinaNetConfig inside; {error!r}") from error
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def check_names(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Sequence[int]]) -> None:

@@ -100,6 +100,17 @@ def concat(arrays: Sequence[Tensor], axis: int) -> Tensor:
     return torch.cat(list(arrays), dim=axis)
 
 
+def reshape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """In row-major order."""
+    return torch.reshape(x, shape)
+
+
+def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k greatest of the last axis and where they are, greatest first."""
+    values, indices = torch.topk(x, k)
+    return values, indices
+
+
 def take_along_axis(x: Tensor, indices: Tensor, axis: int) -> Tensor:
     """One element per index."""
     return torch.gather(x, axis, indices.long())

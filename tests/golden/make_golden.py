@@ -172,9 +172,7 @@ def softmax_table() -> list[dict[str, Any]]:
             for j in range(len(row))
         ]
         value = float(softmax_focal(logits, label, gamma))
-        table.append(
-            {"logits": row, "label": label, "gamma": gamma, "value": value, "grad": grad}
-        )
+        table.append({"logits": row, "label": label, "gamma": gamma, "value": value, "grad": grad})
     return table
 
 

@@ -1,0 +1,202 @@
+"""The PyTorch side of the detector: everything between NumPy batches and the network."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from focal.core.anchors import anchors as core_anchors
+from focal.retinanet.config import RetinaNetConfig, TrainConfig
+from focal.retinanet.data.loader import Batch
+from focal.retinanet.network_torch import RetinaNet, build_network, load_state, state
+from focal.retinanet.objective import objective, targets
+from focal.retinanet.postprocess import detections
+from focal.torch._namespace import xp
+
+__all__ = ["Trainer", "build", "describe", "detect", "load_state", "raw_outputs", "state"]
+
+EMA_START = 100.0
+"""Where detectron2 starts its running mean of the positives."""
+
+
+def build(config: RetinaNetConfig, seed: int, device: str | None = None) -> RetinaNet:
+    """A network in evaluation mode, on the GPU where there is one."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = build_network(config, seed).to(device, memory_format=torch.channels_last)
+    return network.eval()
+
+
+def describe(model: RetinaNet) -> dict[str, Any]:
+    """Device and versions, for the records of a run."""
+    device = _device(model)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "device": f"{device.type} ({name}, {torch.get_num_threads()} threads)",
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+@torch.inference_mode()
+def raw_outputs(model: RetinaNet, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Class logits (B, N, K) and deltas (B, N, 4) of uint8 canvases (B, H, W, 3)."""
+    logits, deltas = model(_normalised(model, images))
+    return logits.float().cpu().numpy(), deltas.float().cpu().numpy()
+
+
+@torch.inference_mode()
+def detect(
+    model: RetinaNet, images: np.ndarray, sizes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Boxes (B, D, 4) on the canvas, scores (B, D) and labels (B, D) of uint8 canvases."""
+    device = _device(model)
+    logits, deltas = model(_normalised(model, images))
+    anchors = _anchors(images.shape[1:3], model.config, device)
+    covered = torch.as_tensor(sizes, device=device)
+    found = detections(xp, logits, deltas, anchors, covered, model.config)
+    return tuple(part.cpu().numpy() for part in found)
+
+
+class Trainer:
+    """One training run: the network, its optimiser, and the moving average of its weights."""
+
+    def __init__(self, model: RetinaNet, train: TrainConfig) -> None:
+        self.model = model.train()
+        self.train = train
+        self.device = _device(model)
+        self.precision = train.precision
+        if train.precision == "auto":
+            self.precision = _fast_precision(self.device)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters = parameters
+        if train.optimizer == "sgd":
+            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
+                parameters, train.learning_rate, train.momentum, weight_decay=train.weight_decay
+            )
+        else:
+            self.optimizer = torch.optim.AdamW(
+                parameters, train.learning_rate, weight_decay=train.weight_decay
+            )
+        self.average = {k: v.clone() for k, v in self._floats().items()} if train.ema else {}
+        self.mean_positives = torch.tensor(EMA_START, device=self.device)
+        self.anchors: dict[tuple[int, int], Tensor] = {}
+
+    def step(self, number: int, batch: Batch, learning_rate: float) -> dict[str, Tensor]:
+        """One step of the optimiser; the loss parts stay on the device."""
+        config = self.model.config
+        images = _normalised(self.model, batch.images)
+        boxes = torch.as_tensor(batch.boxes, device=self.device)
+        labels = torch.as_tensor(batch.labels, device=self.device)
+        canvas = (images.shape[2], images.shape[3])
+        if canvas not in self.anchors:
+            self.anchors[canvas] = _anchors(canvas, config, self.device)
+        anchors = self.anchors[canvas]
+
+        target = targets(xp, anchors, boxes, labels, config)
+        with _autocast(self.device, self.precision):
+            logits, deltas = self.model(images)
+        normaliser = None
+        if config.normaliser == "ema":
+            self.mean_positives.lerp_((target.labels >= 0).sum().float(), 0.1)
+            normaliser = self.mean_positives
+        parts = objective(xp, logits, deltas, anchors, target, config, normaliser)
+        loss = parts.classification + parts.box
+
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.train.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.train.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self._update_average(number)
+        return {
+            "loss": loss.detach(),
+            "classification": parts.classification.detach(),
+            "box": parts.box.detach(),
+            "positives": parts.positives,
+        }
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """The weights to evaluate and to keep: the moving average where there is one."""
+        own = state(self.model)
+        return own | {k: v.cpu().numpy().copy() for k, v in self.average.items()}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything that the next step depends on, by name."""
+        tensors = {f"model/{k}": v for k, v in state(self.model).items()}
+        tensors |= {f"average/{k}": v.cpu().numpy().copy() for k, v in self.average.items()}
+        for index, values in self.optimizer.state_dict()["state"].items():
+            for key, value in values.items():
+                if value is not None:
+                    tensors[f"optimizer/{index}/{key}"] = value.cpu().numpy().copy()
+        tensors["mean_positives"] = self.mean_positives.cpu().numpy().copy()
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Go on from what `state` gave."""
+        load_state(self.model, _part(tensors, "model/"))
+        for key, value in _part(tensors, "average/").items():
+            self.average[key].copy_(torch.as_tensor(value))
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, value in _part(tensors, "optimizer/").items():
+            index, key = name.split("/", 1)
+            slots.setdefault(int(index), {})[key] = torch.tensor(value)
+        full = self.optimizer.state_dict()
+        self.optimizer.load_state_dict({**full, "state": slots})
+        self.mean_positives.copy_(torch.as_tensor(tensors["mean_positives"]))
+
+    def _floats(self) -> dict[str, Tensor]:
+        """Weights and statistics, without counters."""
+        return {k: v for k, v in self.model.state_dict().items() if v.is_floating_point()}
+
+    @torch.no_grad()
+    def _update_average(self, number: int) -> None:
+        if self.train.ema:
+            # Early on the average follows closely; it would else remember the initial weights.
+            decay = min(self.train.ema, (1 + number) / (10 + number))
+            current = self._floats()
+            torch._foreach_lerp_(
+                list(self.average.values()), [current[k] for k in self.average], 1 - decay
+            )
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _normalised(model: RetinaNet, images: np.ndarray) -> Tensor:
+    """(B, H, W, 3) uint8 to (B, 3, H, W) float32, channels-last in memory as it came."""
+    device = _device(model)
+    mean = torch.tensor(model.config.mean, device=device) * 255
+    std = torch.tensor(model.config.std, device=device) * 255
+    return ((torch.as_tensor(images, device=device) - mean) / std).permute(0, 3, 1, 2)
+
+
+def _anchors(canvas: tuple[int, ...], config: RetinaNetConfig, device: torch.device) -> Tensor:
+    height, width = canvas
+    return core_anchors(xp, (height, width), config.anchors).to(device)
+
+
+def _fast_precision(device: torch.device) -> str:
+    """bfloat16 where the hardware multiplies it, else float32."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
+
+
+def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    if precision == "bfloat16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def _part(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

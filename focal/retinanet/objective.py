@@ -1,0 +1,89 @@
+"""What the network is trained to minimise: targets and losses of a batch, in any framework."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from focal.core.box_losses import giou_loss, smooth_l1_loss
+from focal.core.boxes import decode_boxes
+from focal.core.losses import sparse_sigmoid_focal_loss
+from focal.core.namespace import Array, Namespace
+from focal.core.targets import assign_targets
+from focal.retinanet.config import RetinaNetConfig
+
+__all__ = ["Objective", "Targets", "objective", "targets"]
+
+
+class Targets(NamedTuple):
+    """What each anchor is to learn: labels (B, N) and deltas (B, N, 4)."""
+
+    labels: Array
+    deltas: Array
+
+
+class Objective(NamedTuple):
+    """The loss parts of a batch, normalised, and its number of positive anchors."""
+
+    classification: Array
+    box: Array
+    positives: Array
+
+
+def targets(
+    xp: Namespace, anchors: Array, boxes: Array, labels: Array, config: RetinaNetConfig
+) -> Targets:
+    """Match anchors (N, 4) with boxes (B, M, 4), padded with zeros, of classes `labels` (B, M)."""
+    assigned, deltas = assign_targets(
+        xp,
+        anchors,
+        boxes,
+        labels,
+        foreground=config.foreground,
+        background=config.background,
+        allow_low_quality=config.allow_low_quality,
+    )
+    return Targets(assigned, deltas)
+
+
+def objective(
+    xp: Namespace,
+    logits: Array,
+    deltas: Array,
+    anchors: Array,
+    target: Targets,
+    config: RetinaNetConfig,
+    normaliser: Array | None = None,
+) -> Objective:
+    """Focal loss plus box loss, each divided by the number of positive anchors.
+
+    Args:
+        xp: The array namespace.
+        logits: (B, N, K) class logits.
+        deltas: (B, N, 4) box deltas.
+        anchors: (N, 4).
+        target: The batch's targets.
+        config: Alpha, gamma, box loss and normaliser.
+        normaliser: Divide by this instead; for a running mean or a sum over replicas.
+    """
+    positive = xp.astype(target.labels >= 0, xp.float32)
+    count = xp.sum(positive)
+    if config.normaliser == "image":
+        # Each image divided by its own positives, then the mean over images.
+        each = xp.maximum(xp.sum(positive, axis=-1, keepdims=True), 1.0)
+        share = 1 / (each * positive.shape[0])
+        weight, scale = share[..., None], 1.0
+    else:
+        weight, scale = None, xp.maximum(count if normaliser is None else normaliser, 1.0)
+
+    classification = sparse_sigmoid_focal_loss(
+        xp, logits, target.labels, config.alpha, config.gamma, "sum", weight=weight
+    )
+    deltas = xp.astype(deltas, xp.float32)
+    if config.box_loss == "giou":
+        predicted = decode_boxes(xp, deltas, anchors)
+        each = giou_loss(xp, predicted, decode_boxes(xp, target.deltas, anchors))
+    else:
+        each = xp.sum(smooth_l1_loss(xp, deltas, target.deltas, config.box_beta), axis=-1)
+    mask = positive if weight is None else positive * weight[..., 0]
+    box = xp.sum(each * mask) * config.box_weight
+    return Objective(classification / scale, box / scale, count)

@@ -1,0 +1,82 @@
+"""From raw outputs to detections: on the device, batched, with static shapes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from focal.core.anchors import level_shapes
+from focal.core.boxes import decode_boxes
+from focal.core.namespace import Array, Namespace
+from focal.core.nms import suppress
+from focal.retinanet.config import RetinaNetConfig
+
+__all__ = ["Detections", "detections"]
+
+
+class Detections(NamedTuple):
+    """The best D detections of each image, best first; scores are 0 where there are fewer."""
+
+    boxes: Array
+    scores: Array
+    labels: Array
+
+
+def detections(
+    xp: Namespace,
+    logits: Array,
+    deltas: Array,
+    anchors: Array,
+    sizes: Array,
+    config: RetinaNetConfig,
+) -> Detections:
+    """Threshold, take the best of each level, decode, clip, suppress per class, take the best.
+
+    Args:
+        xp: The array namespace.
+        logits: (B, N, K) class logits of the canvas.
+        deltas: (B, N, 4) box deltas.
+        anchors: (N, 4) of the canvas.
+        sizes: (B, 2) the (height, width) in pixels that each image covers of the canvas.
+        config: Thresholds, candidates and limits.
+
+    Returns:
+        Boxes (B, D, 4) in pixels of the canvas, scores (B, D), labels (B, D).
+
+    Source: Lin et al. 2017, section 4.1, "Inference"; suppression per class and the limit of
+    detections as in Detectron.
+    """
+    classes = logits.shape[-1]
+    scores, positions, start = [], [], 0
+    for rows, columns in level_shapes(config.canvas, config.anchors):
+        count = rows * columns * config.anchors.per_cell
+        flat = xp.reshape(logits[:, start : start + count, :], (-1, count * classes))
+        best, at = xp.top_k(flat, min(config.candidates, count * classes))
+        scores.append(xp.sigmoid(xp.astype(best, xp.float32)))
+        positions.append(at + start * classes)
+        start += count
+    score, position = xp.concat(scores, axis=-1), xp.concat(positions, axis=-1)
+
+    # One more cut, over the levels, bounds the rounds that suppression can take.
+    score, at = xp.top_k(score, min(config.candidates, score.shape[-1]))
+    score = xp.where(score > config.score_threshold, score, xp.zeros_like(score))
+    position = xp.take_along_axis(position, at, -1)
+    anchor, label = position // classes, position % classes
+    boxes = decode_boxes(xp, _rows(xp, deltas, anchor), anchors[anchor])
+    boxes = _clip(xp, boxes, sizes)
+
+    # What the threshold rejected comes last, where it suppresses nothing.
+    keep = suppress(xp, boxes, label, config.nms_threshold)
+    score = xp.where(keep, score, xp.zeros_like(score))
+    best, at = xp.top_k(score, min(config.max_detections, score.shape[-1]))
+    return Detections(_rows(xp, boxes, at), best, xp.take_along_axis(label, at, -1))
+
+
+def _rows(xp: Namespace, boxes: Array, at: Array) -> Array:
+    """boxes[b, at[b]] of each image b: (B, n, 4)."""
+    return xp.stack([xp.take_along_axis(boxes[..., i], at, -1) for i in range(4)], axis=-1)
+
+
+def _clip(xp: Namespace, boxes: Array, sizes: Array) -> Array:
+    """Boxes cut off at the edge of what each image covers."""
+    limit = xp.astype(xp.stack([sizes[:, 1], sizes[:, 0]] * 2, axis=-1), boxes.dtype)
+    return xp.minimum(xp.maximum(boxes, 0.0), limit[:, None, :])

@@ -1,0 +1,78 @@
+"""Named settings: what to train (`PRESETS`) and whose conventions to follow (`CONVENTIONS`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from focal.core.anchors import AnchorConfig
+from focal.retinanet.config import RetinaNetConfig, TrainConfig
+
+__all__ = ["CONVENTIONS", "PRESETS", "Preset"]
+
+
+class Preset(NamedTuple):
+    """A detector and the run that trains it."""
+
+    detector: RetinaNetConfig
+    train: TrainConfig
+
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        # Small enough to learn from scratch on a CPU: 0.93 M parameters, anchors from 20 pixels.
+        "tiny": Preset(
+            RetinaNetConfig(
+                canvas=(256, 320),
+                backbone="tiny",
+                norm="batch",
+                levels=(3, 4, 5),
+                channels=64,
+                head_depth=2,
+                anchors=AnchorConfig(strides=(8, 16, 32), sizes=(20.0, 40.0, 80.0)),
+                allow_low_quality=0.2,
+                box_beta=1 / 9,
+            ),
+            TrainConfig(
+                steps=3000,
+                batch_size=8,
+                optimizer="adamw",
+                learning_rate=1.5e-3,
+                weight_decay=0.01,
+                schedule="cosine",
+                warmup=100,
+                clip_norm=10.0,
+                ema=0.998,
+                crop=(240, 240),
+                zoom=(0.8, 1.25),
+                flips="eightfold",
+                jitter=0.2,
+            ),
+        ),
+        # The paper's RetinaNet-50 and schedule; from scratch it wants norm=batch or group.
+        "r50": Preset(RetinaNetConfig(), TrainConfig()),
+    }
+)
+
+CONVENTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "paper": {},
+        # retinanet_resnet50_fpn (v1): P6 from P5, whole-pixel anchors at the cells' corners.
+        "torchvision": {
+            "p6_from": "p5",
+            "allow_low_quality": True,
+            "anchors": AnchorConfig(offset=0.0, rounded=True),
+            "box_beta": 0.0,
+            "normaliser": "image",
+            "max_detections": 300,
+        },
+        # Base-RetinaNet.yaml: L1 boxes, running mean of the positives as normaliser.
+        "detectron2": {
+            "allow_low_quality": True,
+            "anchors": AnchorConfig(offset=0.0),
+            "box_beta": 0.0,
+            "normaliser": "ema",
+        },
+    }
+)
