@@ -101,7 +101,7 @@ def test_saving_replaces_the_file(file):
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none\.safetensors: expected a weights file"):
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors: expected a file of format"):
         load_weights(tmp_path / "none.safetensors")
 
 

@@ -64,8 +64,8 @@ def match_anchors(
     floor = _low_quality_floor(name, allow_low_quality)
 
     x1, y1, x2, y2 = (anchors[:, i] for i in range(4))
-    areas = (x2 - x1) * (y2 - y1)
-    tiny = xp.finfo(anchors.dtype).smallest_normal
+    # Kept above zero, so that no union below is.
+    areas = xp.maximum((x2 - x1) * (y2 - y1), xp.finfo(anchors.dtype).smallest_normal)
 
     def iou(i: int) -> Array:
         """IoU of every anchor with box i of each list: (..., N)."""
@@ -73,33 +73,30 @@ def match_anchors(
         w = xp.maximum(xp.minimum(x2, bx2) - xp.maximum(x1, bx1), 0.0)
         h = xp.maximum(xp.minimum(y2, by2) - xp.maximum(y1, by1), 0.0)
         intersection = w * h
-        union = areas + (bx2 - bx1) * (by2 - by1) - intersection
-        return intersection / xp.maximum(union, tiny)
-
-    # One box at a time: the N x M table of overlaps is never held, only its running best.
-    def better(i: int, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        best, match = state
-        overlap = iou(i)
-        return xp.maximum(best, overlap), xp.where(overlap > best, i, match)
+        return intersection / (areas + (bx2 - bx1) * (by2 - by1) - intersection)
 
     count = boxes.shape[-2]
     shape = (*boxes.shape[:-2], anchors.shape[0])
     best = xp.astype(xp.constant(np.zeros(shape, np.float32), boxes), anchors.dtype)
     match = xp.astype(best, xp.index_type)
-    best, match = xp.fori_loop(count, better, (best, match))
 
-    low_quality = best < 0
-    if floor is not None and anchors.shape[0] > 0:
+    # One box at a time: the N x M table of overlaps is never held, only its running best.
+    def compare(i: int, state: tuple[Array, ...]) -> tuple[Array, ...]:
+        best, match, *marked = state
+        overlap = iou(i)
+        state = xp.maximum(best, overlap), xp.where(overlap > best, i, match)
+        if floor is None:
+            return state
+        top = xp.max(overlap, axis=-1, keepdims=True)
+        worthy = (top > 0) & (top >= floor)
+        return (*state, marked[0] | ((overlap == top) & worthy))
 
-        def mark(i: int, marked: Array) -> Array:
-            overlap = iou(i)
-            top = xp.max(overlap, axis=-1, keepdims=True)
-            worthy = (top > 0) & (top >= floor)
-            return marked | ((overlap == top) & worthy)
+    state = (best, match) if floor is None else (best, match, best < 0)
+    best, match, *marked = xp.fori_loop(count if anchors.shape[0] else 0, compare, state)
 
-        low_quality = xp.fori_loop(count, mark, low_quality)
-
-    matched = low_quality | ((best >= foreground) & (best > 0))
+    matched = (best >= foreground) & (best > 0)
+    for low_quality in marked:
+        matched = matched | low_quality
     # With a background threshold of 0, what overlaps nothing is still background.
     is_background = (best < background) | (best <= 0)
     return xp.where(matched, match, xp.where(is_background, -1, xp.zeros_like(match) - 2))

@@ -92,8 +92,10 @@ class Trainer:
         """One step of the optimiser; the loss parts stay on the device."""
         config = self.model.config
         images = _normalised(self.model, batch.images)
-        boxes = torch.as_tensor(batch.boxes, device=self.device)
-        labels = torch.as_tensor(batch.labels, device=self.device)
+        # The padding that no image of this batch needs is left out on the host.
+        most = max(1, int((batch.labels >= 0).sum(1).max()))
+        boxes = torch.as_tensor(batch.boxes[:, :most], device=self.device)
+        labels = torch.as_tensor(batch.labels[:, :most], device=self.device)
         canvas = (images.shape[2], images.shape[3])
         if canvas not in self.anchors:
             self.anchors[canvas] = _anchors(canvas, config, self.device)
@@ -102,6 +104,7 @@ class Trainer:
         target = targets(xp, anchors, boxes, labels, config)
         with _autocast(self.device, self.precision):
             logits, deltas = self.model(images)
+        logits, deltas = logits.float(), deltas.float()
         normaliser = None
         if config.normaliser == "ema":
             self.mean_positives.lerp_((target.labels >= 0).sum().float(), 0.1)

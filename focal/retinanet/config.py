@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from focal.core import checks
 from focal.core.anchors import AnchorConfig
 
 __all__ = ["RetinaNetConfig", "TrainConfig"]
@@ -30,7 +31,7 @@ class RetinaNetConfig:
     classes: tuple[str, ...] = ()
     """Names of the foreground classes; class index k is `classes[k]`. Their number is K."""
     canvas: tuple[int, int] = (1024, 1024)
-    """(height, width) in pixels, multiples of the coarsest stride. Images are scaled to fit."""
+    """(height, width) in pixels. Images are scaled to fit, keeping their aspect."""
 
     # Network
     backbone: BackboneName = "resnet50"
@@ -69,6 +70,25 @@ class RetinaNetConfig:
     # Input: RGB in [0, 255] becomes (image / 255 - mean) / std
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        name = "RetinaNetConfig"
+        _check_words(name, self)
+        _check_size(name, "canvas", self.canvas)
+        for parameter in ("channels", "head_depth", "candidates", "max_detections"):
+            checks.check_integer(name, parameter, getattr(self, parameter), 1)
+        for parameter in ("foreground", "background", "score_threshold", "nms_threshold"):
+            checks.check_number(name, parameter, getattr(self, parameter), 0, 1)
+        for parameter in ("box_beta", "box_weight"):
+            checks.check_number(name, parameter, getattr(self, parameter), 0)
+        checks.check_alpha(name, self.alpha)
+        checks.check_gamma(name, self.gamma)
+        strides = tuple(2**level for level in self.levels)
+        if self.anchors.strides != strides:
+            raise ValueError(
+                f"{name}: anchors.strides must be those of levels {self.levels}, {strides}; "
+                f"got {self.anchors.strides}"
+            )
 
     @property
     def num_classes(self) -> int:
@@ -126,7 +146,26 @@ class TrainConfig:
     eval_every: int = 0
     """Steps between evaluations on the validation split; 0: only at the end."""
     save_every: int = 500
+    """Steps between checkpoints; 0: only at the end."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        name = "TrainConfig"
+        _check_words(name, self)
+        for parameter in ("steps", "batch_size", "log_every"):
+            checks.check_integer(name, parameter, getattr(self, parameter), 1)
+        for parameter in ("warmup", "workers", "eval_every", "save_every", "seed"):
+            checks.check_integer(name, parameter, getattr(self, parameter), 0)
+        for parameter in ("learning_rate", "weight_decay"):
+            checks.check_number(name, parameter, getattr(self, parameter), 0)
+        for parameter in ("momentum", "jitter"):
+            checks.check_number(name, parameter, getattr(self, parameter), 0, 1)
+        if self.ema is not None:
+            checks.check_number(name, "ema", self.ema, 0, 1)
+        if self.clip_norm is not None:
+            checks.check_number(name, "clip_norm", self.clip_norm, 0)
+        if self.crop is not None:
+            _check_size(name, "crop", self.crop)
 
     def replace(self, **changes: Any) -> TrainConfig:
         """A copy with some fields changed."""
@@ -140,6 +179,20 @@ class TrainConfig:
     def from_json(cls, text: str) -> TrainConfig:
         """Read what `to_json` wrote."""
         return cls(**_tuples(json.loads(text)))
+
+
+def _check_words(name: str, config: Any) -> None:
+    """Every field that is annotated with a few words has one of them."""
+    for parameter, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal:
+            checks.check_choice(name, parameter, getattr(config, parameter), get_args(hint))
+
+
+def _check_size(name: str, parameter: str, value: Any) -> None:
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise ValueError(f"{name}: {parameter} must be (height, width); got {value!r}")
+    for side in value:
+        checks.check_integer(name, parameter, side, 1)
 
 
 def _tuples(value: Any) -> Any:

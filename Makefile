@@ -1,0 +1,35 @@
+# `make test` and `make demo` each set up what they need in .venv, and work alone in a fresh clone.
+PYTHON ?= python3.11
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+WORKERS ?= 2
+
+.PHONY: setup test demo lint bench docs clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[torch,retinanet,dev]"
+	touch $@
+
+test: $(READY)
+	FOCAL_REQUIRE_ALL=1 $(RUN) -m pytest -q -n $(WORKERS)
+
+# About two minutes of training on two cores; STEPS=200 makes it a short trial.
+STEPS ?= 1800
+demo: $(READY)
+	$(RUN) -m focal train --data shapes --preset tiny --canvas 128x128 --steps $(STEPS) --out runs/demo
+	$(RUN) -m focal evaluate runs/demo/weights.safetensors --data shapes --split test --out runs/demo/test.json
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+bench: $(READY)
+	$(RUN) -m benchmarks
+
+clean:
+	rm -rf $(VENV) runs dist build

@@ -1,0 +1,7 @@
+"""`python -m focal` is the `focal` command."""
+
+import sys
+
+from focal.retinanet.cli import main
+
+sys.exit(main())

@@ -1,0 +1,205 @@
+"""Boxes, names and scores drawn on images, and images laid out beside each other."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from focal.retinanet.data.images import resize
+from focal.retinanet.weights import write_atomically
+
+__all__ = ["PALETTE", "class_colour", "draw_boxes", "save_image", "side_by_side"]
+
+PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#f0e442", "#56b4e9", "#d55e00", "#ffffff")
+"""Okabe and Ito's colours, which the colour-blind tell apart, and white; class k has k modulo 8."""
+
+_Box = tuple[int, int, int, int]
+_INK = "#1f2328"
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+_PAD = 2  # left and right of a tag's text, in pixels
+
+
+def class_colour(label: int) -> str:
+    """The colour of a class, the same in every picture, as `#rrggbb`."""
+    return PALETTE[label % len(PALETTE)]
+
+
+def draw_boxes(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    classes: tuple[str, ...],
+    scores: np.ndarray | None = None,
+    scale: float = 1.0,
+) -> np.ndarray:
+    """Draw boxes on a copy of an image, each in its class's colour with a tag inside the picture.
+
+    Args:
+        image: (H, W, 3) uint8, RGB.
+        boxes: (n, 4), `(x1, y1, x2, y2)` in pixels of `image`. Those outside it, or not finite,
+            are left out; those thinner than a pixel are drawn as one pixel.
+        labels: (n,) class indices.
+        classes: name of each class.
+        scores: (n,), written behind the name.
+        scale: the picture is this many times larger than the image.
+
+    Returns:
+        (H * scale, W * scale, 3) uint8.
+    """
+    height, width = (max(1, round(n * scale)) for n in image.shape[:2])
+    canvas = Image.fromarray(image.copy() if scale == 1 else resize(image, (height, width)))
+    draw = ImageDraw.Draw(canvas)
+    line = max(1, round(min(height, width) / 160))
+    font = _font(max(10, min(height, width) // 40))
+
+    boxes = np.asarray(boxes, np.float64).reshape(-1, 4) * scale
+    ends = [""] * len(boxes) if scores is None else [f" {score:.2f}" for score in scores]
+    items = [
+        (_pixels(box, width, height), int(label), end)
+        for box, label, end in zip(boxes, labels, ends, strict=True)
+        if np.isfinite(box).all() and (box[2:] > 0).all() and (box[:2] < [width, height]).all()
+    ]
+    # Small boxes come last, over the large ones; all halos come first, to cut no coloured line.
+    items.sort(key=lambda item: _shared(item[0], item[0]), reverse=True)
+    for halo in (1, 0):
+        for box, label, _ in items:
+            _frame(draw, box, line, class_colour(label), halo)
+    taken: list[_Box] = []
+    for box, label, end in reversed(items):
+        room = min(width - 2 * _PAD - font.getlength(end), 10 * font.size)
+        text = _fit(classes[label], font, room) + end
+        size = math.ceil(font.getlength(text)) + 2 * _PAD, sum(font.getmetrics())
+        if size[0] > width or size[1] > height:
+            continue  # the picture has no room for letters
+        place = _place(box, size, (width, height), taken)
+        taken.append(place)
+        draw.rectangle((*place[:2], place[2] - 1, place[3] - 1), fill=class_colour(label))
+        draw.text((place[0] + _PAD, place[1]), text, _contrast(class_colour(label)), font)
+    return np.array(canvas)
+
+
+def side_by_side(
+    rows: Sequence[tuple[np.ndarray, np.ndarray]],
+    titles: tuple[str, str] = ("ground truth", "detections"),
+    legend: Sequence[tuple[int, str]] = (),
+) -> np.ndarray:
+    """A sheet of picture pairs under two titles, with a legend of the classes' colours.
+
+    Args:
+        rows: pairs of (H, W, 3) uint8, of any sizes.
+        titles: what stands above each column.
+        legend: label and name of the classes to explain.
+    """
+    widths = [max([200, *(row[i].shape[1] for row in rows)]) for i in (0, 1)]
+    size = max(14, min(widths) // 32)
+    gap, title_font, font = size // 2, _font(size, bold=True), _font(round(size * 0.85))
+    width = sum(widths) + 3 * gap
+    places = _flow(legend, font, size, width)
+    top = 2 * size + (places[-1][1] + 2 * size if places else 0)
+    heights = [max(picture.shape[0] for picture in row) + gap for row in rows]
+    page = Image.new("RGB", (width, top + sum(heights)), "white")
+    draw = ImageDraw.Draw(page)
+
+    lefts = (gap, 2 * gap + widths[0])
+    for left, column, title in zip(lefts, widths, titles, strict=True):
+        draw.text((left, size), _fit(title, title_font, column), _INK, title_font, anchor="lm")
+    for x, y, label, name in places:
+        middle, half = 3 * size + y, size * 0.35
+        swatch = (x, middle - half, x + 2 * half, middle + half)
+        draw.rectangle(swatch, fill=class_colour(label), outline=_INK)
+        draw.text((x + size, middle), name, _INK, font, anchor="lm")
+    for pair, height in zip(rows, heights, strict=True):
+        for left, column, picture in zip(lefts, widths, pair, strict=True):
+            page.paste(Image.fromarray(picture), (left + (column - picture.shape[1]) // 2, top))
+        top += height
+    return np.array(page)
+
+
+def save_image(path: str | os.PathLike[str], array: np.ndarray) -> Path:
+    """Write (H, W, 3) uint8 as PNG or JPEG, by the suffix, whole or not at all."""
+    path = Path(path)
+    if path.suffix.lower() not in _FORMATS:
+        raise ValueError(f"save_image: path must end in {', '.join(_FORMATS)}; got {path.name!r}")
+    data, kind = io.BytesIO(), _FORMATS[path.suffix.lower()]
+    Image.fromarray(np.ascontiguousarray(array)).save(data, kind, optimize=True, quality=90)
+    write_atomically(path, data.getvalue())
+    return path
+
+
+def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib and has more scripts than Pillow's own font."""
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", name), size)
+
+
+def _fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """The text as one line of what a font can draw, cut until it is at most `width` wide."""
+    text = "".join(c if c.isprintable() else " " for c in text[:80])
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text and text + "…"
+
+
+def _contrast(colour: str) -> str:
+    """Black or white, whichever is farther from the colour."""
+    red, green, blue = bytes.fromhex(colour[1:])
+    return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 100 else "#ffffff"
+
+
+def _pixels(box: np.ndarray, width: int, height: int) -> _Box:
+    """The box in whole pixels of the picture, one at least, the right and lower end exclusive."""
+    x1, y1, x2, y2 = np.rint(np.clip(box, 0, [width, height, width, height])).astype(int).tolist()
+    x1, y1 = min(x1, width - 1), min(y1, height - 1)
+    return x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)
+
+
+def _frame(draw: ImageDraw.ImageDraw, box: _Box, line: int, colour: str, halo: int) -> None:
+    """An outline along the inside of the box, or its halo, which is wider to both sides."""
+    x1, y1, x2, y2 = box
+    line = min(line, max(1, min(x2 - x1, y2 - y1) // 4)) + 2 * halo
+    outer = (x1 - halo, y1 - halo, x2 - 1 + halo, y2 - 1 + halo)
+    draw.rectangle(outer, outline=_contrast(colour) if halo else colour, width=line)
+
+
+def _place(box: _Box, size: tuple[int, int], canvas: tuple[int, int], taken: list[_Box]) -> _Box:
+    """Where a tag goes: at a corner of its box, inside the picture, best not on other tags."""
+    (x1, y1, x2, y2), (width, height) = box, size
+    corners = [(x1, y1 - height), (x2 - width, y1 - height), (x1, y2), (x2 - width, y2)]
+    corners.insert(1 if y2 - y1 > 3 * height else 4, (x1, y1))  # it would hide a small object
+    best = math.inf, box
+    for x, y in corners:
+        left, top = min(max(x, 0), canvas[0] - width), min(max(y, 0), canvas[1] - height)
+        place = left, top, left + width, top + height
+        cost = 10 * (abs(left - x) + abs(top - y)) + sum(_shared(place, tag) for tag in taken)
+        if cost < best[0]:
+            best = cost, place
+    return best[1]
+
+
+def _shared(a: _Box, b: _Box) -> int:
+    """The area that two boxes have in common."""
+    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def _flow(
+    legend: Sequence[tuple[int, str]], font: ImageFont.FreeTypeFont, size: int, width: int
+) -> list[tuple[int, int, int, str]]:
+    """Names set one after another like words in lines: x, y, label and text of each."""
+    places, x, y = [], size // 2, 0
+    for label, name in legend:
+        name = _fit(name, font, width - 2 * size)
+        advance = math.ceil(font.getlength(name)) + 2 * size
+        if x > size and x + advance > width:
+            x, y = size // 2, y + round(1.5 * size)
+        places.append((x, y, label, name))
+        x += advance
+    return places

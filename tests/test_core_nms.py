@@ -1,0 +1,109 @@
+"""Greedy non-maximum suppression against the sequential loop."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from backends import Backend
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
+from strategies import boxes as box_lists
+
+import focal.numpy as reference
+from focal.core.nms import BLOCK
+
+
+def greedy(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> np.ndarray:
+    """From the best score down, drop what a kept box overlaps; equal scores in order."""
+    alive = np.ones(len(boxes), bool)
+    kept = []
+    for i in np.argsort(-scores, kind="stable"):
+        if alive[i]:
+            kept.append(i)
+            overlap = reference.box_iou(boxes[i : i + 1], boxes)[0]
+            alive &= ~(overlap > threshold)
+            alive[i] = False
+    return np.array(kept, dtype=np.int64)
+
+
+def per_class(
+    boxes: np.ndarray, scores: np.ndarray, classes: np.ndarray, threshold: float
+) -> np.ndarray:
+    kept: list[int] = []
+    for c in np.unique(classes):
+        own = np.flatnonzero(classes == c)
+        kept.extend(own[greedy(boxes[own], scores[own], threshold)])
+    return np.array(sorted(kept, key=lambda i: (-scores[i], i)), dtype=np.int64)
+
+
+def crowd(n: int, dtype: str = "float32", seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Heaps of boxes, a third of them duplicates, with many equal scores."""
+    random = np.random.default_rng(seed)
+    corner, side = random.uniform(0, 300, (n, 2)), random.uniform(10, 60, (n, 2))
+    boxes = np.concatenate([corner, corner + side], axis=1)
+    boxes[: n // 3] = boxes[random.integers(0, n, n // 3)]
+    return boxes.astype(dtype), (random.integers(0, max(1, n // 4), n) / n).astype(dtype)
+
+
+@given(st.data(), box_lists(max_boxes=14), st.sampled_from([0.0, 0.25, 0.5, 0.7, 1.0]))
+def test_small(backend: Backend, data: st.DataObject, boxes: np.ndarray, threshold: float) -> None:
+    n = len(boxes)
+    scores = np.array(data.draw(st.lists(st.integers(0, 4), min_size=n, max_size=n)), float)
+    got = backend("nms", boxes, scores, threshold)
+    assert_array_equal(got, greedy(boxes, scores, threshold))
+    classes = np.array(data.draw(st.lists(st.integers(0, 2), min_size=n, max_size=n)), np.int64)
+    got = backend("batched_nms", boxes, scores, classes, threshold)
+    assert_array_equal(got, per_class(boxes, scores, classes, threshold))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7])
+@pytest.mark.parametrize("n", [1, 300, BLOCK, BLOCK + 1, 2 * BLOCK + 100])
+def test_crowd(backend: Backend, n: int, threshold: float, dtype: str) -> None:
+    boxes, scores = crowd(n, dtype)
+    assert_array_equal(backend("nms", boxes, scores, threshold), greedy(boxes, scores, threshold))
+
+
+def test_crowd_per_class(backend: Backend) -> None:
+    boxes, scores = crowd(BLOCK + 300)
+    classes = np.random.default_rng(1).integers(0, 3, len(boxes))
+    got = backend("batched_nms", boxes, scores, classes, 0.5)
+    assert_array_equal(got, per_class(boxes, scores, classes, 0.5))
+
+
+def test_long_chain(backend: Backend) -> None:
+    """Each box overlaps only its neighbours: every second one survives, across blocks too."""
+    n = BLOCK + 200
+    x = 2.0 * np.arange(n)
+    boxes = np.stack([x, np.zeros(n), x + 5, np.ones(n)], axis=1)
+    kept = backend("nms", boxes, -np.arange(n, dtype=float), 0.4)
+    assert_array_equal(kept, np.arange(0, n, 2))
+
+
+def test_identical_boxes_leave_the_first(backend: Backend) -> None:
+    boxes = np.tile([[1.0, 2.0, 3.0, 4.0]], (7, 1))
+    assert_array_equal(backend("nms", boxes, np.full(7, 0.5), 0.5), [0])
+    assert_array_equal(backend("nms", boxes, np.arange(7) / 7, 0.5), [6])
+    assert_array_equal(backend("nms", boxes, np.arange(7) / 7, 1.0), np.arange(7)[::-1])
+
+
+def test_overlap_at_the_threshold_is_kept(backend: Backend) -> None:
+    boxes = np.array([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 1.0]])
+    scores = np.array([2.0, 1.0])
+    assert_array_equal(backend("nms", boxes, scores, 0.5), [0, 1])
+    assert_array_equal(backend("nms", boxes, scores, 0.499), [0])
+
+
+def test_empty(backend: Backend) -> None:
+    none = np.zeros((0, 4)), np.zeros(0)
+    assert backend("nms", *none, 0.5).shape == (0,)
+    assert backend("batched_nms", *none, np.zeros(0, np.int64), 0.5).shape == (0,)
+
+
+def test_half_types_do_not_overflow(backend: Backend) -> None:
+    """The area of a box of 512 pixels is beyond the greatest float16 number."""
+    boxes, scores = np.array([[0.0, 0.0, 512.0, 512.0]] * 2), np.array([1.0, 2.0])
+    for dtype in backend.half_types:
+        half = backend.asarray(boxes, dtype), backend.asarray(scores, dtype)
+        assert_array_equal(backend.numpy(backend.F.nms(*half, 0.5)), [1])
