@@ -73,11 +73,11 @@ def rows(
 
 @st.composite
 def boxes(
-    draw: Any, max_boxes: int = 8, min_side: int = 0, dtype: str = "float64", extent: int = 64
+    draw: Any, count: int | None = None, max_boxes: int = 8, min_side: int = 0, extent: int = 64
 ) -> np.ndarray:
     """(N, 4) boxes on a grid of quarter pixels, so that ties and shared edges are common."""
-    n = draw(st.integers(0, max_boxes))
+    n = draw(st.integers(0, max_boxes)) if count is None else count
     corner = hnp.arrays(np.int64, (n, 2), elements=st.integers(-extent, extent))
     side = hnp.arrays(np.int64, (n, 2), elements=st.integers(4 * min_side, 2 * extent))
     low, size = draw(corner), draw(side)
-    return (np.concatenate([low, low + size], axis=1) / 4).astype(dtype)
+    return np.concatenate([low, low + size], axis=1) / 4

@@ -30,6 +30,7 @@ from array_api_strict import (  # noqa: F401
     sqrt,
     stack,
     sum,
+    take,
     take_along_axis,
     where,
     zeros_like,

@@ -82,16 +82,14 @@ def test_overlaps_of_batches(backend: Backend, name: str) -> None:
     assert_array_equal(backend(name, a, b[0])[2], backend(name, a[2], b[0]))
 
 
-@pytest.mark.parametrize("name", ["box_area", "box_iou", "generalized_box_iou"])
+@pytest.mark.parametrize("name", ["box_iou", "generalized_box_iou"])
 def test_half_types_do_not_overflow(backend: Backend, name: str) -> None:
     """The area of a box of 512 pixels is beyond the greatest float16 number."""
     a = np.array([[0.0, 0.0, 512.0, 512.0], [0.0, 0.0, 512.0, 256.0]])
     for dtype in backend.half_types:
         half = backend.asarray(a, dtype)
-        arguments = (half,) if name == "box_area" else (half, half)
-        got = backend.numpy(getattr(backend.F, name)(*arguments))
-        expected = backend(name, *(a for _ in arguments))
-        assert_allclose(got, expected, rtol=1e-2)
+        got = backend.numpy(getattr(backend.F, name)(half, half))
+        assert_allclose(got, backend(name, a, a), rtol=1e-2)
 
 
 # ---------------------------------------------------------------- the R-CNN code
@@ -111,9 +109,7 @@ def test_round_trip(
     backend: Backend, weights: tuple[float, float, float, float], data: st.DataObject
 ) -> None:
     a = data.draw(boxes(min_side=1))
-    anchors = data.draw(boxes(min_side=1).filter(len))
-    n = min(len(a), len(anchors))
-    a, anchors = a[:n], anchors[:n]
+    anchors = data.draw(boxes(len(a), min_side=1))
     deltas = backend("encode_boxes", a, anchors, weights)
     back = backend("decode_boxes", deltas, anchors, weights)
     assert_allclose(back, a, rtol=0, atol=1e-12)

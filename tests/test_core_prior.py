@@ -38,9 +38,9 @@ def test_prior_of_the_paper(backend: Backend) -> None:
     """At pi = 0.01, per logit: what paper and library call the point of the prior."""
     x = np.full(1, focal.prior_bias(0.01))
     background, foreground = np.zeros(1), np.ones(1)
-    assert_allclose(backend("balanced_cross_entropy", x, background, None), 0.0100503359, 1e-8)
+    assert_allclose(backend("balanced_cross_entropy", x, background, None), 0.0100503359, 5e-9)
     assert_allclose(backend("sigmoid_focal_loss", x, background), 7.53775e-7, 1e-6)
-    assert_allclose(backend("sigmoid_focal_loss", x, foreground), 1.12838, 1e-6)
+    assert_allclose(backend("sigmoid_focal_loss", x, foreground), 1.12838, 5e-6)
 
 
 def test_inverse_frequency_alpha() -> None:

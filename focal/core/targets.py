@@ -75,28 +75,30 @@ def match_anchors(
         intersection = w * h
         return intersection / (areas + (bx2 - bx1) * (by2 - by1) - intersection)
 
-    count = boxes.shape[-2]
+    count = boxes.shape[-2] if anchors.shape[0] else 0
     shape = (*boxes.shape[:-2], anchors.shape[0])
-    best = xp.astype(xp.constant(np.zeros(shape, np.float32), boxes), anchors.dtype)
-    match = xp.astype(best, xp.index_type)
+    zeros = xp.astype(xp.constant(np.zeros(shape, np.float32), boxes), anchors.dtype)
 
-    # One box at a time: the N x M table of overlaps is never held, only its running best.
+    # One box at a time: the N x M table of overlaps is never held, only its running best. The
+    # flags are kept as numbers 0 and 1, on which frameworks compute faster than on booleans.
     def compare(i: int, state: tuple[Array, ...]) -> tuple[Array, ...]:
-        best, match, *marked = state
+        best, match, *low_quality = state
         overlap = iou(i)
-        state = xp.maximum(best, overlap), xp.where(overlap > best, i, match)
+        not_better = xp.step(best - overlap)
+        state = xp.maximum(best, overlap), i + not_better * (match - i)
         if floor is None:
             return state
         top = xp.max(overlap, axis=-1, keepdims=True)
-        worthy = (top > 0) & (top >= floor)
-        return (*state, marked[0] | ((overlap == top) & worthy))
+        worthy = xp.astype((top > 0) & (top >= floor), top.dtype)
+        return (*state, xp.maximum(low_quality[0], xp.step(overlap - top) * worthy))
 
-    state = (best, match) if floor is None else (best, match, best < 0)
-    best, match, *marked = xp.fori_loop(count if anchors.shape[0] else 0, compare, state)
-
+    best, match, *low_quality = xp.fori_loop(
+        count, compare, (zeros, zeros) if floor is None else (zeros, zeros, zeros)
+    )
+    match = xp.astype(match, xp.index_type)
     matched = (best >= foreground) & (best > 0)
-    for low_quality in marked:
-        matched = matched | low_quality
+    for flags in low_quality:
+        matched = matched | (flags > 0)
     # With a background threshold of 0, what overlaps nothing is still background.
     is_background = (best < background) | (best <= 0)
     return xp.where(matched, match, xp.where(is_background, -1, xp.zeros_like(match) - 2))

@@ -101,7 +101,8 @@ class Trainer:
             self.anchors[canvas] = _anchors(canvas, config, self.device)
         anchors = self.anchors[canvas]
 
-        target = targets(xp, anchors, boxes, labels, config)
+        with torch.no_grad():
+            target = targets(xp, anchors, boxes, labels, config)
         with _autocast(self.device, self.precision):
             logits, deltas = self.model(images)
         logits, deltas = logits.float(), deltas.float()

@@ -125,6 +125,7 @@ def _add_backend(parser: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace, command: str) -> None:
     from focal.retinanet import report
+    from focal.retinanet.curves import loss_plot, read_metrics
     from focal.retinanet.detector import predict
     from focal.retinanet.loop import train
     from focal.retinanet.weights import load_weights
@@ -151,12 +152,12 @@ def _train(options: argparse.Namespace, command: str) -> None:
     count = min(4, len(validation))
     examples = [validation[i * len(validation) // count] for i in range(count)]
     found = predict(model, [example.image for example in examples])
-    report.loss_plot(options.out / "metrics.jsonl", options.out / "loss.png")
+    loss_plot(options.out / "metrics.jsonl", options.out / "loss.png")
     report.detections_picture(examples, found, detector.classes, options.out / "detections.png")
     page = report.write_report(options.out)
-    last = _last_evaluation(options.out / "metrics.jsonl")
-    if last:
-        _print_metrics(f"{last['split']} after {last['step']} steps", last)
+    _, evaluations = read_metrics(options.out / "metrics.jsonl")
+    for split, lines in evaluations.items():
+        _print_metrics(f"{split} after {lines[-1]['step']} steps", lines[-1])
     print(f"report: {page}")
     print(f"weights: {options.out / 'weights.safetensors'}")
 
@@ -274,12 +275,6 @@ def _dataset(data: str, split: str, detector: Any) -> Any:
     if data == "shapes":
         return ShapesDataset(split, size=detector.canvas)
     return CocoDataset(data, split)
-
-
-def _last_evaluation(path: Path) -> dict[str, Any] | None:
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    evaluations = [line for line in lines if line["kind"] == "eval"]
-    return evaluations[-1] if evaluations else None
 
 
 def _print_metrics(title: str, metrics: dict[str, Any]) -> None:

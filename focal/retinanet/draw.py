@@ -48,17 +48,12 @@ def draw_boxes(
         labels: (n,) class indices.
         classes: name of each class.
         scores: (n,), written behind the name.
-        scale: the picture is this many times larger than the image.
-
-    Returns:
-        (H * scale, W * scale, 3) uint8.
+        scale: the result is this many times larger than the image.
     """
     height, width = (max(1, round(n * scale)) for n in image.shape[:2])
     canvas = Image.fromarray(image.copy() if scale == 1 else resize(image, (height, width)))
-    draw = ImageDraw.Draw(canvas)
-    line = max(1, round(min(height, width) / 160))
+    draw, line = ImageDraw.Draw(canvas), max(1, round(min(height, width) / 160))
     font = _font(max(10, min(height, width) // 40))
-
     boxes = np.asarray(boxes, np.float64).reshape(-1, 4) * scale
     ends = [""] * len(boxes) if scores is None else [f" {score:.2f}" for score in scores]
     items = [
@@ -76,12 +71,12 @@ def draw_boxes(
         room = min(width - 2 * _PAD - font.getlength(end), 10 * font.size)
         text = _fit(classes[label], font, room) + end
         size = math.ceil(font.getlength(text)) + 2 * _PAD, sum(font.getmetrics())
-        if size[0] > width or size[1] > height:
-            continue  # the picture has no room for letters
-        place = _place(box, size, (width, height), taken)
+        if not text or size[0] > width or size[1] > height:
+            continue  # nothing to say, or no room for letters
+        x1, y1, x2, y2 = place = _place(box, size, (width, height), taken)
         taken.append(place)
-        draw.rectangle((*place[:2], place[2] - 1, place[3] - 1), fill=class_colour(label))
-        draw.text((place[0] + _PAD, place[1]), text, _contrast(class_colour(label)), font)
+        draw.rectangle((x1, y1, x2 - 1, y2 - 1), fill=class_colour(label))
+        draw.text((x1 + _PAD, y1), text, _contrast(class_colour(label)), font)
     return np.array(canvas)
 
 
@@ -105,15 +100,13 @@ def side_by_side(
     top = 2 * size + (places[-1][1] + 2 * size if places else 0)
     heights = [max(picture.shape[0] for picture in row) + gap for row in rows]
     page = Image.new("RGB", (width, top + sum(heights)), "white")
-    draw = ImageDraw.Draw(page)
-
-    lefts = (gap, 2 * gap + widths[0])
+    draw, lefts = ImageDraw.Draw(page), (gap, 2 * gap + widths[0])
     for left, column, title in zip(lefts, widths, titles, strict=True):
         draw.text((left, size), _fit(title, title_font, column), _INK, title_font, anchor="lm")
     for x, y, label, name in places:
         middle, half = 3 * size + y, size * 0.35
-        swatch = (x, middle - half, x + 2 * half, middle + half)
-        draw.rectangle(swatch, fill=class_colour(label), outline=_INK)
+        swatch = x, middle - half, x + 2 * half, middle + half
+        draw.rectangle(swatch, class_colour(label), _INK)
         draw.text((x + size, middle), name, _INK, font, anchor="lm")
     for pair, height in zip(rows, heights, strict=True):
         for left, column, picture in zip(lefts, widths, pair, strict=True):
@@ -141,12 +134,11 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 def _fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     """The text as one line of what a font can draw, cut until it is at most `width` wide."""
-    text = "".join(c if c.isprintable() else " " for c in text[:80])
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text and text + "…"
+    short = text if len(text) < 80 else text[:79] + "…"
+    short = "".join(c if c.isprintable() else " " for c in short)
+    while short and font.getlength(short) > width:
+        short = short.rstrip("…")[:-1] + "…" if len(short) > 2 else ""
+    return short
 
 
 def _contrast(colour: str) -> str:
@@ -165,8 +157,10 @@ def _pixels(box: np.ndarray, width: int, height: int) -> _Box:
 def _frame(draw: ImageDraw.ImageDraw, box: _Box, line: int, colour: str, halo: int) -> None:
     """An outline along the inside of the box, or its halo, which is wider to both sides."""
     x1, y1, x2, y2 = box
-    line = min(line, max(1, min(x2 - x1, y2 - y1) // 4)) + 2 * halo
-    outer = (x1 - halo, y1 - halo, x2 - 1 + halo, y2 - 1 + halo)
+    side = min(x2 - x1, y2 - y1)
+    # Beyond half of the box Pillow would draw the line out on the other side.
+    line = min(min(line, max(1, side // 4)) + 2 * halo, (side + 1) // 2 + halo)
+    outer = x1 - halo, y1 - halo, x2 - 1 + halo, y2 - 1 + halo
     draw.rectangle(outer, outline=_contrast(colour) if halo else colour, width=line)
 
 

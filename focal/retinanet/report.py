@@ -1,4 +1,4 @@
-"""What a training run looks like: its curves, its detections, and one HTML page with all of it."""
+"""What a training run looks like: its detections, and one HTML page with everything."""
 
 from __future__ import annotations
 
@@ -12,18 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
+from focal.retinanet.curves import Lines, curve, number, read_metrics
 from focal.retinanet.data.dataset import Example
-from focal.retinanet.draw import PALETTE, draw_boxes, save_image, side_by_side
+from focal.retinanet.draw import draw_boxes, save_image, side_by_side
 from focal.retinanet.weights import write_atomically
 
-__all__ = ["detections_picture", "loss_plot", "read_metrics", "write_report"]
+__all__ = ["detections_picture", "write_report"]
 
-_LOSSES = {"loss": "#555555", "classification": PALETTE[0], "box": PALETTE[6]}
-_APS = {"AP": PALETTE[0], "AP50": PALETTE[1]}
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --dim: #666; --bar: #0072b2 }
 @media (prefers-color-scheme: dark) { :root { --dim: #aaa; --bar: #56b4e9 } }
@@ -51,55 +47,152 @@ _MEANING = {
 }
 
 
-def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The lines of a `metrics.jsonl`: "train", and one list for each split that was evaluated.
-
-    Lines cut short by a crash are left out. Where a resumed run did steps again, the later line
-    counts. A missing file has no lines.
-    """
-    found: dict[str, dict[float, dict[str, Any]]] = {"train": {}}
-    for text in path.read_bytes().split(b"\n") if path.is_file() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and math.isfinite(_number(line, "step")):
-            evaluated = line.get("kind") == "eval"
-            name = f"eval {line.get('split', '')}".strip() if evaluated else "train"
-            found.setdefault(name, {})[line["step"]] = line
-    return {name: [steps[s] for s in sorted(steps)] for name, steps in found.items()}
-
-
-def loss_plot(metrics_path: Path, out: Path) -> Path:
-    """Draw the losses, the learning rate and, where it was measured, AP over the steps.
+def detections_picture(
+    examples: Iterable[Example],
+    predictions: Iterable[Mapping[str, Any]],
+    classes: tuple[str, ...],
+    out: Path,
+    limit: int = 4,
+    threshold: float = 0.3,
+) -> Path:
+    """Draw ground truth beside detections, an image per row.
 
     Args:
-        metrics_path: a run's `metrics.jsonl`.
+        examples: images with their objects.
+        predictions: for each, its `boxes` (n, 4), `scores` and `labels` (n,), in its pixels.
+        classes: name of each class.
         out: the picture, PNG or JPEG.
+        limit: the most rows.
+        threshold: detections of lower score are not shown.
     """
-    metrics = read_metrics(Path(metrics_path))
-    train = metrics.pop("train")
-    heights = [3, 2, 1] if metrics else [3, 1]
-    figure = Figure(figsize=(8, 1.5 * sum(heights) ** 0.85), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    grid = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)
-    axes: list[Axes] = grid[:, 0].tolist()
-    for key, colour in _LOSSES.items():
-        x, y = _curve(train, key)
-        axes[0].plot(x, np.where(y > 0, y, np.nan), color=colour, alpha=0.25, linewidth=1)
-        mean = _smooth(y)
-        axes[0].plot(x, np.where(mean > 0, mean, np.nan), color=colour, label=key, linewidth=2)
-        if (y > 0).any():
-            axes[0].set_yscale("log")
-    axes[0].set_ylabel("training loss (log scale)")
-    axes[-1].plot(*_curve(train, "learning_rate"), color="#555555", linewidth=1.5)
-    axes[-1].set_ylabel("learning rate")
-    axes[-1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
-    axes[-1].set_ylim(bottom=0)
-    styles = ["-", "--", ":", "-."]
-    for (split, lines), style in zip(metrics.items(), styles, strict=False):
-        for key, colour in _APS.items():
-            name = f"{key}, {split.removeprefix('eval ')}".replace("$", r"\$")
-            x, y = _curve(lines, key)
-            axes[1].plot(x, y, style, color=colour, marker="o", markersize=4, label=name)
-        axes[1].set(ylabel="average precision", ylim=(0, 1))
+    rows, seen = [], set()
+    for example, found in islice(zip(examples, predictions, strict=True), limit):
+        # Small images are enlarged until names can be read, huge ones reduced to fit a page.
+        scale = float(np.clip(1, *np.array([512, 640]) / max(example.image.shape[:2])))
+        scores, labels = np.asarray(found["scores"]), np.asarray(found["labels"])
+        shown = np.flatnonzero(scores >= threshold)
+        boxes = np.asarray(found["boxes"]).reshape(-1, 4)[shown]
+        truth = draw_boxes(example.image, example.boxes, example.labels, classes, None, scale)
+        drawn = draw_boxes(example.image, boxes, labels[shown], classes, scores[shown], scale)
+        rows.append((truth, drawn))
+        seen.update(example.labels.tolist(), labels[shown].tolist())
+    titles = "ground truth", f"detections (score {threshold:g} or more)"
+    return save_image(out, side_by_side(rows, titles, [(k, classes[k]) for k in sorted(seen)]))
+
+
+def write_report(run: Path) -> Path:
+    """Write `report.html` into a run's folder: one file that needs no other, and no network.
+
+    What the folder lacks (`config.json`, `metrics.jsonl`, `loss.png`, `detections.png`) is a
+    sentence in the page.
+    """
+    run = Path(run)
+    try:
+        config = json.loads((run / "config.json").read_bytes())
+    except (OSError, ValueError):
+        config = None
+    config = config if isinstance(config, dict) else {}
+    train, evals = read_metrics(run / "metrics.jsonl")
+    title = _text(f"RetinaNet on {config.get('data', 'unknown data')}")
+    settings = [
+        f"<details><summary>{name}</summary>{_table(_flat(config[key]))}</details>"
+        for name, key in [("Detector", "detector"), ("Training", "train"), ("Versions", "versions")]
+        if isinstance(config.get(key), dict)
+    ]
+    parts = [
+        f"<h1>{title}</h1>",
+        _table(_facts(config, train)),
+        "<h2>Accuracy</h2>",
+        _accuracy({split: lines[-1] for split, lines in evals.items()}),
+        "<h2>Curves</h2>",
+        _figure(
+            run / "loss.png",
+            "Losses (thin: as logged, thick: smoothed), average precision "
+            "and learning rate over the training steps.",
+        ),
+        "<h2>Detections</h2>",
+        _figure(run / "detections.png", "Ground truth on the left, detections on the right."),
+        "<h2>Configuration</h2>",
+        *(settings or ["<p>config.json is missing or damaged.</p>"]),
+        "<h2>Command</h2>",
+        f"<pre><code>{_text(config.get('command', 'not recorded'))}</code></pre>",
+    ]
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{_STYLE}</style></head><body>{chr(10).join(parts)}"
+        "</body></html>\n"
+    )
+    write_atomically(run / "report.html", page.encode("utf-8", "replace"))
+    return run / "report.html"
+
+
+def _facts(config: dict[str, Any], train: Lines) -> list[tuple[str, Any]]:
+    """The first things to know of a run; what is not known is left out."""
+    parameters, seconds = number(config, "parameters"), number(config, "seconds")
+    speeds = curve(train, "images_per_second")[1]
+    facts = {key: config.get(key) for key in ("data", "backend", "device", "started")}
+    if parameters == parameters:
+        facts["parameters"] = f"{parameters:,.0f}"
+    if train:
+        facts["steps"] = f"{train[-1]['step']:,}"
+        facts["loss at the last step"] = _show(number(train[-1], "loss"))
+    if seconds == seconds:
+        facts["time"] = f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    if speeds.size:
+        facts["speed"] = f"{np.median(speeds):,.1f} images per second"
+    return [(key, value) for key, value in facts.items() if value is not None]
+
+
+def _accuracy(finals: dict[str, dict[str, Any]]) -> str:
+    """Tables of the last evaluation of each split: overall, and of each class."""
+    if not finals:
+        return "<p>This run has not been evaluated yet.</p>"
+    number = '<td class="number">{}</td>'.format
+    head = "".join(f'<th class="number">{_text(split)}</th>' for split in finals)
+    overall, classes = [], []
+    for key in dict.fromkeys(key for line in finals.values() for key in line):
+        values = [number(line, key) for line in finals.values()]
+        cells = "".join(number(_show(value)) for value in values)
+        if key in _MEANING:
+            overall.append(f"<tr><td>{key} <span class=dim>{_MEANING[key]}</span></td>{cells}</tr>")
+        elif key.startswith("AP/"):
+            share = 0 if math.isnan(values[0]) else 100 * min(max(values[0], 0), 1)
+            bar = f'<td class="bar" style="--share: {share:.1f}%"></td>'
+            classes.append(f"<tr><td>{_text(key[3:])}</td>{bar}{cells}</tr>")
+    text = f"<table><tr><th>metric</th>{head}</tr>{''.join(overall)}</table>"
+    if classes:
+        head = f"<tr><th>AP by class</th><th></th>{head}</tr>"
+        text += f"<table>{head}{''.join(classes)}</table>"
+    return text
+
+
+def _figure(path: Path, caption: str) -> str:
+    if not path.is_file():
+        return f"<p>{path.name} is missing.</p>"
+    data = base64.b64encode(path.read_bytes()).decode()
+    image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+
+
+def _table(rows: Iterable[tuple[str, Any]]) -> str:
+    cells = (f"<tr><th>{_text(key)}</th><td>{_text(value)}</td></tr>" for key, value in rows)
+    return f"<table>{''.join(cells)}</table>"
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """The leaves of nested dicts under dotted names."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _text(value: Any) -> str:
+    """Anything as text that HTML takes for nothing else."""
+    return html.escape(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+def _show(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "\N{EN DASH}"

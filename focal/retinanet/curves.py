@@ -1,0 +1,117 @@
+"""The curves of a training run, from its metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from focal.retinanet.draw import PALETTE, save_image
+
+__all__ = ["Lines", "curve", "loss_plot", "number", "read_metrics"]
+
+_LOSSES = {"loss": "#555555", "classification": PALETTE[0], "box": PALETTE[6]}
+_APS = {"AP": PALETTE[0], "AP50": PALETTE[1]}
+Lines = list[dict[str, Any]]
+
+
+def read_metrics(path: Path) -> tuple[Lines, dict[str, Lines]]:
+    """The training lines of a `metrics.jsonl`, and the evaluation lines of each split.
+
+    Lines cut short by a crash are left out. Where a resumed run did steps again, the later line
+    counts. A missing file has no lines.
+    """
+    train: dict[float, dict[str, Any]] = {}
+    evals: dict[str, dict[float, dict[str, Any]]] = {}
+    for text in path.read_bytes().split(b"\n") if path.is_file() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if not isinstance(line, dict) or not math.isfinite(number(line, "step")):
+            continue
+        if line.get("kind") == "train":
+            train[line["step"]] = line
+        elif line.get("kind") == "eval":
+            evals.setdefault(str(line.get("split", "val")), {})[line["step"]] = line
+    return _by_step(train), {split: _by_step(lines) for split, lines in evals.items()}
+
+
+def _by_step(lines: dict[float, dict[str, Any]]) -> Lines:
+    return [lines[step] for step in sorted(lines)]
+
+
+def loss_plot(metrics_path: Path, out: Path) -> Path:
+    """Draw the losses, the learning rate and, where it was measured, AP over the steps.
+
+    Args:
+        metrics_path: a run's `metrics.jsonl`.
+        out: the picture, PNG or JPEG.
+    """
+    train, evals = read_metrics(Path(metrics_path))
+    heights = [3, 2, 1] if evals else [3, 1]
+    figure = Figure(figsize=(8, 1.5 * sum(heights) ** 0.85), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    grid = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)
+    axes: list[Axes] = grid[:, 0].tolist()
+    for key, colour in _LOSSES.items():
+        x, y = curve(train, key)
+        axes[0].plot(x, np.where(y > 0, y, np.nan), color=colour, alpha=0.25, linewidth=1)
+        mean = _smooth(y)
+        axes[0].plot(x, np.where(mean > 0, mean, np.nan), color=colour, label=key, linewidth=2)
+        if (y > 0).any():
+            axes[0].set_yscale("log")
+            axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes[0].yaxis.set_minor_formatter(NullFormatter())
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[0].set_ylabel("training loss")
+    axes[-1].plot(*curve(train, "learning_rate"), color="#555555")
+    axes[-1].set_ylabel("learning rate")
+    axes[-1].set_ylim(bottom=0)
+    axes[-1].ticklabel_format(axis="y", scilimits=(-2, 3), useMathText=True)
+    axes[-1].set_xlabel("step")
+    axes[-1].xaxis.set_major_formatter("{x:,.0f}")
+    for (split, lines), style in zip(evals.items(), ("-", "--", ":", "-.")):  # noqa: B905
+        for key, colour in _APS.items():
+            # The font lacks some letters and reads $ as mathematics; a split is one plain word.
+            name = f"{key}, {split}".encode("ascii", "replace").decode().replace("$", "")
+            axes[1].plot(*curve(lines, key), style, color=colour, marker="o", ms=4, label=name)
+        axes[1].set(ylabel="average precision", ylim=(0, 1))
+    for axis in axes:
+        axis.grid(color="#dddddd", linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(ncols=4, frameon=False, loc="lower right" if axis is axes[1] else "best")
+    if not train:
+        axes[0].text(0.5, 0.5, "no training steps yet", transform=axes[0].transAxes, ha="center")
+    canvas.draw()
+    return save_image(out, np.asarray(canvas.buffer_rgba())[..., :3])
+
+
+def number(line: Mapping[str, Any], key: str) -> float:
+    """A number of a line; NaN where there is none."""
+    value = line.get(key)
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def curve(lines: Lines, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """The steps at which a finite number was logged, and the numbers."""
+    pairs = np.array([(number(line, "step"), number(line, key)) for line in lines])
+    pairs = pairs.reshape(-1, 2)
+    return tuple(pairs[np.isfinite(pairs[:, 1])].T)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """A running mean that does not lag; shorter at the ends."""
+    window = np.ones(2 * (len(values) // 50) + 1)
+    if not values.size:
+        return values
+    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")

@@ -1,0 +1,207 @@
+"""The house rules: who may import whom, one interface in every framework, documented."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from backends import BACKENDS, REQUIRE_ALL, Backend
+
+import focal
+import focal.numpy
+
+ROOT = Path(focal.__file__).parent
+FRAMEWORKS = {
+    "torch": {"torch", "triton"},
+    "jax": {"jax", "flax", "optax"},
+    "tensorflow": {"tensorflow", "keras"},
+}
+HEAVY = {"torch", "jax", "tensorflow", "keras", "flax", "PIL", "matplotlib"}
+ADAPTERS = ("numpy", *FRAMEWORKS)
+PRESENT = [name for name in ADAPTERS if (ROOT / name).is_dir()]
+
+PUBLIC = """
+    sigmoid_focal_loss sparse_sigmoid_focal_loss softmax_focal_loss sigmoid_focal_loss_star
+    balanced_cross_entropy smooth_l1_loss giou_loss hard_example_mask
+    box_area box_iou generalized_box_iou encode_boxes decode_boxes clip_boxes nms batched_nms
+    anchors match_anchors assign_targets subsample
+""".split()
+CONSTANTS = ["AnchorConfig", "expected_initial_loss", "inverse_frequency_alpha", "prior_bias"]
+CLOSED_FORMS = [
+    "sigmoid_focal_loss_grad",
+    "sigmoid_focal_loss_hess",
+    "sigmoid_focal_loss_star_grad",
+    "softmax_focal_loss_grad",
+]
+
+
+def sources(*packages: str) -> Iterator[Path]:
+    for package in packages:
+        yield from (ROOT / package).rglob("*.py")
+
+
+def imports(path: Path, top_level_only: bool = False) -> Iterator[str]:
+    """Full names of the modules that a file imports, functions included."""
+    tree = ast.parse(path.read_text())
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def violations(path: Path, allowed: set[str], frameworks: set[str]) -> list[str]:
+    """Imports from focal that are not allowed, and frameworks other than those named."""
+    forbidden = set().union(*FRAMEWORKS.values()) - frameworks
+    wrong = []
+    for name in imports(path):
+        head, *rest = name.split(".")
+        if head in forbidden or (head == "focal" and rest[0] not in allowed):
+            wrong.append(f"{path.relative_to(ROOT)}: {name}")
+    return wrong
+
+
+def loaded_by(module: str) -> set[str]:
+    """Top-level packages in a fresh interpreter that has imported the module."""
+    command = [sys.executable, "-c", f"import {module}, sys; print(*sys.modules)"]
+    done = subprocess.run(command, cwd=ROOT.parent, capture_output=True, text=True, check=True)
+    return {name.split(".")[0] for name in done.stdout.split()}
+
+
+# ---------------------------------------------------------------- imports
+
+
+def test_every_framework_has_its_adapter() -> None:
+    if REQUIRE_ALL:
+        assert PRESENT == list(ADAPTERS)
+    assert set(PRESENT) <= set(BACKENDS), "tests/backends.py does not run every adapter"
+
+
+def test_core_imports_only_core() -> None:
+    assert [v for path in sources("core") for v in violations(path, {"core"}, set())] == []
+
+
+@pytest.mark.parametrize("name", PRESENT)
+def test_adapters_import_core_and_their_own_framework(name: str) -> None:
+    own = FRAMEWORKS.get(name, set())
+    allowed = {"core", "kernels", name}
+    assert [v for path in sources(name) for v in violations(path, allowed, own)] == []
+
+
+def test_the_front_imports_only_core() -> None:
+    assert violations(ROOT / "__init__.py", {"core"}, set()) == []
+
+
+def test_kernels_import_only_core() -> None:
+    every = set().union(*FRAMEWORKS.values())
+    wrong = [v for path in sources("kernels") for v in violations(path, {"core", "kernels"}, every)]
+    assert wrong == []
+
+
+def test_only_adapters_reach_the_kernels() -> None:
+    reached = [p for p in sources("core", "retinanet") if "focal.kernels" in p.read_text()]
+    assert reached == []
+
+
+def test_retinanet_imports_a_framework_only_in_its_own_files() -> None:
+    """network_torch.py is PyTorch's; what is shared names no framework at its top level."""
+    wrong = []
+    for path in sources("retinanet"):
+        own = next((f for f in FRAMEWORKS if path.stem.endswith(f"_{f}")), None)
+        names = {n.split(".")[0] for n in imports(path, top_level_only=own is None)}
+        adapters = {
+            n.split(".")[1]
+            for n in imports(path, top_level_only=own is None)
+            if n.startswith("focal.")
+        }
+        allowed = FRAMEWORKS[own] if own else set()
+        for name in names & (set().union(*FRAMEWORKS.values()) - allowed):
+            wrong.append(f"{path.relative_to(ROOT)}: {name}")
+        for name in adapters & (set(FRAMEWORKS) - {own}):
+            wrong.append(f"{path.relative_to(ROOT)}: focal.{name}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("module", ["focal", "focal.numpy"])
+def test_importing_loads_no_framework(module: str) -> None:
+    assert loaded_by(module) & HEAVY == set()
+
+
+def test_importing_retinanet_loads_no_framework() -> None:
+    assert loaded_by("focal.retinanet") & set().union(*FRAMEWORKS.values()) == set()
+
+
+@pytest.mark.parametrize("name", [name for name in PRESENT if name != "numpy"])
+def test_importing_an_adapter_loads_no_other_framework(name: str) -> None:
+    if not REQUIRE_ALL:
+        pytest.importorskip(name)
+    assert loaded_by(f"focal.{name}") & HEAVY <= FRAMEWORKS[name]
+
+
+# ---------------------------------------------------------------- one interface
+
+
+def signature(function: object) -> list[tuple[str, object, object]]:
+    parameters = inspect.signature(function).parameters.values()  # type: ignore[arg-type]
+    return [(p.name, p.kind, p.default) for p in parameters]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_same_signature_everywhere(backend: Backend, name: str) -> None:
+    assert signature(getattr(backend.F, name)) == signature(getattr(focal.numpy, name))
+
+
+def test_public_names(backend: Backend) -> None:
+    if backend.name == "array_api_strict":
+        public = set(vars(backend.F))
+        assert {*PUBLIC, *CLOSED_FORMS} <= public
+        return
+    public = set(backend.F.__all__)
+    assert {*PUBLIC, *CONSTANTS} <= public
+    closed_forms = set(CLOSED_FORMS) if backend.name == "numpy" else set()
+    assert {name for name in public if name.endswith(("_grad", "_hess"))} == closed_forms
+    assert all(hasattr(backend.F, name) for name in public)
+
+
+def test_names_of_the_front() -> None:
+    assert sorted(focal.__all__) == CONSTANTS
+    for name in CONSTANTS:
+        assert getattr(focal, name) is getattr(focal.numpy, name)
+
+
+# ---------------------------------------------------------------- documentation
+
+DOCUMENTED = [*PUBLIC, *CLOSED_FORMS, *CONSTANTS]
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_docstring_has_every_section(name: str) -> None:
+    public = getattr(focal.numpy, name)
+    text = inspect.getdoc(public) or ""
+    is_class = inspect.isclass(public)
+    for section in ("Attributes:" if is_class else "Args:", "Raises:", "Example:", "Source:"):
+        assert f"\n{section}" in text, f"{name} lacks {section}"
+    assert is_class or "\nReturns:" in text
+    assert ">>> " in text.partition("\nExample:")[2]
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_docstring_names_every_parameter(name: str) -> None:
+    public = getattr(focal.numpy, name)
+    text = inspect.getdoc(public) or ""
+    for parameter in inspect.signature(public).parameters:
+        assert f"\n    {parameter}: " in text
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_binding_keeps_name_and_docstring(backend: Backend, name: str) -> None:
+    function = getattr(backend.F, name)
+    assert (function.__name__, function.__module__) == (name, backend.F.__name__)
+    assert inspect.getdoc(function) == inspect.getdoc(getattr(focal.numpy, name))
