@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: setup test demo lint bench docs clean
+.PHONY: setup test test-gpu demo lint bench docs clean
 
 setup: $(READY)
 
@@ -16,6 +16,9 @@ $(READY): pyproject.toml constraints.txt
 
 test: $(READY)
 	FOCAL_REQUIRE_ALL=1 $(RUN) -m pytest -q -n $(WORKERS)
+
+test-gpu: $(READY)
+	$(RUN) -m pytest -q tests/gpu
 
 # About two minutes of training on two cores; STEPS=200 makes it a short trial.
 STEPS ?= 1800
@@ -30,6 +33,10 @@ lint: $(READY)
 
 bench: $(READY)
 	$(RUN) -m benchmarks
+
+docs: $(READY)
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	$(RUN) -m mkdocs build --strict --site-dir build/site
 
 clean:
 	rm -rf $(VENV) runs dist build

@@ -146,6 +146,36 @@ def test_float32_gradient_is_exact_to_the_promised_ulps(
     assert worst_ulps(got, exact, "float32") <= promised_ulps(gamma)
 
 
+@pytest.mark.parametrize("gamma", [0.1, 1.7, 2.3])
+@pytest.mark.parametrize("target", [0.0, 1.0])
+def test_float32_rounds_gamma_but_nothing_else(
+    backend: Backend, gamma: float, target: float
+) -> None:
+    """The loss is that of the float32 nearest to gamma, which m^gamma feels at large logits."""
+    x = dense_float32_logits()
+    y = np.full_like(x, target)
+    nearest = float(np.float32(gamma))
+    exact = reference.sigmoid_focal_loss(x.astype(float), y.astype(float), None, nearest)
+    got = backend("sigmoid_focal_loss", x, y, None, gamma)
+    assert worst_ulps(got, exact, "float32") <= promised_ulps(gamma)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.0, 5.0])
+@pytest.mark.parametrize("target", [0.0, 1.0])
+def test_float32_hess_is_exact_to_the_promised_ulps(
+    closed_form: Backend, gamma: float, target: float
+) -> None:
+    """Where p q is a normal number: beyond, it has lost its digits."""
+    x = dense_float32_logits()
+    x = x[np.abs(x) <= 87]
+    y = np.full_like(x, target)
+    wide = x.astype(float), y.astype(float)
+    exact = reference.sigmoid_focal_loss_hess(*wide, None, gamma)
+    got = closed_form("sigmoid_focal_loss_hess", x, y, None, gamma)
+    size = hessian_terms(*wide, None, gamma)
+    assert worst_ulps(got, exact, "float32", size) <= promised_ulps(gamma)
+
+
 def test_paper_table(backend: Backend) -> None:
     x, *columns = np.array([line.split() for line in PAPER.split("\n") if line], float).T
     ce, focal, star_2_1, star_4_0, d_focal, d_star_2_1, d_star_4_0 = columns

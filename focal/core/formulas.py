@@ -14,7 +14,9 @@ logit (`1 - y` for x >= 0, else `y`),
 
     m = w + s (1 - 2 w),    ce = w |x| - log(1 - s),    dce/dx = sign(x) (w - s),
 
-which needs one exponential and one logarithm for loss and gradient together.
+which needs one exponential and one logarithm for loss and gradient together. Augmented
+assignments (`w -= s`) save memory traffic where arrays are mutable; they only ever touch an
+array that was made here and is not needed again.
 """
 
 from __future__ import annotations
@@ -39,13 +41,18 @@ class SigmoidFocal(NamedTuple):
 
     def value_and_grad(self, xp: Namespace, x: Array, y: Array) -> tuple[Array, Array]:
         """FL and dFL/dx = a m^gamma (gamma (1 - 2 y) (p q / m) ce + dce/dx)."""
-        positive, s, w, ce, m = _parts(xp, x, y)
+        sign, s, w, ce, m = _parts(xp, x, y)
+        factor = _weighted_power(xp, self, m, y)
         slope = w - s
         if self.gamma != 0:
-            bend = (s - s * s) * (2 * w - 1) * ce
-            slope = xp.addcdiv(slope, bend, m, self.gamma)
-        factor = _weighted_power(xp, self, m, y)
-        return factor * ce, slope * factor * (2 * positive - 1)
+            bend = s - s * s  # p q; over m before anything else, or it underflows
+            bend /= m
+            bend *= xp.addcmul(-self.gamma, w, 2 * self.gamma)
+            slope = xp.addcmul(slope, bend, ce)
+        slope *= factor
+        slope *= sign
+        ce *= factor
+        return ce, slope
 
     def hess(self, xp: Namespace, x: Array, y: Array) -> Array:
         """d2FL/dx2; with k = (1 - 2 y) p q / m and d = dce/dx it is.
@@ -76,13 +83,13 @@ class SigmoidFocalStar(NamedTuple):
         """FL*."""
         positive, negative = self._margins(x)
         ce = y * xp.softplus(-positive) + (1 - y) * xp.softplus(-negative)
-        return _times(_alpha_factor(self.alpha, y), ce / self.gamma)
+        return _times(_alpha_factor(xp, self.alpha, y), ce / self.gamma)
 
     def value_and_grad(self, xp: Namespace, x: Array, y: Array) -> tuple[Array, Array]:
         """FL* and dFL*/dx = a ((1 - y) sigmoid(gamma x - beta) - y sigmoid(-gamma x - beta))."""
         positive, negative = self._margins(x)
         slope = (1 - y) * xp.sigmoid(-negative) - y * xp.sigmoid(-positive)
-        return self.value(xp, x, y), _times(_alpha_factor(self.alpha, y), slope)
+        return self.value(xp, x, y), _times(_alpha_factor(xp, self.alpha, y), slope)
 
     def hess(self, xp: Namespace, x: Array, y: Array) -> Array:
         """d2FL*/dx2."""
@@ -90,7 +97,7 @@ class SigmoidFocalStar(NamedTuple):
         bend_positive = xp.sigmoid(positive) * xp.sigmoid(-positive)
         bend_negative = xp.sigmoid(negative) * xp.sigmoid(-negative)
         bend = y * bend_positive + (1 - y) * bend_negative
-        return _times(_alpha_factor(self.alpha, y), self.gamma * bend)
+        return _times(_alpha_factor(xp, self.alpha, y), self.gamma * bend)
 
     def _margins(self, x: Array) -> tuple[Array, Array]:
         """Gamma x_t + beta of a positive and of a negative."""
@@ -140,15 +147,18 @@ class Sparse(NamedTuple):
 
 
 def _parts(xp: Namespace, x: Array, y: Array) -> tuple[Array, Array, Array, Array, Array]:
-    """step(x), s, w, ce and m of the module's docstring."""
+    """sign(x), s, w, ce and m of the module's docstring."""
     # The clamp keeps w |x| a number at an infinite logit on the right side, where w is 0.
     size = xp.minimum(xp.abs(x), xp.finfo(x.dtype).max)
     s = xp.sigmoid(-size)
     positive = xp.step(x)
-    w = xp.addcmul(y, positive, 1 - 2 * y)
-    ce = w * size - xp.log1p(-s)
-    m = _at_least_tiny(xp, xp.addcmul(w, s, 1 - 2 * w))
-    return positive, s, w, ce, m
+    sign = xp.addcmul(-1, positive, 2)
+    w = positive - y
+    w *= sign
+    ce = w * size
+    ce -= xp.log1p(-s)
+    m = _at_least_tiny(xp, xp.addcmul(w, s, xp.addcmul(1, w, -2)))
+    return sign, s, w, ce, m
 
 
 def _at_least_tiny(xp: Namespace, m: Array) -> Array:
@@ -168,12 +178,12 @@ def _weighted_power(xp: Namespace, loss: SigmoidFocal, m: Array, y: Array) -> Ar
         power = m * m
     else:
         power = m**loss.gamma
-    return _times(_alpha_factor(loss.alpha, y), power)
+    return _times(_alpha_factor(xp, loss.alpha, y), power)
 
 
-def _alpha_factor(alpha: float | None, y: Array) -> Array | None:
+def _alpha_factor(xp: Namespace, alpha: float | None, y: Array) -> Array | None:
     """Alpha for y = 1, 1 - alpha for y = 0, linear between; None where alpha is off."""
-    return None if alpha is None else (2 * alpha - 1) * y + (1 - alpha)
+    return None if alpha is None else xp.addcmul(1 - alpha, y, 2 * alpha - 1)
 
 
 def _times(factor: Array | None, values: Array) -> Array:

@@ -139,11 +139,15 @@ def step(x: Tensor) -> Tensor:
     return torch.ge(x, 0, out=torch.empty_like(x))
 
 
-def addcmul(a: Tensor, b: Tensor, c: Tensor | float) -> Tensor:
+def addcmul(a: Tensor | float, b: Tensor | float, c: Tensor | float) -> Tensor | float:
     """A + b * c."""
+    if not isinstance(b, Tensor):
+        return a + b * c
     if isinstance(a, Tensor) and isinstance(c, Tensor):
         return torch.addcmul(a, b, c)
-    return b * c + a
+    if isinstance(a, Tensor) or isinstance(c, Tensor):
+        return b * c + a
+    return torch.rsub(b, a, alpha=-c)
 
 
 def addcdiv(a: Tensor, b: Tensor, c: Tensor, scale: float) -> Tensor:

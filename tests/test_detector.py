@@ -1,0 +1,325 @@
+"""The facade: build, save, load, raw_outputs and predict, whatever the framework behind them."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("safetensors")
+import torch
+
+import focal
+import focal.numpy as F
+from focal.core.anchors import AnchorConfig
+from focal.numpy._namespace import xp
+from focal.retinanet import (
+    CONVENTIONS,
+    PRESETS,
+    RetinaNetConfig,
+    TrainConfig,
+    build,
+    load,
+    predict,
+    raw_outputs,
+    save,
+)
+from focal.retinanet.data import ShapesDataset, train_batches
+from focal.retinanet.objective import objective, targets
+
+CONFIG = PRESETS["tiny"].detector.replace(
+    classes=("ball", "cube"), canvas=(48, 64), channels=16, head_depth=1, max_detections=20
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads gain nothing on networks this small, and lose much where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A detector that finds something everywhere, with scores far apart. Not to be changed."""
+    model = build(CONFIG.replace(score_threshold=0.0), seed=3, device="cpu")
+    with torch.no_grad():
+        model.head["classification_head"].cls_logits.weight *= 100
+    return model
+
+
+def picture(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+# Building, saving, loading
+
+
+def test_the_seed_decides():
+    images = [picture(48, 64)]
+    first, same, other = (
+        raw_outputs(build(CONFIG, seed=seed, device="cpu"), images)[0] for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(first, same)
+    assert (first != other).any()
+
+
+def test_a_model_is_its_frameworks_own(model):
+    assert isinstance(model, torch.nn.Module) and not model.training
+    assert model.backend == "torch"
+    assert model.config == CONFIG.replace(score_threshold=0.0)
+
+
+def test_the_file_holds_all_that_a_prediction_needs(tmp_path, model):
+    save(model, tmp_path / "net.safetensors")
+    loaded = load(str(tmp_path / "net.safetensors"), device="cpu")
+    assert loaded.config == model.config
+    images = [picture(30, 70), picture(48, 64, seed=1)]
+    for ours, theirs in zip(raw_outputs(model, images), raw_outputs(loaded, images), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    for ours, theirs in zip(predict(model, images), predict(loaded, images), strict=True):
+        assert len(ours["scores"]) == 20
+        for key in ("boxes", "scores", "labels"):
+            np.testing.assert_array_equal(ours[key], theirs[key])
+
+
+def test_loading_needs_a_file_of_this_library(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
+        load(tmp_path / "none.safetensors")
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(ValueError, match="expected a whole safetensors file"):
+        load(tmp_path / "text")
+
+
+def test_saving_needs_a_folder(tmp_path, model):
+    with pytest.raises(OSError, match="none"):
+        save(model, tmp_path / "none" / "net.safetensors")
+
+
+def test_an_unknown_backend(tmp_path, model):
+    message = "backend must be one of torch.*; got 'caffe'"
+    with pytest.raises(ValueError, match=message):
+        build(CONFIG, backend="caffe")
+    save(model, tmp_path / "net.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "net.safetensors", backend="caffe")
+
+
+def test_a_detector_has_classes():
+    with pytest.raises(ValueError, match="classes must name at least one"):
+        build(CONFIG.replace(classes=()))
+
+
+# Raw outputs and predictions
+
+SIZES = [(1, 1), (48, 64), (37, 91), (200, 1), (1, 200), (3, 900), (700, 500), (96, 128)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_images_of_any_size(model, size):
+    image = picture(*size)
+    (found,) = predict(model, [image])
+    boxes, scores, labels = found["boxes"], found["scores"], found["labels"]
+    assert len(scores) > 0
+    assert (boxes.shape, scores.shape, labels.shape) == ((len(scores), 4), *[(len(scores),)] * 2)
+    assert (boxes.dtype, scores.dtype, labels.dtype) == (np.float32, np.float32, np.int64)
+    x1, y1, x2, y2 = boxes.T
+    assert ((0 <= x1) & (x1 <= x2) & (x2 <= size[1])).all()
+    assert ((0 <= y1) & (y1 <= y2) & (y2 <= size[0])).all()
+    assert ((scores > 0) & (scores <= 1)).all() and (np.diff(scores) <= 0).all()
+    assert set(labels) <= {0, 1}
+    np.testing.assert_array_equal(image, picture(*size))  # as it was
+
+
+def test_boxes_are_in_pixels_of_the_image(model, monkeypatch):
+    def halves(_, canvases, sizes):
+        """One detection in each image: the left half of what it covers."""
+        boxes = [[[0, 0, width / 2, height]] for height, width in sizes]
+        return np.float32(boxes), np.full((len(sizes), 1), 0.5), np.ones((len(sizes), 1), int)
+
+    monkeypatch.setattr("focal.retinanet.backend_torch.detect", halves)
+    images = [picture(24, 32), picture(96, 64), picture(48, 48)]
+    found = predict(model, images)
+    assert [f["boxes"].tolist() for f in found] == [
+        [[0, 0, 16, 24]],
+        [[0, 0, 32, 96]],
+        [[0, 0, 24, 48]],
+    ]
+
+
+def test_raw_outputs_have_an_entry_for_each_anchor(model):
+    logits, deltas = raw_outputs(model, [picture(48, 64), picture(5, 300), picture(1, 1)])
+    anchors = len(F.anchors(CONFIG.canvas, CONFIG.anchors))
+    assert logits.shape == (3, anchors, 2) and deltas.shape == (3, anchors, 4)
+    assert logits.dtype == deltas.dtype == np.float32
+    assert np.isfinite(logits).all() and np.isfinite(deltas).all()
+
+
+def test_no_images(model):
+    anchors = len(F.anchors(CONFIG.canvas, CONFIG.anchors))
+    assert predict(model, []) == []
+    assert [x.shape for x in raw_outputs(model, [])] == [(0, anchors, 2), (0, anchors, 4)]
+
+
+def test_many_images_are_found_as_each_alone(model):
+    images = [picture(20 + 5 * i, 90 - 4 * i, seed=i) for i in range(19)]
+    together = predict(model, images)
+    assert len(together) == 19
+    for image, found in zip(images, together, strict=True):
+        (alone,) = predict(model, [image])
+        np.testing.assert_array_equal(found["labels"], alone["labels"])
+        np.testing.assert_allclose(found["scores"], alone["scores"], rtol=1e-4)
+        np.testing.assert_allclose(found["boxes"], alone["boxes"], rtol=1e-4, atol=1e-3)
+
+
+def test_nothing_found_is_an_empty_array():
+    model = build(CONFIG.replace(score_threshold=0.9), device="cpu")
+    (found,) = predict(model, [picture(48, 64)])
+    assert {k: (v.shape, v.dtype.name) for k, v in found.items()} == {
+        "boxes": ((0, 4), "float32"),
+        "scores": ((0,), "float32"),
+        "labels": ((0,), "int64"),
+    }
+
+
+@pytest.mark.parametrize("function", [predict, raw_outputs])
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        (np.zeros((9, 9), np.uint8), ValueError, r"\(height, width, 3\); got \(9, 9\)"),
+        (np.zeros((9, 9, 1), np.uint8), ValueError, r"got \(9, 9, 1\)"),
+        (np.zeros((9, 9, 4), np.uint8), ValueError, r"got \(9, 9, 4\)"),
+        (np.zeros((3, 9, 9), np.uint8), ValueError, r"got \(3, 9, 9\)"),
+        (np.zeros((0, 9, 3), np.uint8), ValueError, r"got \(0, 9, 3\)"),
+        (np.zeros((9, 9, 3), np.float32), TypeError, "must be a uint8 array; got float32"),
+        ([[[0, 0, 0]]], TypeError, "must be a uint8 array; got list"),
+        ("image.png", TypeError, "must be a uint8 array; got str"),
+    ],
+)
+def test_what_is_no_image(model, function, image, error, message):
+    with pytest.raises(error, match=rf"{function.__name__}: images\[1\] must .*{message}"):
+        function(model, [picture(4, 4), image])
+
+
+# The first loss
+
+
+def first_loss(prior):
+    """Classification loss of a new detector on a batch of shapes, and what it should be."""
+    data = ShapesDataset("train", size=(64, 64), num_images=4)
+    config = CONFIG.replace(classes=data.classes, canvas=(64, 64), prior=prior)
+    run = TrainConfig(batch_size=4, workers=0, flips="none")
+    batch = next(train_batches(data, config, run))
+    logits, deltas = raw_outputs(build(config, device="cpu"), batch.images)
+    anchors = F.anchors(config.canvas, config.anchors)
+    target = targets(xp, anchors, batch.boxes, batch.labels, config)
+    found = objective(xp, logits, deltas, anchors, target, config)
+    used, positives = (target.labels != -2).sum(), (target.labels >= 0).sum()
+    expected = focal.expected_initial_loss(int(used), int(positives), 3, pi=prior)
+    return found.classification, expected
+
+
+def test_the_first_loss_is_the_expected_one():
+    with_prior, expected = first_loss(0.01)
+    assert with_prior == pytest.approx(expected, rel=0.05)
+    without, expected = first_loss(0.5)
+    assert without == pytest.approx(expected, rel=0.05)
+    assert without > 10 * with_prior
+
+
+# Presets and configs
+
+
+def test_conventions_differ_where_they_should():
+    """Section 3 of the survey, where a row is a field of the config."""
+    fields = ("p6_from", "allow_low_quality", "box_beta", "normaliser", "max_detections")
+    table = {
+        name: [getattr(RetinaNetConfig(**changes), field) for field in fields]
+        for name, changes in CONVENTIONS.items()
+    }
+    assert table == {
+        "paper": ["c5", False, 1.0, "batch", 100],
+        "torchvision": ["p5", True, 0.0, "image", 300],
+        "detectron2": ["c5", True, 0.0, "ema", 100],
+    }
+    for changes in CONVENTIONS.values():
+        config = RetinaNetConfig(**changes)
+        assert (config.foreground, config.background, config.prior) == (0.5, 0.4, 0.01)
+        assert (config.candidates, config.score_threshold, config.nms_threshold) == (
+            1000,
+            0.05,
+            0.5,
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        # The first anchor: 32 pixels, ratio 1/2, so 45.25 wide and 22.63 high.
+        ("paper", [4 - 22.627417, 4 - 11.313708, 4 + 22.627417, 4 + 11.313708]),
+        ("torchvision", [-23, -11, 23, 11]),
+        ("detectron2", [-22.627417, -11.313708, 22.627417, 11.313708]),
+    ],
+)
+def test_conventions_place_their_anchors(name, first):
+    anchors = F.anchors((64, 64), RetinaNetConfig(**CONVENTIONS[name]).anchors)
+    np.testing.assert_allclose(anchors[0], first, rtol=1e-6)
+
+
+def test_tiny_is_for_small_objects_and_r50_is_the_papers():
+    tiny, r50 = PRESETS["tiny"], PRESETS["r50"]
+    assert r50.detector == RetinaNetConfig() and r50.train == TrainConfig()
+    assert tiny.detector.anchors.sizes == tuple(2.5 * s for s in tiny.detector.anchors.strides)
+    assert (r50.train.steps, r50.train.batch_size, r50.train.learning_rate) == (90_000, 16, 0.01)
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
+def test_configs_survive_json(preset):
+    for config in (
+        *preset,
+        preset.detector.replace(classes=("é", "b"), alpha=None, anchors=AnchorConfig(offset=0.0)),
+        preset.train.replace(ema=None, crop=(3, 4), milestones=()),
+    ):
+        assert type(config).from_json(config.to_json()) == config
+
+
+def test_configs_cannot_be_changed_in_place():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        CONFIG.gamma = 3.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"backbone": "vgg"}, "backbone must be one of 'tiny', .*; got 'vgg'"),
+        ({"canvas": (0, 5)}, "canvas must be >= 1; got 0"),
+        ({"canvas": 64}, "canvas must be .*height, width.*; got 64"),
+        ({"alpha": 2}, "alpha must lie in"),
+        ({"gamma": -1}, "gamma must be"),
+        ({"foreground": 1.5}, "foreground must be"),
+        ({"max_detections": 0}, "max_detections must be >= 1; got 0"),
+        ({"levels": (3, 4)}, r"anchors.strides must be those of levels \(3, 4\)"),
+        ({"box_loss": "l3"}, "box_loss must be one of 'smooth_l1', 'giou'; got 'l3'"),
+    ],
+)
+def test_detectors_that_make_no_sense(change, message):
+    with pytest.raises(ValueError, match=f"RetinaNetConfig: {message}"):
+        CONFIG.replace(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps must be >= 1; got 0"),
+        ({"optimizer": "adam"}, "optimizer must be one of 'sgd', 'adamw'; got 'adam'"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number"),
+        ({"ema": 1.5}, "ema must be a finite number"),
+        ({"crop": (5,)}, "crop must be .*height, width"),
+        ({"seed": -1}, "seed must be >= 0; got -1"),
+    ],
+)
+def test_runs_that_make_no_sense(change, message):
+    with pytest.raises(ValueError, match=f"TrainConfig: {message}"):
+        TrainConfig().replace(**change)

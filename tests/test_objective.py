@@ -1,0 +1,261 @@
+"""Targets and objective of a batch, against the same done image by image, anchor by anchor."""
+
+import importlib
+import math
+
+import numpy as np
+import pytest
+
+import focal.numpy as F
+from focal.core.anchors import AnchorConfig
+from focal.retinanet.config import RetinaNetConfig
+from focal.retinanet.objective import Targets, objective, targets
+
+CONFIG = RetinaNetConfig(
+    classes=("a", "b", "c"),
+    canvas=(64, 48),
+    levels=(3, 4, 5),
+    anchors=AnchorConfig(strides=(8, 16, 32), sizes=(10.0, 20.0, 40.0), scales=(1.0,)),
+    box_beta=0.1,
+)
+ANCHORS = F.anchors(CONFIG.canvas, CONFIG.anchors)
+
+
+@pytest.fixture(params=("numpy", "torch"))
+def xp(request):
+    """The namespaces that the detectors run on."""
+    pytest.importorskip(request.param)
+    return importlib.import_module(f"focal.{request.param}._namespace").xp
+
+
+def array(xp, x):
+    return xp.constant(np.asarray(x), None)
+
+
+def run(xp, batch, config, normaliser=None):
+    """Targets and objective of a batch in a namespace, as NumPy arrays."""
+    logits, deltas, boxes, labels = (array(xp, x) for x in batch)
+    anchors = array(xp, ANCHORS)
+    target = targets(xp, anchors, boxes, labels, config)
+    if normaliser is not None:
+        normaliser = array(xp, np.float32(normaliser))
+    found = objective(xp, logits, deltas, anchors, target, config, normaliser)
+    return Targets(*map(np.asarray, target)), [float(x) for x in found]
+
+
+def make_batch(seed=0, counts=(7, 0, 4), rows=8):
+    """Random outputs, and boxes near anchors so that all of positive, ignored and background occur.
+
+    Image i has `counts[i]` boxes; the rest of the `rows` is padding.
+    """
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(-2, 2, (len(counts), len(ANCHORS), 3)).astype(np.float32)
+    deltas = rng.normal(0, 0.5, (len(counts), len(ANCHORS), 4)).astype(np.float32)
+    boxes = np.zeros((len(counts), rows, 4), np.float32)
+    labels = np.full((len(counts), rows), -1)
+    for image, count in enumerate(counts):
+        near = ANCHORS[rng.choice(len(ANCHORS), count, replace=False)]
+        boxes[image, :count] = near + rng.uniform(-2, 2, (count, 4))
+        labels[image, :count] = rng.integers(0, 3, count)
+    return logits, deltas, boxes, labels
+
+
+def naive_labels(boxes, labels, config):
+    """Label and matched box of every anchor of one image: one anchor at a time."""
+    real = labels >= 0
+    boxes, labels = boxes[real], labels[real]
+    overlaps = F.box_iou(ANCHORS, boxes) if len(boxes) else np.zeros((len(ANCHORS), 0))
+    assigned, matched = [], []
+    for row in overlaps:
+        best = int(row.argmax()) if len(row) else None
+        forced = False
+        if config.allow_low_quality is not False:
+            floor = float(config.allow_low_quality) if config.allow_low_quality is not True else 0
+            forced = any(
+                row[j] == overlaps[:, j].max() and row[j] > 0 and row[j] >= floor
+                for j in range(len(row))
+            )
+        if best is not None and (row[best] >= config.foreground or forced):
+            assigned.append(labels[best])
+        elif best is None or row[best] < config.background:
+            assigned.append(-1)
+        else:
+            assigned.append(-2)
+        matched.append(boxes[best] if assigned[-1] >= 0 else np.zeros(4, np.float32))
+    return np.array(assigned), np.array(matched)
+
+
+def naive_image(logits, deltas, boxes, labels, config):
+    """Sums of one image: classification, box, positives; in float64."""
+    assigned, matched = naive_labels(boxes, labels, config)
+    used, positive = assigned != -2, assigned >= 0
+    onehot = (assigned[:, None] == np.arange(3)).astype(np.float64)
+    classification = F.sigmoid_focal_loss(
+        logits[used].astype(np.float64), onehot[used], config.alpha, config.gamma, "sum"
+    )
+    deltas, anchors = deltas[positive].astype(np.float64), ANCHORS[positive].astype(np.float64)
+    matched = matched[positive].astype(np.float64)
+    if config.box_loss == "giou":
+        box = F.giou_loss(F.decode_boxes(deltas, anchors), matched, "sum")
+    else:
+        wanted = F.encode_boxes(matched, anchors)
+        box = F.smooth_l1_loss(deltas, wanted, config.box_beta, "sum")
+    return np.array([classification, box * config.box_weight, positive.sum()])
+
+
+def naive(batch, config, normaliser=None):
+    images = np.array([naive_image(*image, config) for image in zip(*batch, strict=True)])
+    count = images[:, 2].sum()
+    if config.normaliser == "image":
+        parts = (images[:, :2] / np.maximum(images[:, 2:], 1)).mean(axis=0)
+    else:
+        parts = images[:, :2].sum(axis=0) / max(1, count if normaliser is None else normaliser)
+    return [*parts, count]
+
+
+CONFIGS = {
+    "paper": CONFIG,
+    "L1": CONFIG.replace(box_beta=0.0),
+    "giou": CONFIG.replace(box_loss="giou"),
+    "box weight": CONFIG.replace(box_weight=2.5),
+    "cross entropy": CONFIG.replace(alpha=None, gamma=0.0),
+    "low quality": CONFIG.replace(allow_low_quality=True, foreground=0.7, background=0.3),
+    "low quality above a floor": CONFIG.replace(allow_low_quality=0.5, foreground=0.7),
+    "each image": CONFIG.replace(normaliser="image"),
+    "each image, giou": CONFIG.replace(normaliser="image", box_loss="giou", box_weight=2.0),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_batch_is_the_sum_of_its_anchors(xp, config, seed):
+    batch = make_batch(seed)
+    target, found = run(xp, batch, config)
+    for image in range(3):
+        assigned, _ = naive_labels(batch[2][image], batch[3][image], config)
+        np.testing.assert_array_equal(target.labels[image], assigned)
+    expected = naive(batch, config)
+    assert expected[2] >= 4 and (target.labels == -2).any()  # the batch has something to test
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_deltas_lead_from_the_anchor_to_its_box(xp, seed):
+    batch = make_batch(seed)
+    target, _ = run(xp, batch, CONFIG)
+    for image in range(3):
+        assigned, matched = naive_labels(batch[2][image], batch[3][image], CONFIG)
+        positive = assigned >= 0
+        reached = F.decode_boxes(target.deltas[image], ANCHORS)
+        np.testing.assert_allclose(reached[positive], matched[positive], rtol=1e-5, atol=1e-4)
+        assert not target.deltas[image][~positive].any()
+
+
+@pytest.mark.parametrize("normaliser", [0.25, 1.0, 37.5])
+@pytest.mark.parametrize("word", ["batch", "ema"])
+def test_a_normaliser_of_the_callers(xp, normaliser, word):
+    batch = make_batch()
+    _, found = run(xp, batch, CONFIG.replace(normaliser=word), normaliser)
+    assert found == pytest.approx(naive(batch, CONFIG, normaliser), rel=1e-5)
+
+
+def test_replicas_with_the_common_normaliser_add_up_to_the_whole_batch(xp):
+    batch = make_batch(counts=(5, 1, 0, 2))
+    _, whole = run(xp, batch, CONFIG)
+    halves = [
+        run(xp, [x[part] for x in batch], CONFIG, normaliser=whole[2])[1]
+        for part in (slice(0, 1), slice(1, 4))
+    ]
+    assert np.sum(halves, axis=0) == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_padding_does_nothing(xp, config):
+    logits, deltas, boxes, labels = make_batch(counts=(4, 2), rows=4)
+    longer = np.pad(boxes, ((0, 0), (0, 9), (0, 0)))
+    padded = logits, deltas, longer, np.pad(labels, ((0, 0), (0, 9)), constant_values=-1)
+    target, found = run(xp, (logits, deltas, boxes, labels), config)
+    padded_target, padded_found = run(xp, padded, config)
+    np.testing.assert_array_equal(padded_target.labels, target.labels)
+    np.testing.assert_array_equal(padded_target.deltas, target.deltas)
+    assert padded_found == found
+
+
+@pytest.mark.parametrize("rows", [0, 8])
+@pytest.mark.parametrize("normaliser", ["batch", "image"])
+def test_images_without_boxes_are_background(xp, rows, normaliser):
+    batch = make_batch(counts=(0, 0), rows=rows)
+    config = CONFIG.replace(normaliser=normaliser)
+    target, found = run(xp, batch, config)
+    assert (target.labels == -1).all()
+    assert found == pytest.approx(naive(batch, config), rel=1e-5)
+    assert found[0] > 0 and found[1:] == [0, 0]
+
+
+def test_the_namespaces_agree():
+    pytest.importorskip("torch")
+    from focal.numpy._namespace import xp as numpy_xp
+    from focal.torch._namespace import xp as torch_xp
+
+    batch = make_batch(3, counts=(3, 0, 6))
+    for config in CONFIGS.values():
+        ours, theirs = run(numpy_xp, batch, config), run(torch_xp, batch, config)
+        np.testing.assert_array_equal(ours[0].labels, theirs[0].labels)
+        np.testing.assert_allclose(ours[0].deltas, theirs[0].deltas, rtol=1e-6, atol=1e-6)
+        assert theirs[1] == pytest.approx(ours[1], rel=1e-6)
+
+
+# Gradients
+
+
+def gradients(batch, config):
+    """Gradient of classification + box in the logits and the deltas, and the targets."""
+    torch = pytest.importorskip("torch")
+    from focal.torch._namespace import xp
+
+    logits, deltas, boxes, labels = (torch.tensor(x) for x in batch)
+    logits.requires_grad_()
+    deltas.requires_grad_()
+    anchors = torch.tensor(ANCHORS)
+    target = targets(xp, anchors, boxes, labels, config)
+    parts = objective(xp, logits, deltas, anchors, target, config)
+    found = torch.autograd.grad(parts.classification + parts.box, (logits, deltas))
+    return [x.numpy() for x in found], Targets(*(x.numpy() for x in target))
+
+
+@pytest.mark.parametrize("normaliser", ["batch", "image"])
+def test_the_gradient_is_the_closed_form(normaliser):
+    batch = make_batch()
+    config = CONFIG.replace(normaliser=normaliser, box_weight=1.5)
+    (by_logits, by_deltas), target = gradients(batch, config)
+    positive = target.labels >= 0
+    if normaliser == "image":
+        scale = 3 * np.maximum(1, positive.sum(axis=1))[:, None, None]
+    else:
+        scale = positive.sum()
+
+    onehot = (target.labels[..., None] == np.arange(3)).astype(np.float32)
+    slope = F.sigmoid_focal_loss_grad(batch[0], onehot, config.alpha, config.gamma)
+    slope[target.labels == -2] = 0
+    np.testing.assert_allclose(by_logits, slope / scale, rtol=1e-5, atol=1e-9)
+
+    slope = np.clip((batch[1] - target.deltas) / config.box_beta, -1, 1) * config.box_weight
+    slope[~positive] = 0
+    np.testing.assert_allclose(by_deltas, slope / scale, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_without_boxes_nothing_pulls_at_the_deltas(config):
+    logits, deltas, boxes, labels = make_batch(counts=(0, 0))
+    extreme = np.where(deltas > 0, np.float32(1e4), np.float32(-1e4))  # what decoding could spoil
+    (by_logits, by_deltas), _ = gradients((logits, extreme, boxes, labels), config)
+    assert not by_deltas.any()
+    assert np.isfinite(by_logits).all() and (by_logits > 0).any()
+
+
+def test_extreme_outputs_have_finite_losses_and_gradients(xp):
+    logits, deltas, boxes, labels = make_batch()
+    batch = logits * 1e4, deltas * 1e3, boxes, labels
+    for config in CONFIGS.values():
+        assert all(math.isfinite(x) for x in run(xp, batch, config)[1])
+        assert all(np.isfinite(x).all() for x in gradients(batch, config)[0])
