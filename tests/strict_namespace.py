@@ -27,6 +27,7 @@ from array_api_strict import (  # noqa: F401
     maximum,
     minimum,
     moveaxis,
+    reshape,
     sqrt,
     stack,
     sum,
@@ -64,6 +65,11 @@ def softplus(x: Array) -> Array:
 def logsumexp(x: Array) -> Array:
     top = xp.max(x, axis=-1, keepdims=True)
     return xp.squeeze(top, axis=-1) + xp.log(xp.sum(xp.exp(x - top), axis=-1))
+
+
+def top_k(x: Array, k: int) -> tuple[Array, Array]:
+    indices = xp.argsort(-x, axis=-1, stable=True)[..., :k]
+    return xp.take_along_axis(x, indices, axis=-1), indices
 
 
 def step(x: Array) -> Array:

@@ -120,7 +120,7 @@ CONFIGS = {
     "box weight": CONFIG.replace(box_weight=2.5),
     "cross entropy": CONFIG.replace(alpha=None, gamma=0.0),
     "low quality": CONFIG.replace(allow_low_quality=True, foreground=0.7, background=0.3),
-    "low quality above a floor": CONFIG.replace(allow_low_quality=0.5, foreground=0.7),
+    "low quality above a floor": CONFIG.replace(allow_low_quality=0.65, foreground=0.8),
     "each image": CONFIG.replace(normaliser="image"),
     "each image, giou": CONFIG.replace(normaliser="image", box_loss="giou", box_weight=2.0),
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from focal.core import checks
 from focal.core.namespace import Array, Namespace
 
@@ -27,7 +29,7 @@ def box_area(xp: Namespace, boxes: Array) -> Array:
         boxes: (..., 4) as (x1, y1, x2, y2) in pixels, floating-point.
 
     Returns:
-        (...) areas in square pixels.
+        (...) areas in square pixels; float32 where `boxes` has a half type.
 
     Raises:
         TypeError: `boxes` is not a floating-point array.
@@ -41,7 +43,7 @@ def box_area(xp: Namespace, boxes: Array) -> Array:
 
     Source: `torchvision.ops.box_area`; widths are x2 - x1, without the +1 of older code.
     """
-    return _area(checks.check_boxes(xp, "box_area", "boxes", boxes))
+    return _area(checks.wide(xp, checks.check_boxes(xp, "box_area", "boxes", boxes)))
 
 
 def box_iou(xp: Namespace, boxes1: Array, boxes2: Array) -> Array:
@@ -54,7 +56,7 @@ def box_iou(xp: Namespace, boxes1: Array, boxes2: Array) -> Array:
         boxes2: (..., M, 4), with the leading axes of `boxes1` or none.
 
     Returns:
-        (..., N, M) in [0, 1]; 0 where the union has no area.
+        (..., N, M) in [0, 1]; 0 where the union has no area. Half types give float32.
 
     Raises:
         TypeError: an argument is not a floating-point array.
@@ -85,7 +87,8 @@ def generalized_box_iou(xp: Namespace, boxes1: Array, boxes2: Array) -> Array:
         boxes2: (..., M, 4), with the leading axes of `boxes1` or none.
 
     Returns:
-        (..., N, M) in [-1, 1]; a quotient without a denominator counts as 0.
+        (..., N, M) in [-1, 1]; a quotient without a denominator counts as 0. Half types give
+        float32.
 
     Raises:
         TypeError: an argument is not a floating-point array.
@@ -137,14 +140,15 @@ def encode_boxes(
     name = "encode_boxes"
     boxes = checks.check_boxes(xp, name, "boxes", boxes)
     anchors = checks.check_boxes(xp, name, "anchors", anchors)
+    _check_broadcast(name, anchors, "boxes", boxes)
     wx, wy, ww, wh = checks.check_weights(name, weights)
-    x, y, w, h = _centre_size(boxes)
-    xa, ya, wa, ha = _centre_size(anchors)
-    tiny = xp.finfo(boxes.dtype).smallest_normal
+    x, y, w, h = _centre_size(checks.wide(xp, boxes))
+    xa, ya, wa, ha = _centre_size(checks.wide(xp, anchors))
+    tiny = xp.finfo(w.dtype).smallest_normal
     w, h = xp.maximum(w, tiny), xp.maximum(h, tiny)
     dx, dy = wx * (x - xa) / wa, wy * (y - ya) / ha
     dw, dh = ww * (xp.log(w) - xp.log(wa)), wh * (xp.log(h) - xp.log(ha))
-    return xp.stack([dx, dy, dw, dh], axis=-1)
+    return xp.astype(xp.stack([dx, dy, dw, dh], axis=-1), boxes.dtype)
 
 
 def decode_boxes(
@@ -183,13 +187,15 @@ def decode_boxes(
     deltas = checks.check_boxes(xp, name, "deltas", deltas)
     anchors = checks.check_boxes(xp, name, "anchors", anchors)
     wx, wy, ww, wh = checks.check_weights(name, weights)
+    _check_broadcast(name, anchors, "deltas", deltas)
     clip = checks.check_number(name, "clip", clip)
-    xa, ya, wa, ha = _centre_size(anchors)
-    x = xa + wa * (deltas[..., 0] / wx)
-    y = ya + ha * (deltas[..., 1] / wy)
-    half_w = 0.5 * wa * xp.exp(xp.minimum(deltas[..., 2] / ww, clip))
-    half_h = 0.5 * ha * xp.exp(xp.minimum(deltas[..., 3] / wh, clip))
-    return xp.stack([x - half_w, y - half_h, x + half_w, y + half_h], axis=-1)
+    xa, ya, wa, ha = _centre_size(checks.wide(xp, anchors))
+    dx, dy, dw, dh = _columns(checks.wide(xp, deltas))
+    x, y = xa + wa * (dx / wx), ya + ha * (dy / wy)
+    half_w = 0.5 * wa * xp.exp(xp.minimum(dw / ww, clip))
+    half_h = 0.5 * ha * xp.exp(xp.minimum(dh / wh, clip))
+    boxes = xp.stack([x - half_w, y - half_h, x + half_w, y + half_h], axis=-1)
+    return xp.astype(boxes, deltas.dtype)
 
 
 def clip_boxes(xp: Namespace, boxes: Array, image_size: tuple[int, int]) -> Array:
@@ -251,10 +257,21 @@ def _area(boxes: Array) -> Array:
     return (x2 - x1) * (y2 - y1)
 
 
+def _check_broadcast(name: str, anchors: Array, other: str, other_array: Array) -> None:
+    own, whole = tuple(anchors.shape), tuple(other_array.shape)
+    try:
+        np.broadcast_shapes(own, whole)
+    except ValueError:
+        raise ValueError(
+            f"{name}: anchors must broadcast with {other}; got {other} {whole}, anchors {own}"
+        ) from None
+
+
 def _pairs(xp: Namespace, name: str, boxes1: Array, boxes2: Array) -> tuple[Array, Array]:
     boxes1 = checks.check_boxes(xp, name, "boxes1", boxes1, at_least_2d=True)
     boxes2 = checks.check_boxes(xp, name, "boxes2", boxes2, at_least_2d=True)
-    return boxes1[..., :, None, :], boxes2[..., None, :, :]
+    checks.check_leading_axes(name, "boxes2", boxes2, "boxes1", boxes1, trailing=2)
+    return checks.wide(xp, boxes1)[..., :, None, :], checks.wide(xp, boxes2)[..., None, :, :]
 
 
 def _overlap(xp: Namespace, a: Array, b: Array) -> tuple[Array, Array]:

@@ -101,7 +101,7 @@ def check_labels(xp: Namespace, function: str, parameter: str, value: Any) -> Ar
     array = check_array(xp, function, parameter, value)
     if not xp.isdtype(array.dtype, "integral"):
         raise TypeError(f"{function}: {parameter} must have an integer type; got {array.dtype}")
-    return array
+    return xp.astype(array, xp.index_type)  # an unsigned -1 would be a large class
 
 
 def check_same_shape(
@@ -181,6 +181,23 @@ def check_weights(function: str, weights: Any) -> tuple[float, float, float, flo
 def wide_type(xp: Namespace, array: Array) -> Any:
     """The type to compute in: float32 for the half types, else the array's own."""
     return xp.float32 if xp.finfo(array.dtype).bits < 32 else array.dtype
+
+
+def wide(xp: Namespace, array: Array) -> Array:
+    """The array in the type to compute in."""
+    return xp.astype(array, wide_type(xp, array))
+
+
+def check_leading_axes(
+    function: str, parameter: str, array: Array, other: str, other_array: Array, trailing: int
+) -> None:
+    """Leading axes that are equal, or absent on one side."""
+    a, b = tuple(array.shape[:-trailing]), tuple(other_array.shape[:-trailing])
+    if a and b and a != b:
+        raise ValueError(
+            f"{function}: {parameter} must have the leading axes of {other} or none; "
+            f"got {other} {tuple(other_array.shape)}, {parameter} {tuple(array.shape)}"
+        )
 
 
 def _range(low: float, high: float) -> str:

@@ -138,7 +138,7 @@ class Sparse(NamedTuple):
     def _labelled(self, xp: Namespace, x: Array, labels: Array) -> tuple[Array, Array, Array]:
         """Per row one index, its logit, and whether it is a positive (else it is class 0)."""
         at = xp.maximum(labels, xp.zeros_like(labels))[..., None]
-        return at, xp.take_along_axis(x, at, -1), xp.astype(labels >= 0, x.dtype)[..., None]
+        return at, xp.take_along_axis(x, at, axis=-1), xp.astype(labels >= 0, x.dtype)[..., None]
 
     def _merge(
         self, xp: Namespace, background: Array, at: Array, labelled: Array, labels: Array
@@ -167,7 +167,7 @@ def _at_least_tiny(xp: Namespace, m: Array) -> Array:
 
 
 def _weighted_power(xp: Namespace, loss: SigmoidFocal, m: Array, y: Array) -> Array:
-    """A m^gamma, with the usual exponents spelled in cheaper and more accurate operations."""
+    """The factor a m^gamma; the usual exponents in cheaper, more accurate operations."""
     if loss.gamma == 0:
         power = 1.0
     elif loss.gamma == 0.5:
@@ -182,7 +182,7 @@ def _weighted_power(xp: Namespace, loss: SigmoidFocal, m: Array, y: Array) -> Ar
 
 
 def _alpha_factor(xp: Namespace, alpha: float | None, y: Array) -> Array | None:
-    """Alpha for y = 1, 1 - alpha for y = 0, linear between; None where alpha is off."""
+    """The factor a: alpha for y = 1, 1 - alpha for y = 0, linear between; None if it is off."""
     return None if alpha is None else xp.addcmul(1 - alpha, y, 2 * alpha - 1)
 
 

@@ -215,8 +215,11 @@ def sparse_sigmoid_focal_loss(
     formula = SigmoidFocal(checks.check_alpha(name, alpha), checks.check_gamma(name, gamma))
     inputs = checks.check_floating(xp, name, "inputs", inputs)
     labels = checks.check_labels(xp, name, "labels", labels)
-    if len(inputs.shape) == 0:
-        raise ValueError(f"{name}: inputs must have a class axis; got shape ()")
+    if len(inputs.shape) == 0 or inputs.shape[-1] == 0:
+        raise ValueError(
+            f"{name}: inputs must have at least one class on their last axis; "
+            f"got shape {tuple(inputs.shape)}"
+        )
     checks.check_shape(name, "labels", labels, tuple(inputs.shape[:-1]), "inputs.shape[:-1]")
 
     wide = checks.wide_type(xp, inputs)

@@ -60,6 +60,7 @@ class Namespace(Protocol):
     sqrt: Callable[..., Array]
     stack: Callable[..., Array]
     sum: Callable[..., Array]
+    take: Callable[..., Array]
     take_along_axis: Callable[..., Array]
     where: Callable[..., Array]
     zeros_like: Callable[..., Array]

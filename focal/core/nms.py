@@ -10,8 +10,8 @@ from focal.core.namespace import Array, Namespace
 
 __all__ = ["batched_nms", "nms", "suppress"]
 
-BLOCK = 1024
-"""Boxes resolved at once; bounds the memory to BLOCK x N overlaps."""
+BLOCK = 256
+"""Boxes resolved at once: bounds the memory to BLOCK x N overlaps, the rounds to BLOCK."""
 
 
 def nms(xp: Namespace, boxes: Array, scores: Array, iou_threshold: float) -> Array:
@@ -43,7 +43,7 @@ def nms(xp: Namespace, boxes: Array, scores: Array, iou_threshold: float) -> Arr
     """
     boxes, scores, threshold = _arguments(xp, "nms", boxes, scores, iou_threshold)
     order = xp.argsort(-scores, stable=True)
-    return order[suppress(xp, boxes[order], None, threshold)]
+    return order[suppress(xp, xp.take(boxes, order, axis=0), None, threshold)]
 
 
 def batched_nms(
@@ -79,7 +79,8 @@ def batched_nms(
     classes = checks.check_labels(xp, name, "classes", classes)
     checks.check_same_shape(name, "classes", classes, "scores", scores)
     order = xp.argsort(-scores, stable=True)
-    return order[suppress(xp, boxes[order], classes[order], threshold)]
+    boxes, classes = xp.take(boxes, order, axis=0), xp.take(classes, order, axis=0)
+    return order[suppress(xp, boxes, classes, threshold)]
 
 
 def suppress(xp: Namespace, boxes: Array, classes: Array | None, threshold: float) -> Array:
@@ -119,4 +120,5 @@ def _arguments(
         raise ValueError(f"{name}: boxes must have shape (N, 4); got {tuple(boxes.shape)}")
     scores = checks.check_floating(xp, name, "scores", scores)
     checks.check_shape(name, "scores", scores, tuple(boxes.shape[:1]), "boxes.shape[:1]")
-    return boxes, scores, checks.check_number(name, "iou_threshold", iou_threshold, 0, 1)
+    threshold = checks.check_number(name, "iou_threshold", iou_threshold, 0, 1)
+    return checks.wide(xp, boxes), scores, threshold

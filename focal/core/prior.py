@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from focal.core.checks import check_alpha, check_gamma
+from focal.core.checks import check_alpha, check_gamma, check_number
 
 __all__ = ["expected_initial_loss", "inverse_frequency_alpha", "prior_bias"]
 
@@ -133,19 +133,12 @@ def expected_initial_loss(
     Source: arithmetic on equation 5 and section 4.1 of Lin et al. 2017.
     """
     name = "expected_initial_loss"
-    anchors = float(_numbers(name, "num_anchors", num_anchors))
-    positives = float(_numbers(name, "num_positives", num_positives))
-    classes = float(_numbers(name, "num_classes", num_classes))
-    if not 0 <= positives <= anchors:
-        raise ValueError(
-            f"{name}: num_positives must lie in [0, num_anchors]; "
-            f"got num_positives {num_positives}, num_anchors {num_anchors}"
-        )
-    if classes < 1:
-        raise ValueError(f"{name}: num_classes must be >= 1; got {num_classes}")
+    anchors = check_number(name, "num_anchors", num_anchors, low=0)
+    positives = check_number(name, "num_positives", num_positives, 0, anchors)
+    classes = check_number(name, "num_classes", num_classes, low=1)
     a = check_alpha(name, alpha)
     g = check_gamma(name, gamma)
-    p = 0.5 if pi is None else float(_numbers(name, "pi", pi))
+    p = 0.5 if pi is None else check_number(name, "pi", pi)
     if not 0 < p < 1:
         raise ValueError(f"{name}: pi must lie inside (0, 1) or be None; got {pi!r}")
     weight_positive, weight_negative = (1.0, 1.0) if a is None else (a, 1 - a)
@@ -157,6 +150,9 @@ def expected_initial_loss(
 
 def _numbers(function: str, parameter: str, value: ArrayLike) -> np.ndarray[Any, Any]:
     try:
-        return np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise TypeError(f"{function}: {parameter} must be numeric; got {value!r}") from None
+        array = np.asarray(value)
+    except ValueError:  # a ragged list
+        array = np.asarray(None)
+    if array.dtype.kind not in "iuf":
+        raise TypeError(f"{function}: {parameter} must be numeric; got {value!r}")
+    return array.astype(np.float64)

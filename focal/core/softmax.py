@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 from focal.core import checks
 from focal.core.formulas import SigmoidFocal
@@ -35,8 +39,8 @@ def softmax_focal_loss(
         inputs: Logits of any floating-point type, with the K classes on `axis`.
         labels: Integers of the shape of `inputs` without `axis`: the class in [0, K), or
             `ignore_index`. Other values are an error or undefined.
-        alpha: None (default, off), a number >= 0 that multiplies every loss, or a sequence of
-            K such numbers, one per class.
+        alpha: None or -1 (off; None is the default), a number >= 0 that multiplies every loss,
+            or K such numbers, one per class: a sequence or an array.
         gamma: Focusing parameter, finite, >= 0; 0 is cross entropy. Default 2.
         reduction: "none" (default), "mean" over the labels that are not ignored (not divided
             by the alphas), or "sum".
@@ -138,7 +142,7 @@ def _softmax_arguments(
     alpha: float | Sequence[float] | None,
     ignore_index: int,
     axis: int,
-) -> tuple[Array, Array, tuple[float, ...] | float | None]:
+) -> tuple[Array, Array, Array | float | None]:
     """The logits in a wide type with the classes last, the labels, the checked alphas."""
     inputs = checks.check_floating(xp, name, "inputs", inputs)
     labels = checks.check_labels(xp, name, "labels", labels)
@@ -153,17 +157,29 @@ def _softmax_arguments(
     checks.check_shape(
         name, "labels", labels, shape[:axis] + shape[axis + 1 :], "inputs.shape without axis"
     )
-    alphas: tuple[float, ...] | float | None = None
+    alphas = _checked_alphas(xp, name, alpha, classes, inputs)
+    wide = xp.moveaxis(checks.wide(xp, inputs), axis, -1)
+    # Infinite logits (masked classes) become finite ones of the same softmax.
+    bound = xp.finfo(wide.dtype).max / 4
+    return xp.minimum(xp.maximum(wide, -bound), bound), labels, alphas
+
+
+def _checked_alphas(
+    xp: Namespace, name: str, alpha: Any, classes: int, like: Array
+) -> Array | float | None:
+    """None, one number, or an array (K,)."""
+    if alpha is None or (isinstance(alpha, numbers.Real) and alpha == -1):
+        return None
+    if isinstance(alpha, (bool, str, numbers.Real)):
+        return checks.check_number(name, "alpha", alpha, low=0)
     if isinstance(alpha, (list, tuple)):
-        alphas = tuple(checks.check_number(name, "alpha", a, low=0) for a in alpha)
-        if len(alphas) != classes:
-            raise ValueError(
-                f"{name}: alpha must have one number per class ({classes}); got {len(alphas)}"
-            )
-    elif alpha is not None:
-        alphas = checks.check_number(name, "alpha", alpha, low=0)
-    x = xp.moveaxis(xp.astype(inputs, checks.wide_type(xp, inputs)), axis, -1)
-    return x, labels, alphas
+        checked = [checks.check_number(name, "alpha", a, low=0) for a in alpha]
+        alpha = xp.constant(np.array(checked, np.float64), like)
+    elif isinstance(alpha, np.ndarray):
+        alpha = xp.constant(alpha, like)
+    alpha = checks.check_real(xp, name, "alpha", alpha)
+    checks.check_shape(name, "alpha", alpha, (classes,), "(K,)")
+    return xp.astype(alpha, checks.wide_type(xp, like))
 
 
 def _others(xp: Namespace, x: Array, at: Array, valid: Array) -> Array:
@@ -173,19 +189,15 @@ def _others(xp: Namespace, x: Array, at: Array, valid: Array) -> Array:
     number stands for -inf, which would turn into NaN where there is only one class.
     """
     c = at[..., None]
-    own = xp.take_along_axis(x, c, -1)
+    own = xp.take_along_axis(x, c, axis=-1)
     out = xp.zeros_like(own) + xp.finfo(x.dtype).min
     return xp.keep_rows(xp.put_along_axis(x - own, c, out), valid)
 
 
-def _times_alphas(
-    xp: Namespace, values: Array, alphas: tuple[float, ...] | float | None, at: Array
-) -> Array:
+def _times_alphas(xp: Namespace, values: Array, alphas: Array | float | None, at: Array) -> Array:
     if alphas is None:
         return values
     if isinstance(alphas, float):
         return values * alphas
-    table = xp.zeros_like(values)
-    for index, alpha in enumerate(alphas):
-        table = xp.where(at == index, xp.zeros_like(values) + alpha, table)
-    return values * table
+    picked = xp.take(alphas, xp.reshape(at, (-1,)), axis=0)
+    return values * xp.reshape(picked, tuple(at.shape))

@@ -54,7 +54,19 @@ def match_anchors(
     Source: Lin et al. 2017, section 4, "Anchors"; low-quality matches as in torchvision and
     detectron2.
     """
-    name = "match_anchors"
+    return _match(xp, "match_anchors", anchors, boxes, foreground, background, allow_low_quality)
+
+
+def _match(
+    xp: Namespace,
+    name: str,
+    anchors: Array,
+    boxes: Array,
+    foreground: float,
+    background: float,
+    allow_low_quality: bool | float,
+) -> Array:
+    """`match_anchors` on behalf of the function `name`."""
     anchors = checks.check_boxes(xp, name, "anchors", anchors)
     if len(anchors.shape) != 2:
         raise ValueError(f"{name}: anchors must have shape (N, 4); got {tuple(anchors.shape)}")
@@ -62,6 +74,7 @@ def match_anchors(
     foreground = checks.check_number(name, "foreground", foreground, 0, 1)
     background = checks.check_number(name, "background", background, 0, foreground)
     floor = _low_quality_floor(name, allow_low_quality)
+    anchors, boxes = checks.wide(xp, anchors), checks.wide(xp, boxes)
 
     x1, y1, x2, y2 = (anchors[:, i] for i in range(4))
     # Kept above zero, so that no union below is.
@@ -150,14 +163,15 @@ def assign_targets(
     labels = checks.check_labels(xp, name, "labels", labels)
     checks.check_shape(name, "labels", labels, tuple(boxes.shape[:-1]), "boxes.shape[:-1]")
     weights = checks.check_weights(name, weights)
-    match = match_anchors(xp, anchors, boxes, foreground, background, allow_low_quality)
+    match = _match(xp, name, anchors, boxes, foreground, background, allow_low_quality)
     anchors = checks.check_boxes(xp, name, "anchors", anchors)
     if boxes.shape[-2] == 0:
-        return xp.astype(match, labels.dtype), xp.zeros_like(match[..., None] * anchors)
+        shape = (*match.shape, 4)
+        return match, xp.astype(xp.constant(np.zeros(shape, np.float32), boxes), boxes.dtype)
     at = xp.maximum(match, xp.zeros_like(match))
     matched = match >= 0
-    assigned = xp.where(matched, xp.take_along_axis(labels, at, -1), xp.astype(match, labels.dtype))
-    columns = [xp.take_along_axis(boxes[..., i], at, -1) for i in range(4)]
+    assigned = xp.where(matched, xp.take_along_axis(labels, at, axis=-1), match)
+    columns = [xp.take_along_axis(boxes[..., i], at, axis=-1) for i in range(4)]
     deltas = encode_boxes(xp, xp.stack(columns, axis=-1), anchors, weights)
     return assigned, xp.where(matched[..., None], deltas, xp.zeros_like(deltas))
 
@@ -270,8 +284,9 @@ def hard_example_mask(
         checks.check_shape(name, "boxes", boxes, (losses.shape[0], 4), "(N, 4)")
         threshold = checks.check_number(name, "iou_threshold", iou_threshold, 0, 1)
         order = xp.argsort(-losses, stable=True)
-        keep = suppress(xp, boxes[order], None, threshold)
-        candidates = candidates & keep[xp.argsort(order, stable=True)]
+        sorted_boxes = xp.take(checks.wide(xp, boxes), order, axis=0)
+        keep = suppress(xp, sorted_boxes, None, threshold)
+        candidates = candidates & xp.take(keep, xp.argsort(order, stable=True), axis=0)
     _both_or_none(name, "positive", positive, "negative_ratio", negative_ratio)
     if negative_ratio is None:
         hardness = _rank(xp, candidates, -losses)
@@ -280,14 +295,15 @@ def hard_example_mask(
     proportion = checks.check_number(name, "negative_ratio", negative_ratio, low=0)
     positive = checks.check_real(xp, name, "positive", positive)
     checks.check_same_shape(name, "positive", positive, "losses", losses)
-    is_positive = xp.astype(positive, losses.dtype) > 0
+    is_positive = xp.astype(positive, xp.float32) != 0
     hard_positive = candidates & is_positive
     if limit is not None:
         most = math.floor(limit / (1 + proportion))
         hard_positive = hard_positive & (_rank(xp, hard_positive, -losses) < most)
-    quota = xp.astype(_count(xp, hard_positive), losses.dtype) * proportion
+    # Counts are compared in float32: a half type has too few digits for them.
+    quota = xp.astype(_count(xp, hard_positive), xp.float32) * proportion
     hard_negative = candidates & ~is_positive
-    rank = xp.astype(_rank(xp, hard_negative, -losses), losses.dtype)
+    rank = xp.astype(_rank(xp, hard_negative, -losses), xp.float32)
     return hard_positive | (hard_negative & (rank + 1 <= quota))
 
 

@@ -27,6 +27,7 @@ from numpy import (  # noqa: F401  (the standard part of the namespace)
     sqrt,
     stack,
     sum,
+    take,
     take_along_axis,
     where,
     zeros_like,
@@ -42,8 +43,11 @@ array_name = "array-like"
 
 def to_array(value: object) -> Array | None:
     """Arrays, numbers and nested sequences of numbers."""
-    array = np.asarray(value)
-    return None if array.dtype == object or array.dtype.kind in "USM" else array
+    try:
+        array = np.asarray(value)
+    except ValueError:  # a ragged list
+        return None
+    return None if array.dtype.kind in "OSUMmV" else array
 
 
 def constant(value: Any, like: Array) -> Array:

@@ -179,9 +179,13 @@ def _device(model: nn.Module) -> torch.device:
 def _normalised(model: RetinaNet, images: np.ndarray) -> Tensor:
     """(B, H, W, 3) uint8 to (B, 3, H, W) float32, channels-last in memory as it came."""
     device = _device(model)
-    mean = torch.tensor(model.config.mean, device=device) * 255
-    std = torch.tensor(model.config.std, device=device) * 255
-    return ((torch.as_tensor(images, device=device) - mean) / std).permute(0, 3, 1, 2)
+    batch, height, width, channels = images.shape
+    # One long row of pixels times channels: three channels alone are too few to vectorise over.
+    mean = torch.tensor(model.config.mean, device=device).repeat(width)
+    std = torch.tensor(model.config.std, device=device).repeat(width)
+    rows = torch.as_tensor(images, device=device).view(batch, height, width * channels).float()
+    normalised = torch.addcmul(-mean / std, rows, 1 / (255 * std))
+    return normalised.view(images.shape).permute(0, 3, 1, 2)
 
 
 def _anchors(canvas: tuple[int, ...], config: RetinaNetConfig, device: torch.device) -> Tensor:

@@ -59,7 +59,7 @@ def detections(
     # One more cut, over the levels, bounds the rounds that suppression can take.
     score, at = xp.top_k(score, min(config.candidates, score.shape[-1]))
     score = xp.where(score > config.score_threshold, score, xp.zeros_like(score))
-    position = xp.take_along_axis(position, at, -1)
+    position = xp.take_along_axis(position, at, axis=-1)
     anchor, label = position // classes, position % classes
     boxes = decode_boxes(xp, _rows(xp, deltas, anchor), anchors[anchor])
     boxes = _clip(xp, boxes, sizes)
@@ -68,12 +68,12 @@ def detections(
     keep = suppress(xp, boxes, label, config.nms_threshold)
     score = xp.where(keep, score, xp.zeros_like(score))
     best, at = xp.top_k(score, min(config.max_detections, score.shape[-1]))
-    return Detections(_rows(xp, boxes, at), best, xp.take_along_axis(label, at, -1))
+    return Detections(_rows(xp, boxes, at), best, xp.take_along_axis(label, at, axis=-1))
 
 
 def _rows(xp: Namespace, boxes: Array, at: Array) -> Array:
     """boxes[b, at[b]] of each image b: (B, n, 4)."""
-    return xp.stack([xp.take_along_axis(boxes[..., i], at, -1) for i in range(4)], axis=-1)
+    return xp.stack([xp.take_along_axis(boxes[..., i], at, axis=-1) for i in range(4)], axis=-1)
 
 
 def _clip(xp: Namespace, boxes: Array, sizes: Array) -> Array:

@@ -111,6 +111,11 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, indices
 
 
+def take(x: Tensor, indices: Tensor, axis: int) -> Tensor:
+    """The slices at one-dimensional `indices`."""
+    return torch.index_select(x, axis, indices)
+
+
 def take_along_axis(x: Tensor, indices: Tensor, axis: int) -> Tensor:
     """One element per index."""
     return torch.gather(x, axis, indices.long())
@@ -162,7 +167,11 @@ def put_along_axis(x: Tensor, indices: Tensor, values: Tensor) -> Tensor:
 
 def keep_rows(x: Tensor, keep: Tensor) -> Tensor:
     """Rows that are not kept become exact zeros."""
-    return torch.masked_fill(x, ~keep[..., None], 0)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
+        return torch.masked_fill(x, ~keep[..., None], 0)
+    # A mask that broadcasts is slow on a CPU, and there no device waits for `nonzero`.
+    dropped = torch.nonzero(~keep.reshape(-1))[:, 0]
+    return x.reshape(keep.numel(), x.shape[-1]).index_fill(0, dropped, 0).view(x.shape)
 
 
 # Loops

@@ -1,0 +1,1 @@
+"""Measurements of focal against the textbook composition; `python -m benchmarks` runs them."""

@@ -1,0 +1,448 @@
+"""The command line, as a person uses it from a shell and as they get it wrong."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import focal
+from focal.retinanet.cli import main
+
+pytest.importorskip("torch")
+pytest.importorskip("pycocotools")
+import torch
+
+from focal.retinanet import load
+from focal.retinanet.data import ShapesDataset
+from focal.retinanet.weights import load_weights, read_tensors, save_weights
+
+QUICK = [
+    *("--canvas", "64x64", "--set", "batch_size=2", "--set", "channels=16", "--set", "workers=0"),
+    *("--set", "precision=float32", "--set", "candidates=50", "--device", "cpu"),
+]
+RUN_FILES = [
+    "checkpoint.safetensors",
+    "config.json",
+    "detections.png",
+    "loss.png",
+    "metrics.jsonl",
+    "report.html",
+    "weights.safetensors",
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads gain nothing on networks this small, and lose much where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def shell(*arguments, **options):
+    """`python -m focal` in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "focal", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    """A COCO folder of shapes: two images to train on, one each for val and test."""
+    root = tmp_path_factory.mktemp("coco")
+    (root / "images").mkdir()
+    for split, count in (("train", 2), ("val", 1), ("test", 1)):
+        data = ShapesDataset(split, size=(64, 64), num_images=count)
+        truth = data.ground_truth()
+        for record, i in zip(truth["images"], range(count), strict=True):
+            record["file_name"] = f"{split}{i}.png"
+            Image.fromarray(data[i].image).save(root / "images" / record["file_name"])
+        (root / f"instances_{split}.json").write_text(json.dumps(truth))
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(coco, tmp_path_factory):
+    """A run folder that `focal train` left. Not to be changed."""
+    out = tmp_path_factory.mktemp("runs") / "new" / "run"
+    assert main(["train", "--data", str(coco), "--steps", "3", "--out", str(out), *QUICK]) == 0
+    return out
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+# From a shell
+
+
+def test_prior_bias():
+    process = shell("prior-bias", "0.01")
+    assert process.communicate() == ("-4.59511985013459\n", "")
+    assert process.returncode == 0
+
+
+def test_shapes_need_nothing_but_a_folder_to_write(tmp_path):
+    out = tmp_path / "runs" / "shapes"
+    process = shell("train", "--data", "shapes", "--steps", "4", "--out", out, *QUICK)
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    assert "Traceback" not in stderr
+    assert sorted(os.listdir(out)) == RUN_FILES
+
+    for name in ("AP ", "AP50 ", "AP/circle ", "AP/square ", "AP/triangle "):
+        assert f"\n  {name}" in stdout
+    assert f"report: {out / 'report.html'}\n" in stdout
+    assert f"weights: {out / 'weights.safetensors'}\n" in stdout
+
+    record = json.loads((out / "config.json").read_text())
+    assert record["command"].startswith(f"focal train --data shapes --steps 4 --out {out}")
+    assert record["data"] == "shapes" and record["focal"] == focal.__version__
+    assert record["detector"]["canvas"] == [64, 64] and record["detector"]["channels"] == 16
+    assert record["train"]["steps"] == 4 and record["train"]["batch_size"] == 2
+
+    assert [(x["kind"], x["step"]) for x in metrics(out)] == [("train", 4), ("eval", 4)]
+    assert load(out / "weights.safetensors").config.classes == ("circle", "square", "triangle")
+    for name in ("loss.png", "detections.png"):
+        with Image.open(out / name) as image:
+            assert min(image.size) > 64
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 2  # the page stands alone
+    assert "<html" in page and "triangle" in page
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs kill -9")
+def test_a_run_survives_kill_9(coco, tmp_path):
+    out = tmp_path / "run"
+    command = ["train", "--data", str(coco), "--steps", "30", "--out", str(out), *QUICK]
+    command += ["--set", "save_every=2", "--set", "log_every=1"]
+    with shell(*command) as process:
+        while process.poll() is None and not (out / "checkpoint.safetensors").exists():
+            time.sleep(0.005)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not (out / "weights.safetensors").exists()
+
+    assert main([*command, "--resume"]) == 0
+    assert [x["step"] for x in metrics(out) if x["kind"] == "train"] == list(range(1, 31))
+    assert set(RUN_FILES) <= set(os.listdir(out))
+
+
+# What the commands do
+
+
+@pytest.mark.parametrize("command", [(), ("train",), ("evaluate",), ("predict",), ("prior-bias",)])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--help"])
+    assert end.value.code == 0
+    output = capsys.readouterr().out
+    assert output.startswith(" ".join(["usage: focal", *command]))
+    assert max(map(len, output.splitlines())) <= 100
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out == f"focal {focal.__version__}\n"
+
+
+def test_a_coco_folder_trains(run):
+    assert sorted(os.listdir(run)) == RUN_FILES
+    assert metrics(run)[-1]["split"] == "coco0/val"
+
+
+def test_options_reach_the_run(coco, tmp_path):
+    arguments = ["train", "--data", str(coco), "--out", str(tmp_path), *QUICK]
+    arguments += ["--steps", "1", "--seed", "7", "--convention", "torchvision"]
+    arguments += ["--set", "ema=None", "--set", "crop=[48,40]", "--set", "clip_norm=5"]
+    arguments += ["--set", "alpha=null", "--set", "optimizer=sgd", "--set", "max_detections=9"]
+    assert main(arguments) == 0
+    record = json.loads((tmp_path / "config.json").read_text())
+    detector, train = record["detector"], record["train"]
+    assert (train["steps"], train["seed"], train["ema"]) == (1, 7, None)
+    assert (train["crop"], train["clip_norm"], train["optimizer"]) == ([48, 40], 5, "sgd")
+    assert (detector["p6_from"], detector["normaliser"]) == ("p5", "image")
+    assert (detector["alpha"], detector["max_detections"]) == (None, 9)
+    # The convention places the anchors; their sizes are the preset's.
+    assert detector["anchors"]["rounded"] and detector["anchors"]["offset"] == 0
+    assert detector["anchors"]["sizes"] == [20, 40, 80]
+    assert load(tmp_path / "weights.safetensors").config.canvas == (64, 64)
+
+
+def test_training_goes_on_from_a_checkpoint(coco, run, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in ("checkpoint.safetensors", "metrics.jsonl"):
+        (out / name).write_bytes((run / name).read_bytes())
+    arguments = ["train", "--data", str(coco), "--steps", "5", "--out", str(out), *QUICK]
+    assert main([*arguments, "--resume"]) == 0
+    _, metadata = read_tensors(out / "checkpoint.safetensors", "focal.checkpoint")
+    assert metadata["step"] == "5"
+    assert [x["step"] for x in metrics(out)] == [3, 3, 5, 5]
+
+
+def test_training_starts_from_weights(coco, run, tmp_path):
+    arguments = ["train", "--data", str(coco), "--steps", "1", "--out", str(tmp_path), *QUICK]
+    arguments += ["--weights", str(run / "weights.safetensors"), "--set", "learning_rate=0"]
+    assert main(arguments) == 0
+    name = "head.classification_head.cls_logits.weight"
+    before, after = (load_weights(x / "weights.safetensors")[0][name] for x in (run, tmp_path))
+    np.testing.assert_allclose(after, before, rtol=1e-6, atol=1e-8)
+
+
+def test_evaluate_prints_and_writes(coco, run, tmp_path, capsys):
+    out = tmp_path / "deep" / "metrics.json"
+    weights = str(run / "weights.safetensors")
+    assert main(["evaluate", weights, "--data", str(coco), "--out", str(out)]) == 0
+    title, *rows = capsys.readouterr().out.splitlines()
+    assert title == "coco0/test"
+    names = "AP AP50 AP75 APs APm APl AR100 AP/circle AP/square AP/triangle".split()
+    assert [row.split()[0] for row in rows] == names
+    record = json.loads(out.read_text())
+    assert record["data"] == "coco0/test" and record["command"].startswith("focal evaluate")
+    for row in rows:
+        name, value = row.split()
+        assert value == f"{record[name]:.3f}"
+
+    assert main(["evaluate", weights, "--data", str(coco), "--split", "val"]) == 0
+    assert capsys.readouterr().out.startswith("coco0/val\n  AP ")
+
+
+def test_predict_writes_a_picture_and_json(coco, run, tmp_path, capsys):
+    images = [coco / "images" / "test0.png", coco / "images" / "val0.png"]
+    weights = run / "weights.safetensors"
+    eager = tmp_path / "eager.safetensors"
+    tensors, config = load_weights(weights)
+    save_weights(eager, tensors, config.replace(score_threshold=0.0, max_detections=4))
+    out = tmp_path / "deep" / "found"
+    assert main(["predict", str(eager), *map(str, images), "--out", str(out)]) == 0
+    assert sorted(os.listdir(out)) == ["test0.json", "test0.png", "val0.json", "val0.png"]
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    with Image.open(out / "test0.png") as drawn:
+        assert drawn.size == (64, 64)
+        # Scores of a detector this young are about 0.01: none is drawn, all are written.
+        np.testing.assert_array_equal(np.array(drawn), np.array(Image.open(images[0])))
+    record = json.loads((out / "test0.json").read_text())
+    assert record["image"] == str(images[0]) and len(record["found"]) == 4
+    for entry in record["found"]:
+        x1, y1, x2, y2 = entry["box"]
+        assert 0 <= x1 <= x2 <= 64 and 0 <= y1 <= y2 <= 64
+        assert entry["class"] in config.classes and 0 < entry["score"] < 0.3
+
+    command = ["predict", str(eager), str(images[0]), "--out", str(out), "--score", "0"]
+    assert main(command) == 0
+    assert (np.array(Image.open(out / "test0.png")) != np.array(Image.open(images[0]))).any()
+
+
+# What goes wrong
+
+
+def fails(capsys, *arguments):
+    """The one line on standard error of a command that fails."""
+    assert main([str(a) for a in arguments]) == 2
+    output, error = capsys.readouterr()
+    (line,) = error.splitlines()
+    assert line.startswith("focal: ") and output == ""
+    return line.removeprefix("focal: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--preset", "huge"), "--preset must be one of tiny, r50; got 'huge'"),
+        (("--convention", "mine"), "--convention must be one of paper, torchvision, detectron2"),
+        (("--canvas", "64"), "--canvas must be HEIGHTxWIDTH"),
+        (("--canvas", "0x64"), "--canvas must be HEIGHTxWIDTH"),
+        (("--steps", "0"), "steps must be >= 1; got 0"),
+        (("--seed", "-1"), "seed must be >= 0; got -1"),
+        (("--backend", "caffe"), "backend must be one of torch"),
+        (("--set", "colour=red"), "no field 'colour'"),
+        (("--set", "gamma"), "--set must be FIELD=VALUE; got 'gamma'"),
+        (("--set", "gamma=-1"), "gamma must be a finite number >= 0; got -1"),
+        (("--set", "gamma=much"), "gamma must be a number"),
+        (("--set", "gamma="), "gamma must be a number"),
+        (("--set", "norm=layer"), "norm must be one of 'batch', 'frozen_batch', 'group'"),
+        (("--set", "batch_size=2.5"), "batch_size must be an integer"),
+        (("--set", "crop=5"), "crop must be (height, width); got 5"),
+        (("--set", "foreground=0.3"), "background must be a finite number in [0, 0.3]; got 0.4"),
+        (("--set", "allow_low_quality=yes"), "allow_low_quality must be a number"),
+        (("--set", "anchors=3"), "anchors must be an AnchorConfig; got 3"),
+        (("--set", "levels=5"), "levels must be a tuple of numbers; got 5"),
+        (("--set", "mean=[0.5,0.5]"), "mean must be 3 numbers; got (0.5, 0.5)"),
+        (("--set", "std=[1,1,0]"), "std must be a finite number >="),
+        (("--set", "zoom=2"), "zoom must be 2 numbers; got 2"),
+        (("--set", "zoom=[2,1]"), "zoom must be (least, most); got (2, 1)"),
+        (("--set", "milestones=3"), "milestones must be a tuple of numbers; got 3"),
+        (("--device", "abacus"), "device 'abacus' cannot be used"),
+        (("--set", "prior=2"), "pi must lie inside (0, 1); got 2"),
+        (("--set", "levels=[3,4]"), "anchors.strides must be those of levels (3, 4)"),
+        (("--weights", "none.safetensors"), "none.safetensors: expected a file"),
+    ],
+)
+def test_settings_that_make_no_sense(capsys, coco, tmp_path, arguments, message):
+    error = fails(capsys, "train", "--data", coco, "--out", tmp_path, *arguments)
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "instances_train.json: not valid JSON"),
+        ('{"images": [', "instances_train.json: not valid JSON"),
+        ("[]", "instances_train.json"),
+        ("{}", "instances_train.json"),
+    ],
+)
+def test_broken_json(capsys, tmp_path, text, message):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "instances_train.json").write_text(text)
+    assert message in fails(capsys, "train", "--data", tmp_path, "--out", tmp_path / "run")
+
+
+def test_no_data(capsys, coco, run, tmp_path):
+    out = tmp_path / "run"
+    assert "none: no such folder" in fails(
+        capsys, "train", "--data", tmp_path / "none", "--out", out
+    )
+    assert "no split 'train'; found no instances_*.json" in fails(
+        capsys, "train", "--data", tmp_path, "--out", out
+    )
+    weights = run / "weights.safetensors"
+    assert "no split 'test2'; found test, train, val" in fails(
+        capsys, "evaluate", weights, "--data", coco, "--split", "test2"
+    )
+    assert "no split 'test2'; found train, val, test" in fails(
+        capsys, "evaluate", weights, "--data", "shapes", "--split", "test2"
+    )
+    assert not out.exists()
+
+
+def copy_of(coco, root):
+    shutil.copytree(coco, root)
+    return root
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image"])
+def test_an_image_that_cannot_be_read(capsys, coco, run, tmp_path, content):
+    root = copy_of(coco, tmp_path / "set")
+    path, weights = root / "images" / "val0.png", run / "weights.safetensors"
+    path.write_bytes(content)
+    assert main(["evaluate", str(weights), "--data", str(root), "--split", "val"]) == 2
+    # The line stands alone below the bar of progress.
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("focal: ") and "val0.png" in line
+    error = fails(capsys, "predict", weights, path, "--out", tmp_path / "out")
+    assert f"{path}: not a readable image" in error
+
+
+def test_an_image_that_is_not_there(capsys, coco, run, tmp_path):
+    root = copy_of(coco, tmp_path / "set")
+    path, weights = root / "images" / "val0.png", run / "weights.safetensors"
+    path.unlink()
+    error = fails(capsys, "evaluate", weights, "--data", root, "--split", "val")
+    assert error == "instances_val.json: image id 1 (val0.png): file not found in images/"
+    error = fails(capsys, "predict", weights, path, "--out", tmp_path / "out")
+    assert error == f"{path}: not a readable image (no such file)"
+
+
+def test_no_image_is_overwritten(capsys, coco, run, tmp_path):
+    root = copy_of(coco, tmp_path / "set")
+    path, weights = root / "images" / "val0.png", run / "weights.safetensors"
+    before = path.read_bytes()
+    error = fails(capsys, "predict", weights, path, "--out", path.parent)
+    assert "val0.png would overwrite another image" in error
+    assert path.read_bytes() == before
+    other = tmp_path / "val0.png"
+    other.write_bytes(before)
+    error = fails(capsys, "predict", weights, path, other, "--out", tmp_path / "out")
+    assert "val0.png would overwrite another image" in error
+
+
+def test_weights_that_are_none(capsys, coco, run, tmp_path):
+    text = tmp_path / "text.safetensors"
+    text.write_text("these are no weights")
+    for path, message in (
+        (tmp_path / "none", "none: expected a file of format 'focal.retinanet'; found none"),
+        (tmp_path, "expected a file of format 'focal.retinanet'; found none"),
+        (text, "text.safetensors: expected a whole safetensors file"),
+        (run / "checkpoint.safetensors", "found format 'focal.checkpoint'"),
+    ):
+        assert message in fails(capsys, "evaluate", path, "--data", coco)
+        assert message in fails(capsys, "predict", path, coco / "images" / "val0.png")
+        assert message in fails(capsys, "train", "--data", coco, "--weights", path)
+
+
+def test_weights_of_another_network(capsys, coco, run, tmp_path):
+    error = fails(
+        capsys,
+        *("train", "--data", coco, "--out", tmp_path / "run", "--canvas", "64x64"),
+        *("--weights", run / "weights.safetensors"),
+    )
+    assert "the weights are not those of this network" in error
+
+
+def test_classes_that_do_not_fit(capsys, coco, run, tmp_path):
+    root = copy_of(coco, tmp_path / "set")
+    truth = json.loads((root / "instances_val.json").read_text())
+    truth["categories"][0]["name"] = "disc"
+    (root / "instances_val.json").write_text(json.dumps(truth))
+    weights = run / "weights.safetensors"
+    error = fails(capsys, "evaluate", weights, "--data", root, "--split", "val")
+    assert "classes are ('circle', 'square', 'triangle')" in error
+    assert "those of set/val are ('disc', 'square', 'triangle')" in error
+
+
+def test_nowhere_to_write(capsys, coco, run, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    weights, image = run / "weights.safetensors", coco / "images" / "val0.png"
+    for out in (file, file / "below"):
+        assert str(file) in fails(capsys, "train", "--data", coco, "--out", out, *QUICK)
+        assert str(file) in fails(capsys, "predict", weights, image, "--out", out)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write")
+def test_a_folder_that_is_read_only(capsys, coco, run, tmp_path):
+    tmp_path.chmod(0o500)
+    weights, image = run / "weights.safetensors", coco / "images" / "val0.png"
+    assert "denied" in fails(capsys, "train", "--data", coco, "--out", tmp_path / "a", *QUICK)
+    assert "denied" in fails(capsys, "predict", weights, image, "--out", tmp_path / "a")
+
+
+def test_nothing_to_go_on_from(capsys, coco, tmp_path):
+    error = fails(capsys, "train", "--data", coco, "--out", tmp_path, "--resume", *QUICK)
+    assert "checkpoint.safetensors: expected a file of format 'focal.checkpoint'" in error
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"\x10\0\0")
+    error = fails(capsys, "train", "--data", coco, "--out", tmp_path, "--resume", *QUICK)
+    assert "checkpoint.safetensors: expected a whole safetensors file" in error
+
+
+@pytest.mark.parametrize("pi", ["0", "1", "2", "nan"])
+def test_a_prior_is_a_probability(capsys, pi):
+    assert "pi must lie inside (0, 1)" in fails(capsys, "prior-bias", pi)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("fly",), ("train",), ("train", "--data", "shapes", "--steps", "many"), ("predict", "w")],
+)
+def test_words_that_are_no_command(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    usage, *_, error = capsys.readouterr().err.splitlines()
+    assert usage.startswith("usage: focal") and error.startswith("focal") and "error: " in error
