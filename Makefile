@@ -15,7 +15,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 test: $(READY)
-	FOCAL_REQUIRE_ALL=1 $(RUN) -m pytest -q -n $(WORKERS)
+	FOCAL_REQUIRE_ALL=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS)
 
 test-gpu: $(READY)
 	$(RUN) -m pytest -q tests/gpu

@@ -80,10 +80,6 @@ def addcmul(a: Array, b: Array, c: Array) -> Array:
     return a + b * c
 
 
-def addcdiv(a: Array, b: Array, c: Array, scale: float) -> Array:
-    return a + scale * (b / c)
-
-
 def put_along_axis(x: Array, indices: Array, values: Array) -> Array:
     here = xp.arange(x.shape[-1], dtype=indices.dtype) == indices
     return xp.where(here, values, x)
@@ -112,6 +108,10 @@ def fixed_point(step: Callable[[Array], Array], start: Array) -> Array:
     while bool(xp.any(following != start)):
         start, following = following, step(following)
     return following
+
+
+def select_kept(order: Array, keep: Array) -> Array:
+    return order[keep]
 
 
 def take_box(boxes: Array, i: int) -> tuple[Array, ...]:

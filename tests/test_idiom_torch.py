@@ -81,9 +81,7 @@ def test_torch_func_transforms_agree_with_the_closed_forms(gamma):
     from torch.func import grad, hessian, jacfwd, jvp, vmap
 
     x, y = torch.tensor(EXTREMES, dtype=torch.float64), soft(9, dtype=torch.float64).round()
-    slope = torch.from_numpy(
-        reference.sigmoid_focal_loss_grad(x.numpy(), y.numpy(), 0.25, gamma)
-    )
+    slope = torch.from_numpy(reference.sigmoid_focal_loss_grad(x.numpy(), y.numpy(), 0.25, gamma))
     bend = torch.from_numpy(reference.sigmoid_focal_loss_hess(x.numpy(), y.numpy(), 0.25, gamma))
 
     def total(x, y):
@@ -113,7 +111,8 @@ def test_vmap_of_the_sparse_loss_is_a_loop_of_it():
     for reduction in ("none", "sum", "mean", "positives"):
         f = lambda x, t, r=reduction: F.sparse_sigmoid_focal_loss(x, t, reduction=r)  # noqa: E731
         torch.testing.assert_close(
-            torch.func.vmap(f)(x, labels), torch.stack([f(a, b) for a, b in zip(x, labels)])
+            torch.func.vmap(f)(x, labels),
+            torch.stack([f(a, b) for a, b in zip(x, labels, strict=True)]),
         )
 
 
@@ -207,7 +206,9 @@ def layouts():
     yield "empty", logits(0, 3)
 
 
-@pytest.mark.parametrize(("name", "x"), list(layouts()), ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    ("name", "x"), list(layouts()), ids=lambda v: v if isinstance(v, str) else ""
+)
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 def test_memory_layouts(name, x, reduction):
     y = torch.rand(x.shape, generator=torch.Generator().manual_seed(3))
@@ -292,7 +293,12 @@ def test_no_gradient_no_work():
 def modules():
     return [
         (F.SigmoidFocalLoss(0.5, 1.0), F.sigmoid_focal_loss, (0.5, 1.0, "mean"), "dense"),
-        (F.SparseSigmoidFocalLoss(), F.sparse_sigmoid_focal_loss, (0.25, 2.0, "positives"), "label"),
+        (
+            F.SparseSigmoidFocalLoss(),
+            F.sparse_sigmoid_focal_loss,
+            (0.25, 2.0, "positives"),
+            "label",
+        ),
         (F.SoftmaxFocalLoss([1, 2, 3]), F.softmax_focal_loss, ([1, 2, 3], 2.0, "mean"), "class"),
         (F.SigmoidFocalLossStar(), F.sigmoid_focal_loss_star, (0.25, 2.0, 1.0, "mean"), "dense"),
         (F.BalancedCrossEntropyLoss(), F.balanced_cross_entropy, (0.75, "mean"), "dense"),
@@ -313,7 +319,8 @@ def test_modules_equal_their_functions(module, function, arguments, kind):
 
 
 def test_module_checks_its_parameters_when_made():
-    with pytest.raises(ValueError, match=r"SigmoidFocalLoss: gamma must be a finite number >= 0; got -1"):
+    message = "SigmoidFocalLoss: gamma must be a finite number >= 0; got -1"
+    with pytest.raises(ValueError, match=message):
         F.SigmoidFocalLoss(gamma=-1)
     with pytest.raises(ValueError, match=r"SparseSigmoidFocalLoss: reduction must be one of"):
         F.SparseSigmoidFocalLoss(reduction="avg")

@@ -96,14 +96,11 @@ class Namespace(Protocol):
     def addcmul(self, a: Array, b: Array, c: Array) -> Array:
         """A + b * c."""
 
-    def addcdiv(self, a: Array, b: Array, c: Array, scale: float) -> Array:
-        """A + scale * b / c."""
-
     def put_along_axis(self, x: Array, indices: Array, values: Array) -> Array:
-        """A copy of x with `values` at `indices` of the last axis (one index per row)."""
+        """Put `values` at `indices` of the last axis, one per row; x may be overwritten."""
 
     def keep_rows(self, x: Array, keep: Array) -> Array:
-        """X where `keep` (which lacks the last axis) is true, exact zeros elsewhere."""
+        """Turn rows where `keep` (it lacks the last axis) is false to zeros; x may be overwritten."""
 
     # The registered derivative
     def pointwise(self, formula: Formula, x: Array, t: Array) -> Array:
@@ -118,6 +115,9 @@ class Namespace(Protocol):
 
     def fixed_point(self, step: Callable[[Array], Array], start: Array) -> Array:
         """start, step(start), step(step(start)), ... until nothing changes."""
+
+    def select_kept(self, order: Array, keep: Array) -> Array:
+        """order[keep]; padded with -1 to the length of `order` where shapes must be static."""
 
     def take_box(self, boxes: Array, i: Any) -> Sequence[Array]:
         """The four coordinates of boxes[..., i, :], each with a new last axis of length 1."""

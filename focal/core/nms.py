@@ -26,7 +26,8 @@ def nms(xp: Namespace, boxes: Array, scores: Array, iou_threshold: float) -> Arr
         iou_threshold: In [0, 1].
 
     Returns:
-        Indices of the kept boxes, best score first.
+        Indices of the kept boxes, best score first. Under the transformations of JAX (`jit`,
+        `vmap`), where shapes are static, padded with -1 to N.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -43,7 +44,8 @@ def nms(xp: Namespace, boxes: Array, scores: Array, iou_threshold: float) -> Arr
     """
     boxes, scores, threshold = _arguments(xp, "nms", boxes, scores, iou_threshold)
     order = xp.argsort(-scores, stable=True)
-    return order[suppress(xp, xp.take(boxes, order, axis=0), None, threshold)]
+    keep = suppress(xp, xp.take(boxes, order, axis=0), None, threshold)
+    return xp.select_kept(order, keep)
 
 
 def batched_nms(
@@ -58,7 +60,8 @@ def batched_nms(
         iou_threshold: In [0, 1].
 
     Returns:
-        Indices of the kept boxes, best score first.
+        Indices of the kept boxes, best score first. Under the transformations of JAX (`jit`,
+        `vmap`), where shapes are static, padded with -1 to N.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -80,7 +83,7 @@ def batched_nms(
     checks.check_same_shape(name, "classes", classes, "scores", scores)
     order = xp.argsort(-scores, stable=True)
     boxes, classes = xp.take(boxes, order, axis=0), xp.take(classes, order, axis=0)
-    return order[suppress(xp, boxes, classes, threshold)]
+    return xp.select_kept(order, suppress(xp, boxes, classes, threshold))
 
 
 def suppress(xp: Namespace, boxes: Array, classes: Array | None, threshold: float) -> Array:

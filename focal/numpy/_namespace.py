@@ -88,11 +88,6 @@ def addcmul(a: Array, b: Array, c: Array) -> Array:
     return a + b * c
 
 
-def addcdiv(a: Array, b: Array, c: Array, scale: float) -> Array:
-    """A + scale * b / c."""
-    return a + scale * (b / c)
-
-
 def put_along_axis(x: Array, indices: Array, values: Array) -> Array:
     """A copy of x with one value replaced in each row."""
     result = np.array(x)
@@ -129,6 +124,11 @@ def fixed_point(step: Callable[[Array], Array], start: Array) -> Array:
         if np.array_equal(following, start):
             return following
         start = following
+
+
+def select_kept(order: Array, keep: Array) -> Array:
+    """The kept ones."""
+    return order[keep]
 
 
 def take_box(boxes: Array, i: int) -> tuple[Array, ...]:

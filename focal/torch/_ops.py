@@ -137,9 +137,14 @@ def logsumexp(x: Tensor) -> Tensor:
 # Fused operations
 
 
+def _recorded() -> bool:
+    """Whether autograd or a compiler follows the operations, so that none may be in place."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
 def step(x: Tensor) -> Tensor:
     """1 where x >= 0, else 0; written in place of a conversion where nothing records it."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if _recorded():
         return (x >= 0).to(x.dtype)
     return torch.ge(x, 0, out=torch.empty_like(x))
 
@@ -155,23 +160,20 @@ def addcmul(a: Tensor | float, b: Tensor | float, c: Tensor | float) -> Tensor |
     return torch.rsub(b, a, alpha=-c)
 
 
-def addcdiv(a: Tensor, b: Tensor, c: Tensor, scale: float) -> Tensor:
-    """A + scale * b / c."""
-    return torch.addcdiv(a, b, c, value=scale)
-
-
 def put_along_axis(x: Tensor, indices: Tensor, values: Tensor) -> Tensor:
-    """A copy of x with one value replaced in each row."""
-    return torch.scatter(x, -1, indices.long(), values)
+    """One value replaced in each row; in place where nothing records it."""
+    if _recorded():
+        return torch.scatter(x, -1, indices.long(), values)
+    return x.scatter_(-1, indices.long(), values)
 
 
 def keep_rows(x: Tensor, keep: Tensor) -> Tensor:
     """Rows that are not kept become exact zeros."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
+    if _recorded() or x.device.type != "cpu":
         return torch.masked_fill(x, ~keep[..., None], 0)
     # A mask that broadcasts is slow on a CPU, and there no device waits for `nonzero`.
     dropped = torch.nonzero(~keep.reshape(-1))[:, 0]
-    return x.reshape(keep.numel(), x.shape[-1]).index_fill(0, dropped, 0).view(x.shape)
+    return x.reshape(keep.numel(), x.shape[-1]).index_fill_(0, dropped, 0).view(x.shape)
 
 
 # Loops
@@ -191,6 +193,11 @@ def fixed_point(step: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
         if torch.equal(following, start):
             return following
         start = following
+
+
+def select_kept(order: Tensor, keep: Tensor) -> Tensor:
+    """The kept ones."""
+    return order[keep]
 
 
 def take_box(boxes: Tensor, i: int) -> tuple[Tensor, ...]:
