@@ -53,6 +53,10 @@ def constant(value: Any, like: Array) -> Array:
     return xp.asarray(value)
 
 
+def shape(x: Array) -> tuple[int, ...]:
+    return tuple(x.shape)
+
+
 def sigmoid(x: Array) -> Array:
     e = xp.exp(-xp.abs(x))
     return xp.where(x >= 0, 1.0, e) / (1.0 + e)

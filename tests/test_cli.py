@@ -216,7 +216,7 @@ def test_evaluate_prints_and_writes(coco, run, tmp_path, capsys):
     assert record["data"] == "coco0/test" and record["command"].startswith("focal evaluate")
     for row in rows:
         name, value = row.split()
-        assert value == f"{record[name]:.3f}"
+        assert value == ("nan" if record[name] is None else f"{record[name]:.3f}")
 
     assert main(["evaluate", weights, "--data", str(coco), "--split", "val"]) == 0
     assert capsys.readouterr().out.startswith("coco0/val\n  AP ")
@@ -294,7 +294,8 @@ def fails(capsys, *arguments):
     ],
 )
 def test_settings_that_make_no_sense(capsys, coco, tmp_path, arguments, message):
-    error = fails(capsys, "train", "--data", coco, "--out", tmp_path, *arguments)
+    start = ["train", "--data", coco, "--out", tmp_path, "--steps", "1", *QUICK]
+    error = fails(capsys, *start, *arguments)
     assert message in error
 
 
@@ -310,16 +311,16 @@ def test_settings_that_make_no_sense(capsys, coco, tmp_path, arguments, message)
 def test_broken_json(capsys, tmp_path, text, message):
     (tmp_path / "images").mkdir()
     (tmp_path / "instances_train.json").write_text(text)
-    assert message in fails(capsys, "train", "--data", tmp_path, "--out", tmp_path / "run")
+    assert message in fails(capsys, "train", "--data", tmp_path, "--out", tmp_path / "run", *QUICK)
 
 
 def test_no_data(capsys, coco, run, tmp_path):
     out = tmp_path / "run"
     assert "none: no such folder" in fails(
-        capsys, "train", "--data", tmp_path / "none", "--out", out
+        capsys, "train", "--data", tmp_path / "none", "--out", out, *QUICK
     )
     assert "no split 'train'; found no instances_*.json" in fails(
-        capsys, "train", "--data", tmp_path, "--out", out
+        capsys, "train", "--data", tmp_path, "--out", out, *QUICK
     )
     weights = run / "weights.safetensors"
     assert "no split 'test2'; found test, train, val" in fails(
@@ -383,14 +384,15 @@ def test_weights_that_are_none(capsys, coco, run, tmp_path):
     ):
         assert message in fails(capsys, "evaluate", path, "--data", coco)
         assert message in fails(capsys, "predict", path, coco / "images" / "val0.png")
-        assert message in fails(capsys, "train", "--data", coco, "--weights", path)
+        arguments = "--data", coco, "--out", tmp_path / "run", "--weights", path, *QUICK
+        assert message in fails(capsys, "train", *arguments)
 
 
 def test_weights_of_another_network(capsys, coco, run, tmp_path):
     error = fails(
         capsys,
-        *("train", "--data", coco, "--out", tmp_path / "run", "--canvas", "64x64"),
-        *("--weights", run / "weights.safetensors"),
+        *("train", "--data", coco, "--out", tmp_path / "run", "--steps", "1", *QUICK),
+        *("--set", "channels=8", "--weights", run / "weights.safetensors"),
     )
     assert "the weights are not those of this network" in error
 
@@ -413,14 +415,6 @@ def test_nowhere_to_write(capsys, coco, run, tmp_path):
     for out in (file, file / "below"):
         assert str(file) in fails(capsys, "train", "--data", coco, "--out", out, *QUICK)
         assert str(file) in fails(capsys, "predict", weights, image, "--out", out)
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write")
-def test_a_folder_that_is_read_only(capsys, coco, run, tmp_path):
-    tmp_path.chmod(0o500)
-    weights, image = run / "weights.safetensors", coco / "images" / "val0.png"
-    assert "denied" in fails(capsys, "train", "--data", coco, "--out", tmp_path / "a", *QUICK)
-    assert "denied" in fails(capsys, "predict", weights, image, "--out", tmp_path / "a")
 
 
 def test_nothing_to_go_on_from(capsys, coco, tmp_path):

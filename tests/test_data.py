@@ -541,7 +541,7 @@ def test_shapes_boxes_lie_inside_and_hide_little_of_each_other():
         counts.append(len(boxes))
         sides.extend((boxes[:, 2:] - boxes[:, :2]).max(axis=1))
     assert 9 < np.mean(counts) < 13  # 12 * (96 * 160) / 128^2 = 11.25
-    assert 10 <= min(sides) < 15 and 33 < max(sides) <= 40
+    assert 16 <= min(sides) < 21 and 41 < max(sides) <= 48
 
 
 def test_shapes_boxes_are_tight():

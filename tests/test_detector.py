@@ -207,8 +207,8 @@ def test_what_is_no_image(model, function, image, error, message):
 
 def first_loss(prior):
     """Classification loss of a new detector on a batch of shapes, and what it should be."""
-    data = ShapesDataset("train", size=(64, 64), num_images=4)
-    config = CONFIG.replace(classes=data.classes, canvas=(64, 64), prior=prior)
+    data = ShapesDataset("train", num_images=4, num_objects=4)  # few, so that the prior matters
+    config = CONFIG.replace(classes=data.classes, canvas=(128, 128), prior=prior)
     run = TrainConfig(batch_size=4, workers=0, flips="none")
     batch = next(train_batches(data, config, run))
     logits, deltas = raw_outputs(build(config, device="cpu"), batch.images)

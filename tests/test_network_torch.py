@@ -29,10 +29,11 @@ TINY = RetinaNetConfig(
     backbone="tiny",
     norm="batch",
     levels=(3, 4, 5),
+    anchors=AnchorConfig(strides=(8, 16, 32), sizes=(20.0, 40.0, 80.0)),
     channels=64,
     head_depth=2,
 )
-SMALL = TINY.replace(channels=16, head_depth=1, levels=(3, 4, 5, 6, 7))
+SMALL = TINY.replace(channels=16, head_depth=1, levels=(3, 4, 5, 6, 7), anchors=AnchorConfig())
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +153,10 @@ def test_group_norm_needs_no_statistics():
 @pytest.mark.parametrize("levels", [(3, 4, 5), (3, 4, 5, 6), (3, 4, 5, 6, 7)])
 @pytest.mark.parametrize("p6_from", ["c5", "p5"])
 def test_every_cell_has_its_anchors(size, levels, p6_from):
-    model = build_network(SMALL.replace(levels=levels, p6_from=p6_from), seed=0).eval()
+    strides = tuple(2**n for n in levels)
+    anchors = AnchorConfig(strides=strides, sizes=tuple(4.0 * s for s in strides))
+    config = SMALL.replace(levels=levels, p6_from=p6_from, anchors=anchors)
+    model = build_network(config, seed=0).eval()
     logits, deltas = model(images(2, 3, *size))
     cells = sum(math.ceil(size[0] / 2**n) * math.ceil(size[1] / 2**n) for n in levels)
     assert logits.shape == (2, 9 * cells, 3)
@@ -269,8 +273,11 @@ def test_it_is_captured_as_one_graph(tiny):
     ],
 )
 def test_impossible_configs_are_refused(change, message):
+    levels = change.get("levels", TINY.levels)
+    strides = tuple(2**n for n in levels)
+    anchors = AnchorConfig(strides=strides, sizes=tuple(4.0 * s for s in strides))
     with pytest.raises(ValueError, match=message):
-        meta(TINY.replace(**change))
+        meta(TINY.replace(anchors=anchors, **change))
 
 
 # Normalisation

@@ -20,6 +20,7 @@ CONFIG = RetinaNetConfig(
     prior=0.1 + 0.2,
     allow_low_quality=0.2,
     alpha=None,
+    levels=(3, 4),
     anchors=AnchorConfig(strides=(8, 16), sizes=(20.0, 40.0), scales=(1.0, 2 ** (1 / 3))),
 )
 

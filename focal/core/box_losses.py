@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from focal.core import checks
 from focal.core.boxes import giou
 from focal.core.namespace import Array, Namespace, Reduction
@@ -39,8 +37,7 @@ def giou_loss(xp: Namespace, boxes1: Array, boxes2: Array, reduction: Reduction 
     boxes1 = checks.check_boxes(xp, name, "boxes1", boxes1)
     boxes2 = checks.check_boxes(xp, name, "boxes2", boxes2)
     checks.check_same_shape(name, "boxes2", boxes2, "boxes1", boxes1)
-    wide = checks.wide_type(xp, boxes1)
-    losses = 1 - giou(xp, xp.astype(boxes1, wide), xp.astype(boxes2, wide))
+    losses = 1 - giou(xp, *checks.wide_pair(xp, boxes1, boxes2))
     return _reduce(xp, losses, reduction, boxes1.dtype)
 
 
@@ -100,4 +97,4 @@ def _reduce(xp: Namespace, losses: Array, reduction: str, dtype: object) -> Arra
     if reduction == "none":
         return xp.astype(losses, dtype)
     total = xp.sum(losses)
-    return total if reduction == "sum" else total / max(1, math.prod(losses.shape))
+    return total if reduction == "sum" else total / checks.count(xp, losses, total.dtype)

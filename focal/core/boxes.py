@@ -142,8 +142,9 @@ def encode_boxes(
     anchors = checks.check_boxes(xp, name, "anchors", anchors)
     _check_broadcast(name, anchors, "boxes", boxes)
     wx, wy, ww, wh = checks.check_weights(name, weights)
-    x, y, w, h = _centre_size(checks.wide(xp, boxes))
-    xa, ya, wa, ha = _centre_size(checks.wide(xp, anchors))
+    wide, wide_anchors = checks.wide_pair(xp, boxes, anchors)
+    x, y, w, h = _centre_size(wide)
+    xa, ya, wa, ha = _centre_size(wide_anchors)
     tiny = xp.finfo(w.dtype).smallest_normal
     w, h = xp.maximum(w, tiny), xp.maximum(h, tiny)
     dx, dy = wx * (x - xa) / wa, wy * (y - ya) / ha
@@ -189,8 +190,9 @@ def decode_boxes(
     wx, wy, ww, wh = checks.check_weights(name, weights)
     _check_broadcast(name, anchors, "deltas", deltas)
     clip = checks.check_number(name, "clip", clip)
-    xa, ya, wa, ha = _centre_size(checks.wide(xp, anchors))
-    dx, dy, dw, dh = _columns(checks.wide(xp, deltas))
+    wide, wide_anchors = checks.wide_pair(xp, deltas, anchors)
+    xa, ya, wa, ha = _centre_size(wide_anchors)
+    dx, dy, dw, dh = _columns(wide)
     x, y = xa + wa * (dx / wx), ya + ha * (dy / wy)
     half_w = 0.5 * wa * xp.exp(xp.minimum(dw / ww, clip))
     half_h = 0.5 * ha * xp.exp(xp.minimum(dh / wh, clip))
@@ -260,7 +262,7 @@ def _area(boxes: Array) -> Array:
 def _check_broadcast(name: str, anchors: Array, other: str, other_array: Array) -> None:
     own, whole = tuple(anchors.shape), tuple(other_array.shape)
     try:
-        np.broadcast_shapes(own, whole)
+        np.broadcast_shapes(*(tuple(1 if n is None else n for n in s) for s in (own, whole)))
     except ValueError:
         raise ValueError(
             f"{name}: anchors must broadcast with {other}; got {other} {whole}, anchors {own}"
@@ -271,7 +273,8 @@ def _pairs(xp: Namespace, name: str, boxes1: Array, boxes2: Array) -> tuple[Arra
     boxes1 = checks.check_boxes(xp, name, "boxes1", boxes1, at_least_2d=True)
     boxes2 = checks.check_boxes(xp, name, "boxes2", boxes2, at_least_2d=True)
     checks.check_leading_axes(name, "boxes2", boxes2, "boxes1", boxes1, trailing=2)
-    return checks.wide(xp, boxes1)[..., :, None, :], checks.wide(xp, boxes2)[..., None, :, :]
+    boxes1, boxes2 = checks.wide_pair(xp, boxes1, boxes2)
+    return boxes1[..., :, None, :], boxes2[..., None, :, :]
 
 
 def _overlap(xp: Namespace, a: Array, b: Array) -> tuple[Array, Array]:

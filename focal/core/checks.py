@@ -81,7 +81,7 @@ def check_floating(xp: Namespace, function: str, parameter: str, value: Any) -> 
     array = check_array(xp, function, parameter, value)
     if not xp.isdtype(array.dtype, "real floating"):
         raise TypeError(
-            f"{function}: {parameter} must have a floating-point type; got {array.dtype}"
+            f"{function}: {parameter} must have a floating-point type; got {_type_name(array)}"
         )
     return array
 
@@ -91,7 +91,7 @@ def check_real(xp: Namespace, function: str, parameter: str, value: Any) -> Arra
     array = check_array(xp, function, parameter, value)
     if not xp.isdtype(array.dtype, ("bool", "integral", "real floating")):
         raise TypeError(
-            f"{function}: {parameter} must have a real or boolean type; got {array.dtype}"
+            f"{function}: {parameter} must have a real or boolean type; got {_type_name(array)}"
         )
     return array
 
@@ -100,7 +100,9 @@ def check_labels(xp: Namespace, function: str, parameter: str, value: Any) -> Ar
     """An array of an integer type."""
     array = check_array(xp, function, parameter, value)
     if not xp.isdtype(array.dtype, "integral"):
-        raise TypeError(f"{function}: {parameter} must have an integer type; got {array.dtype}")
+        raise TypeError(
+            f"{function}: {parameter} must have an integer type; got {_type_name(array)}"
+        )
     return xp.astype(array, xp.index_type)  # an unsigned -1 would be a large class
 
 
@@ -108,7 +110,7 @@ def check_same_shape(
     function: str, parameter: str, array: Array, other: str, other_array: Array
 ) -> None:
     """Shapes that must be equal; nothing broadcasts."""
-    if tuple(array.shape) != tuple(other_array.shape):
+    if not _agree(tuple(array.shape), tuple(other_array.shape)):
         raise ValueError(
             f"{function}: {parameter} must have the shape of {other}; "
             f"got {other} {tuple(other_array.shape)}, {parameter} {tuple(array.shape)}"
@@ -119,7 +121,7 @@ def check_shape(
     function: str, parameter: str, array: Array, shape: tuple[int, ...], source: str
 ) -> None:
     """A shape that follows from another argument, described by `source`."""
-    if tuple(array.shape) != shape:
+    if not _agree(tuple(array.shape), shape):
         raise ValueError(
             f"{function}: {parameter} must have shape {source} = {shape}; got {tuple(array.shape)}"
         )
@@ -131,7 +133,9 @@ def check_broadcasts(
     """A shape that broadcasts to `shape` without enlarging it."""
     own = tuple(array.shape)
     padded = (1,) * (len(shape) - len(own)) + own
-    if len(own) > len(shape) or any(a not in (1, b) for a, b in zip(padded, shape, strict=True)):
+    if len(own) > len(shape) or not all(
+        a == 1 or _agree((a,), (b,)) for a, b in zip(padded, shape, strict=True)
+    ):
         raise ValueError(
             f"{function}: {parameter} must broadcast to the shape of {other}; "
             f"got {other} {shape}, {parameter} {own}"
@@ -144,7 +148,7 @@ def check_boxes(
     """Floating-point boxes (..., 4), or (..., N, 4) where they must form a list."""
     array = check_floating(xp, function, parameter, value)
     shape = tuple(array.shape)
-    if len(shape) < 1 + at_least_2d or shape[-1] != 4:
+    if len(shape) < 1 + at_least_2d or shape[-1] not in (4, None):
         expected = "(..., N, 4)" if at_least_2d else "(..., 4)"
         raise ValueError(f"{function}: {parameter} must have shape {expected}; got {shape}")
     return array
@@ -188,16 +192,37 @@ def wide(xp: Namespace, array: Array) -> Array:
     return xp.astype(array, wide_type(xp, array))
 
 
+def wide_pair(xp: Namespace, a: Array, b: Array) -> tuple[Array, Array]:
+    """Two arrays in one type to compute in: the wider of theirs."""
+    wider = max(wide_type(xp, a), wide_type(xp, b), key=lambda dtype: int(xp.finfo(dtype).bits))
+    return xp.astype(a, wider), xp.astype(b, wider)
+
+
+def count(xp: Namespace, array: Array, dtype: Any) -> Any:
+    """The number of elements, at least 1: what the sum of a mean is divided by."""
+    size = math.prod(xp.shape(array))
+    if all(n is not None for n in array.shape):
+        return max(1, size)
+    return xp.astype(xp.maximum(size, 1), dtype)
+
+
 def check_leading_axes(
     function: str, parameter: str, array: Array, other: str, other_array: Array, trailing: int
 ) -> None:
     """Leading axes that are equal, or absent on one side."""
     a, b = tuple(array.shape[:-trailing]), tuple(other_array.shape[:-trailing])
-    if a and b and a != b:
+    if a and b and not _agree(a, b):
         raise ValueError(
             f"{function}: {parameter} must have the leading axes of {other} or none; "
             f"got {other} {tuple(other_array.shape)}, {parameter} {tuple(array.shape)}"
         )
+
+
+def _agree(shape: tuple[int | None, ...], other: tuple[int | None, ...]) -> bool:
+    """Whether shapes are equal; None, a size that is not known while tracing, may be any."""
+    return len(shape) == len(other) and all(
+        a is None or b is None or a == b for a, b in zip(shape, other, strict=True)
+    )
 
 
 def _range(low: float, high: float) -> str:
@@ -206,6 +231,11 @@ def _range(low: float, high: float) -> str:
     if high == INFINITY:
         return f" >= {low:g}"
     return f" in [{low:g}, {high:g}]"
+
+
+def _type_name(array: Array) -> Any:
+    """The type of an array as its framework prints it, or its plain name where it has one."""
+    return getattr(array.dtype, "name", array.dtype)
 
 
 def _kind(value: Any) -> str:

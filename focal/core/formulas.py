@@ -148,11 +148,12 @@ class Sparse(NamedTuple):
 
 def _parts(xp: Namespace, x: Array, y: Array) -> tuple[Array, Array, Array, Array, Array]:
     """sign(x), s, w, ce and m of the module's docstring."""
-    # The clamp keeps w |x| a number at an infinite logit on the right side, where w is 0.
-    size = xp.minimum(xp.abs(x), xp.finfo(x.dtype).max)
-    s = xp.sigmoid(-size)
     positive = xp.step(x)
     sign = xp.addcmul(-1, positive, 2)
+    # |x| as sign(x) x, so that autodiff is right at 0 too, where that of `abs` is 0. The clamp
+    # keeps w |x| a number at an infinite logit on the right side, where w is 0.
+    size = xp.minimum(sign * x, xp.finfo(x.dtype).max)
+    s = xp.sigmoid(-size)
     w = positive - y
     w *= sign
     ce = w * size

@@ -6,8 +6,6 @@ that users see only what follows it.
 
 from __future__ import annotations
 
-import math
-
 from focal.core import checks
 from focal.core.formulas import SigmoidFocal, SigmoidFocalStar, Sparse
 from focal.core.namespace import Array, Formula, Namespace, Reduction, SparseReduction
@@ -215,7 +213,7 @@ def sparse_sigmoid_focal_loss(
     formula = SigmoidFocal(checks.check_alpha(name, alpha), checks.check_gamma(name, gamma))
     inputs = checks.check_floating(xp, name, "inputs", inputs)
     labels = checks.check_labels(xp, name, "labels", labels)
-    if len(inputs.shape) == 0 or inputs.shape[-1] == 0:
+    if len(inputs.shape) == 0 or not inputs.shape[-1]:
         raise ValueError(
             f"{name}: inputs must have at least one class on their last axis; "
             f"got shape {tuple(inputs.shape)}"
@@ -243,7 +241,8 @@ def _dense_loss(
 ) -> Array:
     checks.check_choice(name, "reduction", reduction, checks.REDUCTIONS)
     inputs, targets = dense_arguments(xp, name, inputs, targets)
-    count = max(1, math.prod(inputs.shape)) if reduction == "mean" else 1
+    mean = reduction == "mean"
+    count = checks.count(xp, inputs, checks.wide_type(xp, inputs)) if mean else 1
     return _reduced(xp, name, formula, inputs, targets, reduction, weight, count)
 
 

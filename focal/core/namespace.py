@@ -76,6 +76,9 @@ class Namespace(Protocol):
     def constant(self, value: Any, like: Array) -> Array:
         """A NumPy array as an array of this framework, where `like` is (device)."""
 
+    def shape(self, x: Array) -> tuple[Any, ...]:
+        """`x.shape`, with a scalar array for a size that is not known while tracing."""
+
     # Stable primitives, differentiable by the framework
     def sigmoid(self, x: Array) -> Array:
         """1 / (1 + exp(-x)), with full relative accuracy where it is small."""
@@ -100,7 +103,7 @@ class Namespace(Protocol):
         """Put `values` at `indices` of the last axis, one per row; x may be overwritten."""
 
     def keep_rows(self, x: Array, keep: Array) -> Array:
-        """Turn rows where `keep` (it lacks the last axis) is false to zeros; x may be overwritten."""
+        """Make rows zero where `keep` (it lacks the last axis) is false; x may be overwritten."""
 
     # The registered derivative
     def pointwise(self, formula: Formula, x: Array, t: Array) -> Array:
@@ -111,7 +114,7 @@ class Namespace(Protocol):
 
     # Loops that may be traced
     def fori_loop(self, n: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
-        """State = body(i, state) for i in 0 .. n - 1."""
+        """State = body(i, state) for i in 0 .. n - 1; i computes with the type of the state."""
 
     def fixed_point(self, step: Callable[[Array], Array], start: Array) -> Array:
         """start, step(start), step(step(start)), ... until nothing changes."""

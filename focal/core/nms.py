@@ -94,6 +94,8 @@ def suppress(xp: Namespace, boxes: Array, classes: Array | None, threshold: floa
     overlaps; what a block keeps then suppresses everything after it.
     """
     n = boxes.shape[-2]
+    if n is None:
+        raise ValueError("non-maximum suppression: the number of boxes must be known when traced")
     alive = boxes[..., 0] == boxes[..., 0]  # all True but for NaN boxes
     kept = []
     for start in range(0, n, BLOCK):

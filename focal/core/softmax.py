@@ -200,4 +200,4 @@ def _times_alphas(xp: Namespace, values: Array, alphas: Array | float | None, at
     if isinstance(alphas, float):
         return values * alphas
     picked = xp.take(alphas, xp.reshape(at, (-1,)), axis=0)
-    return values * xp.reshape(picked, tuple(at.shape))
+    return values * xp.reshape(picked, xp.shape(at))

@@ -74,9 +74,10 @@ def _match(
     foreground = checks.check_number(name, "foreground", foreground, 0, 1)
     background = checks.check_number(name, "background", background, 0, foreground)
     floor = _low_quality_floor(name, allow_low_quality)
-    anchors, boxes = checks.wide(xp, anchors), checks.wide(xp, boxes)
+    anchors, boxes = checks.wide_pair(xp, anchors, boxes)
 
-    x1, y1, x2, y2 = (anchors[:, i] for i in range(4))
+    # Adding 0 makes each a row of its own in memory, which is several times faster to walk.
+    x1, y1, x2, y2 = (anchors[:, i] + 0 for i in range(4))
     # Kept above zero, so that no union below is.
     areas = xp.maximum((x2 - x1) * (y2 - y1), xp.finfo(anchors.dtype).smallest_normal)
 
@@ -88,9 +89,8 @@ def _match(
         intersection = w * h
         return intersection / (areas + (bx2 - bx1) * (by2 - by1) - intersection)
 
-    count = boxes.shape[-2] if anchors.shape[0] else 0
-    shape = (*boxes.shape[:-2], anchors.shape[0])
-    zeros = xp.astype(xp.constant(np.zeros(shape, np.float32), boxes), anchors.dtype)
+    count = 0 if anchors.shape[0] == 0 else xp.shape(boxes)[-2]
+    zeros = xp.zeros_like(xp.sum(boxes[..., 0], axis=-1, keepdims=True) + x1)  # (..., N)
 
     # One box at a time: the N x M table of overlaps is never held, only its running best. The
     # flags are kept as numbers 0 and 1, on which frameworks compute faster than on booleans.
@@ -165,9 +165,8 @@ def assign_targets(
     weights = checks.check_weights(name, weights)
     match = _match(xp, name, anchors, boxes, foreground, background, allow_low_quality)
     anchors = checks.check_boxes(xp, name, "anchors", anchors)
-    if boxes.shape[-2] == 0:
-        shape = (*match.shape, 4)
-        return match, xp.astype(xp.constant(np.zeros(shape, np.float32), boxes), boxes.dtype)
+    if not boxes.shape[-2]:  # none, or not known to be any: one that matches nothing is added
+        boxes, labels = _with_an_empty_box(xp, boxes, labels)
     at = xp.maximum(match, xp.zeros_like(match))
     matched = match >= 0
     assigned = xp.where(matched, xp.take_along_axis(labels, at, axis=-1), match)
@@ -313,6 +312,12 @@ def _low_quality_floor(name: str, allow_low_quality: bool | float) -> float | No
     if allow_low_quality is True:
         return 0.0
     return checks.check_number(name, "allow_low_quality", allow_low_quality, 0, 1)
+
+
+def _with_an_empty_box(xp: Namespace, boxes: Array, labels: Array) -> tuple[Array, Array]:
+    box = xp.zeros_like(xp.sum(boxes, axis=-2, keepdims=True))
+    label = xp.zeros_like(xp.sum(labels, axis=-1, keepdims=True))
+    return xp.concat([boxes, box], axis=-2), xp.concat([labels, label], axis=-1)
 
 
 def _rank(xp: Namespace, mask: Array, keys: Array) -> Array:

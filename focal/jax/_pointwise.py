@@ -81,9 +81,7 @@ def _value_and_slope_jvp(
     )
 
 
-def _by_t(
-    function: Callable[..., Any], primals: tuple[Any, Any], tangents: tuple[Any, Any]
-) -> Any:
+def _by_t(function: Callable[..., Any], primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> Any:
     """What the tangent of the targets adds, by autodiff of the formula; None if there is none."""
     (x, t), (_, dt) = primals, tangents
     if isinstance(dt, SymbolicZero):
@@ -92,7 +90,7 @@ def _by_t(
 
 
 def _total(slope: Array, tangents: tuple[Any, Any], by_t: Array | None) -> Array:
-    """slope * dx + by_t, less what is not there."""
+    """The sum slope * dx + by_t, less what is not there."""
     dx = tangents[0]
     if isinstance(dx, SymbolicZero):
         return jnp.zeros_like(slope) if by_t is None else by_t

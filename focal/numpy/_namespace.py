@@ -24,6 +24,7 @@ from numpy import (  # noqa: F401  (the standard part of the namespace)
     minimum,
     moveaxis,
     reshape,
+    shape,
     sqrt,
     stack,
     sum,

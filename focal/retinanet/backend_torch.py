@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,11 @@ def build(config: RetinaNetConfig, seed: int, device: str | None = None) -> Reti
     """A network in evaluation mode, on the GPU where there is one."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used: {reason}") from error
     network = build_network(config, seed).to(device, memory_format=torch.channels_last)
     return network.eval()
 
@@ -44,23 +49,35 @@ def describe(model: RetinaNet) -> dict[str, Any]:
     }
 
 
-@torch.inference_mode()
+@contextlib.contextmanager
+def _evaluating(model: RetinaNet) -> Iterator[None]:
+    """Fixed statistics and no gradients, whatever mode the model is in."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
+
+
 def raw_outputs(model: RetinaNet, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Class logits (B, N, K) and deltas (B, N, 4) of uint8 canvases (B, H, W, 3)."""
-    logits, deltas = model(_normalised(model, images))
+    with _evaluating(model):
+        logits, deltas = model(_normalised(model, images))
     return logits.float().cpu().numpy(), deltas.float().cpu().numpy()
 
 
-@torch.inference_mode()
 def detect(
     model: RetinaNet, images: np.ndarray, sizes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Boxes (B, D, 4) on the canvas, scores (B, D) and labels (B, D) of uint8 canvases."""
     device = _device(model)
-    logits, deltas = model(_normalised(model, images))
     anchors = _anchors(images.shape[1:3], model.config, device)
     covered = torch.as_tensor(sizes, device=device)
-    found = detections(xp, logits, deltas, anchors, covered, model.config)
+    with _evaluating(model):
+        logits, deltas = model(_normalised(model, images))
+        found = detections(xp, logits, deltas, anchors, covered, model.config)
     return tuple(part.cpu().numpy() for part in found)
 
 

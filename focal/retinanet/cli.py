@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -46,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"focal: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("focal: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        resume = "; --resume goes on from the last checkpoint" if options.run is _train else ""
+        print(f"focal: stopped{resume}", file=sys.stderr)
         return 130
     return 0
 
@@ -165,6 +167,7 @@ def _train(options: argparse.Namespace, command: str) -> None:
 def _evaluate(options: argparse.Namespace, command: str) -> None:
     from focal.retinanet.detector import load
     from focal.retinanet.loop import evaluate_model
+    from focal.retinanet.run_folder import plain_json
     from focal.retinanet.weights import write_atomically
 
     model = load(options.weights, options.backend, options.device)
@@ -174,11 +177,13 @@ def _evaluate(options: argparse.Namespace, command: str) -> None:
             f"{options.weights}: the detector's classes are {model.config.classes}, "
             f"those of {dataset.name} are {dataset.classes}"
         )
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     metrics, _ = evaluate_model(model, dataset, progress=True)
     _print_metrics(dataset.name, metrics)
     if options.out is not None:
         record = {"command": command, "data": dataset.name, **metrics}
-        write_atomically(options.out, json.dumps(record, indent=2).encode())
+        write_atomically(options.out, plain_json(record, indent=2).encode())
 
 
 def _predict(options: argparse.Namespace, _: str) -> None:
@@ -188,6 +193,11 @@ def _predict(options: argparse.Namespace, _: str) -> None:
     from focal.retinanet.weights import write_atomically
 
     model = load(options.weights, options.backend, options.device)
+    pictures = [options.out / f"{path.stem}.png" for path in options.images]
+    for path, picture in zip(options.images, pictures, strict=True):
+        onto_itself = path.is_file() and picture.resolve() == path.resolve()
+        if onto_itself or pictures.count(picture) > 1:
+            raise ValueError(f"--out {options.out}: {picture.name} would overwrite another image")
     options.out.mkdir(parents=True, exist_ok=True)
     for path in options.images:
         image = read_image(path)
@@ -280,5 +290,5 @@ def _dataset(data: str, split: str, detector: Any) -> Any:
 def _print_metrics(title: str, metrics: dict[str, Any]) -> None:
     print(title)
     for name, value in metrics.items():
-        if name.startswith("A") and isinstance(value, float):
-            print(f"  {name:<12} {value:6.3f}")
+        if name.startswith("A"):
+            print(f"  {name:<12} {math.nan if value is None else value:.3f}")

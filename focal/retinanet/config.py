@@ -75,14 +75,23 @@ class RetinaNetConfig:
         name = "RetinaNetConfig"
         _check_words(name, self)
         _check_size(name, "canvas", self.canvas)
-        for parameter in ("channels", "head_depth", "candidates", "max_detections"):
+        for parameter in ("channels", "candidates", "max_detections"):
             checks.check_integer(name, parameter, getattr(self, parameter), 1)
-        for parameter in ("foreground", "background", "score_threshold", "nms_threshold"):
+        checks.check_integer(name, "head_depth", self.head_depth, 0)
+        for parameter in ("foreground", "score_threshold", "nms_threshold"):
             checks.check_number(name, parameter, getattr(self, parameter), 0, 1)
+        checks.check_number(name, "background", self.background, 0, self.foreground)
+        if not isinstance(self.allow_low_quality, bool):
+            checks.check_number(name, "allow_low_quality", self.allow_low_quality, 0, 1)
         for parameter in ("box_beta", "box_weight"):
             checks.check_number(name, parameter, getattr(self, parameter), 0)
         checks.check_alpha(name, self.alpha)
         checks.check_gamma(name, self.gamma)
+        _check_numbers(name, "mean", self.mean, 3, 0, 1)
+        _check_numbers(name, "std", self.std, 3, 1e-6)
+        _check_numbers(name, "levels", self.levels, None, 0)
+        if not isinstance(self.anchors, AnchorConfig):
+            raise TypeError(f"{name}: anchors must be an AnchorConfig; got {self.anchors!r}")
         strides = tuple(2**level for level in self.levels)
         if self.anchors.strides != strides:
             raise ValueError(
@@ -166,6 +175,10 @@ class TrainConfig:
             checks.check_number(name, "clip_norm", self.clip_norm, 0)
         if self.crop is not None:
             _check_size(name, "crop", self.crop)
+        _check_numbers(name, "milestones", self.milestones, None, 0, 1)
+        _check_numbers(name, "zoom", self.zoom, 2, 1e-6)
+        if self.zoom[0] > self.zoom[1]:
+            raise ValueError(f"{name}: zoom must be (least, most); got {self.zoom!r}")
 
     def replace(self, **changes: Any) -> TrainConfig:
         """A copy with some fields changed."""
@@ -193,6 +206,21 @@ def _check_size(name: str, parameter: str, value: Any) -> None:
         raise ValueError(f"{name}: {parameter} must be (height, width); got {value!r}")
     for side in value:
         checks.check_integer(name, parameter, side, 1)
+
+
+def _check_numbers(
+    name: str,
+    parameter: str,
+    value: Any,
+    count: int | None,
+    low: float = -checks.INFINITY,
+    high: float = checks.INFINITY,
+) -> None:
+    if not isinstance(value, tuple) or len(value) != (len(value) if count is None else count):
+        numbers = "a tuple of numbers" if count is None else f"{count} numbers"
+        raise ValueError(f"{name}: {parameter} must be {numbers}; got {value!r}")
+    for number in value:
+        checks.check_number(name, parameter, number, low, high)
 
 
 def _tuples(value: Any) -> Any:

@@ -116,10 +116,13 @@ def predict(model: Any, images: Sequence[np.ndarray]) -> list[dict[str, np.ndarr
     """
     results: list[dict[str, np.ndarray]] = []
     for start in range(0, len(images), PREDICT_BATCH):
-        canvases, sizes, scales = _canvases(
-            "predict", model.config, images[start : start + PREDICT_BATCH]
-        )
-        results += detect(model, canvases, sizes, scales)
+        some = images[start : start + PREDICT_BATCH]
+        canvases, sizes, scales = _canvases("predict", model.config, some)
+        for image, found in zip(some, detect(model, canvases, sizes, scales), strict=True):
+            # A sliver covers a whole pixel of the canvas, which can be more than the image has.
+            height, width = image.shape[:2]
+            limit = np.array([width, height, width, height], np.float32)
+            results.append(found | {"boxes": np.minimum(found["boxes"], limit)})
     return results
 
 

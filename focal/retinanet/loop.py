@@ -1,15 +1,10 @@
-"""The training loop and its records, the same for every framework.
-
-A run folder holds config.json, metrics.jsonl, weights.safetensors (what to use), and
-checkpoint.safetensors (what to resume from); `report.py` adds pictures and report.html.
-"""
+"""The training loop, the same for every framework."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from datetime import datetime
@@ -24,12 +19,8 @@ from focal.retinanet.config import RetinaNetConfig, TrainConfig
 from focal.retinanet.data import Dataset, eval_batches, train_batches
 from focal.retinanet.detector import backend_module, detect
 from focal.retinanet.evaluate import evaluate
-from focal.retinanet.weights import (
-    read_tensors,
-    save_weights,
-    write_atomically,
-    write_tensors,
-)
+from focal.retinanet.run_folder import RunFolder
+from focal.retinanet.weights import save_weights
 
 __all__ = ["evaluate_model", "learning_rate", "train"]
 
@@ -75,19 +66,24 @@ def train(
         The trained model, with the weights that were saved.
     """
     library = backend_module(backend)
-    out.mkdir(parents=True, exist_ok=True)
+    folder = RunFolder(
+        out,
+        {
+            "classes": json.dumps(config.classes),
+            "optimizer": train_config.optimizer,
+            "ema": "on" if train_config.ema else "off",
+        },
+    )
     model = library.build(config, train_config.seed, device)
     if initial is not None:
         library.load_state(model, initial)
     trainer = library.Trainer(model, train_config)
-    first, seconds = 0, 0.0
+    first, before = 0, 0.0
     if resume:
-        tensors, found = read_tensors(out / "checkpoint.safetensors", "focal.checkpoint")
+        tensors, first, before = folder.resume()
         trainer.load_state(tensors)
-        first, seconds = int(found["step"]), float(found["seconds"])
-        _truncate_metrics(out / "metrics.jsonl", first)
     else:
-        write_atomically(out / "metrics.jsonl", b"")
+        folder.start()
     record = {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "focal": focal.__version__,
@@ -97,71 +93,64 @@ def train(
         **library.describe(model),
         **(notes or {}),
     }
-    write_atomically(out / "config.json", json.dumps(record, indent=2).encode())
+    folder.write_config(record)
+    begin = time.monotonic() - before
 
-    def save_checkpoint(step: int) -> None:
-        metadata = {"step": str(step), "seconds": str(seconds + time.monotonic() - begin)}
-        write_tensors(out / "checkpoint.safetensors", trainer.state(), "focal.checkpoint", metadata)
-
-    def measure(step: int) -> dict[str, float]:
+    def measured(step: int) -> Any:
+        """The model with the weights to keep, which are saved, and measured if asked to."""
         weights = trainer.weights()
-        save_weights(out / "weights.safetensors", weights, config)
-        if validation is None:
-            return {}
-        measured = library.build(config, train_config.seed, device)
-        library.load_state(measured, weights)
-        metrics, _ = evaluate_model(measured, validation)
-        _append(
-            out / "metrics.jsonl",
-            {"kind": "eval", "split": validation.name, "step": step, **metrics},
-        )
-        return metrics
+        save_weights(folder.weights, weights, config)
+        candidate = library.build(config, train_config.seed, device)
+        library.load_state(candidate, weights)
+        if validation is not None:
+            metrics, _ = evaluate_model(candidate, validation)
+            folder.log({"kind": "eval", "split": validation.name, "step": step, **metrics})
+        return candidate
 
-    begin = time.monotonic()
+    def every(interval: int, step: int) -> bool:
+        return interval > 0 and step % interval == 0
+
+    steps = train_config.steps
     batches = train_batches(dataset, config, train_config, start=first)
-    bar = tqdm(total=train_config.steps, initial=first, unit="step", dynamic_ncols=True)
+    bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True)
     with contextlib.closing(batches), bar:
-        last_time, last_step, shown = begin, first, ""
-        for step in range(first, train_config.steps):
-            rate = learning_rate(train_config, step)
-            parts = trainer.step(step, next(batches), rate)
-            done = step + 1
+        speed = _Speed(train_config.batch_size, first)
+        for done in range(first + 1, steps + 1):
+            rate = learning_rate(train_config, done - 1)
+            parts = trainer.step(done - 1, next(batches), rate)
             bar.update()
-            if done % train_config.log_every == 0 or done == train_config.steps:
-                now = time.monotonic()
-                speed = (done - last_step) * train_config.batch_size / (now - last_time)
-                values = {k: float(v) for k, v in parts.items()}
-                last_time, last_step = now, done
-                _append(
-                    out / "metrics.jsonl",
-                    {
-                        "kind": "train",
-                        "step": done,
-                        **values,
-                        "learning_rate": rate,
-                        "images_per_second": round(speed, 2),
-                        "seconds": round(seconds + now - begin, 2),
-                    },
-                )
+            if every(train_config.log_every, done) or done == steps:
+                # Only here is the device waited for.
+                values = {name: float(value) for name, value in parts.items()}
+                values |= {"learning_rate": rate, "images_per_second": speed.since_last(done)}
+                values["seconds"] = round(time.monotonic() - begin, 2)
+                folder.log({"kind": "train", "step": done, **values})
                 bar.set_postfix_str(
                     f"loss {values['loss']:.3f} (class {values['classification']:.3f}, "
-                    f"box {values['box']:.3f}), lr {rate:.1e}, {speed:.0f} img/s{shown}"
+                    f"box {values['box']:.3f}), lr {rate:.1e}, "
+                    f"{values['images_per_second']:.0f} img/s"
                 )
-            if train_config.save_every and done % train_config.save_every == 0:
-                save_checkpoint(done)
-            if train_config.eval_every and done % train_config.eval_every == 0:
-                if done < train_config.steps and validation is not None:
-                    metrics = measure(done)
-                    shown = f", AP {metrics['AP']:.3f}"
-                    last_time = time.monotonic()
-    if first < train_config.steps:
-        save_checkpoint(train_config.steps)
-    record["seconds"] = round(seconds + time.monotonic() - begin, 1)
-    measure(train_config.steps)
-    write_atomically(out / "config.json", json.dumps(record, indent=2).encode())
-    final = library.build(config, train_config.seed, device)
-    library.load_state(final, trainer.weights())
-    return final
+            if every(train_config.save_every, done) or done == steps:
+                folder.save_checkpoint(trainer.state(), done, time.monotonic() - begin)
+            if every(train_config.eval_every, done) and done < steps:
+                measured(done)
+    record["seconds"] = round(time.monotonic() - begin, 1)
+    model = measured(steps)
+    folder.write_config(record)
+    return model
+
+
+class _Speed:
+    """Images per second between two calls."""
+
+    def __init__(self, batch_size: int, step: int) -> None:
+        self._batch_size, self._step, self._time = batch_size, step, time.monotonic()
+
+    def since_last(self, step: int) -> float:
+        now = time.monotonic()
+        speed = (step - self._step) * self._batch_size / (now - self._time)
+        self._step, self._time = step, now
+        return round(speed, 2)
 
 
 def evaluate_model(
@@ -179,21 +168,3 @@ def evaluate_model(
                 if image_id >= 0:
                     found.append({"image_id": int(image_id), **result})
     return evaluate(dataset.ground_truth(), found, dataset.category_ids), found
-
-
-def _append(path: Path, entry: Mapping[str, Any]) -> None:
-    """One more line, on the disk before training goes on."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _truncate_metrics(path: Path, step: int) -> None:
-    """Drop the lines after the checkpoint, which the resumed run writes again."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # a line cut short by the kill
-            if json.loads(line)["step"] <= step:
-                lines.append(line + "\n")
-    write_atomically(path, "".join(lines).encode())

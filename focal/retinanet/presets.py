@@ -35,7 +35,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 box_beta=1 / 9,
             ),
             TrainConfig(
-                steps=3000,
+                steps=4000,
                 batch_size=8,
                 optimizer="adamw",
                 learning_rate=1.5e-3,
@@ -45,9 +45,9 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 clip_norm=10.0,
                 ema=0.998,
                 crop=(240, 240),
-                zoom=(0.8, 1.25),
+                zoom=(0.7, 1.4),
                 flips="eightfold",
-                jitter=0.2,
+                jitter=0.3,
             ),
         ),
         # The paper's RetinaNet-50 and schedule; from scratch it wants norm=batch or group.

@@ -148,12 +148,12 @@ def _accuracy(finals: dict[str, dict[str, Any]]) -> str:
     """Tables of the last evaluation of each split: overall, and of each class."""
     if not finals:
         return "<p>This run has not been evaluated yet.</p>"
-    number = '<td class="number">{}</td>'.format
+    cell = '<td class="number">{}</td>'.format
     head = "".join(f'<th class="number">{_text(split)}</th>' for split in finals)
     overall, classes = [], []
     for key in dict.fromkeys(key for line in finals.values() for key in line):
         values = [number(line, key) for line in finals.values()]
-        cells = "".join(number(_show(value)) for value in values)
+        cells = "".join(cell(_show(value)) for value in values)
         if key in _MEANING:
             overall.append(f"<tr><td>{key} <span class=dim>{_MEANING[key]}</span></td>{cells}</tr>")
         elif key.startswith("AP/"):

@@ -100,6 +100,11 @@ def concat(arrays: Sequence[Tensor], axis: int) -> Tensor:
     return torch.cat(list(arrays), dim=axis)
 
 
+def shape(x: Tensor) -> tuple[int, ...]:
+    """All sizes are known."""
+    return tuple(x.shape)
+
+
 def reshape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """In row-major order."""
     return torch.reshape(x, shape)

@@ -61,7 +61,7 @@ class ShapesDataset:
         num_images: int | None = None,
         seed: int = 0,
         num_objects: float | None = None,
-        object_size: tuple[int, int] = (10, 40),
+        object_size: tuple[int, int] = (16, 48),
     ) -> None:
         if split not in _SPLITS:
             raise DataError(f"shapes: no split {split!r}; found {', '.join(_SPLITS)}")
