@@ -9,7 +9,7 @@ import pytest
 from backends import Backend
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.testing import assert_allclose, assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal, assert_array_max_ulp
 from precision import golden, gradient_terms, hessian_terms, promised_ulps, worst_ulps
 from strategies import (
     Examples,
@@ -456,15 +456,25 @@ def test_empty(backend: Backend, name: str, shape: tuple[int, ...]) -> None:
 # ---------------------------------------------------------------- integer labels
 
 
+def rounding(backend: Backend, gamma: float) -> float:
+    """Units in the last place by which the same formula may differ from itself.
+
+    PyTorch has vector and scalar code for exp and log, which differ in the last bit; the length
+    of the data decides which of them a number meets. Elsewhere there is one code.
+    """
+    return 2 + 2 * gamma if backend.name == "torch" else 0
+
+
 @given(rows(lowest_label=-1), alphas, gammas)
 def test_sparse_is_dense_with_one_hot_targets(
     backend: Backend, example: Rows, alpha: float | None, gamma: float
 ) -> None:
     x, labels = example
     y = one_hot(labels, x.shape[-1])
-    assert_array_equal(
+    assert_array_max_ulp(
         backend(SPARSE, x, labels, alpha, gamma),
         backend("sigmoid_focal_loss", x, y, alpha, gamma),
+        rounding(backend, gamma),
     )
 
 
@@ -475,9 +485,10 @@ def test_sparse_gradient_is_the_dense_one(
     x, labels = example
     y = one_hot(labels, x.shape[-1])
     options = {"alpha": alpha, "gamma": gamma}
-    assert_array_equal(
+    assert_array_max_ulp(
         autodiff.slope(SPARSE, x, labels, **options),
         autodiff.slope("sigmoid_focal_loss", x, y, **options),
+        rounding(autodiff, gamma),
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from backends import BACKENDS, REQUIRE_ALL, Backend
+from backends import BACKENDS, Backend
 
 import focal
 import focal.numpy
@@ -78,10 +78,8 @@ def loaded_by(module: str) -> set[str]:
 # ---------------------------------------------------------------- imports
 
 
-def test_every_framework_has_its_adapter() -> None:
-    if REQUIRE_ALL:
-        assert PRESENT == list(ADAPTERS)
-    assert set(PRESENT) <= set(BACKENDS), "tests/backends.py does not run every adapter"
+def test_every_adapter_is_tested() -> None:
+    assert set(PRESENT) == set(BACKENDS) - {"array_api_strict"}
 
 
 def test_core_imports_only_core() -> None:
