@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from backends import BACKENDS, Backend
+from backends import BACKENDS, REQUIRE_ALL, Backend
 
 import focal
 import focal.numpy
