@@ -1,5 +1,6 @@
 """What PyTorch users do with a loss: transforms, compilation, autocast, layouts, modules."""
 
+import math
 import pickle
 
 import numpy as np
@@ -9,6 +10,9 @@ torch = pytest.importorskip("torch")
 
 import focal.numpy as reference  # noqa: E402
 import focal.torch as F  # noqa: E402
+from focal.core import formulas  # noqa: E402
+from focal.kernels import torch_cpu  # noqa: E402
+from focal.torch._namespace import xp  # noqa: E402
 
 GAMMAS = [0.0, 0.5, 1.0, 2.0, 3.7]
 EXTREMES = [-1000.0, -100.0, -20.0, -1e-3, 0.0, 1e-3, 20.0, 100.0, 1000.0]
@@ -240,6 +244,26 @@ def test_many_blocks_equal_one_row_at_a_time(monkeypatch):
         F.sigmoid_focal_loss(leaf, y, reduction="sum").backward()
         slope = reference.sigmoid_focal_loss_grad(x.numpy(), y.numpy())
         torch.testing.assert_close(leaf.grad, torch.from_numpy(slope), rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("targets", ["hard", "soft", "labels"])
+@pytest.mark.parametrize("alpha", [None, 0.25, 1.0])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.7])
+def test_the_pass_on_a_cpu_equals_the_formula(gamma, alpha, targets):
+    formula = formulas.SigmoidFocal(alpha, gamma)
+    extremes = [0.0, 1e-30, 0.3, 20.0, 88.0, 100.0, 1000.0, math.inf]
+    x = torch.tensor([s * e for e in extremes for s in (1, -1)], dtype=torch.float64)
+    x = torch.cat([x, logits(84, dtype=torch.float64)]).reshape(20, 5)
+    if targets == "labels":
+        t = torch.arange(20) % 7 - 2
+        formula = formulas.Sparse(formula)
+    else:
+        t = soft(20, 5, dtype=torch.float64)
+        t = (t > 0.5).double() if targets == "hard" else t
+    value, slope = torch_cpu.BlockPass(xp, formula, x.numel(), x)(x, t)
+    expected = formula.value_and_grad(xp, x, t)
+    torch.testing.assert_close(value, expected[0], rtol=1e-14, atol=0)
+    torch.testing.assert_close(slope, expected[1], rtol=1e-14, atol=0)
 
 
 def test_backward_twice_and_under_create_graph():

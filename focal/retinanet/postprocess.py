@@ -61,7 +61,9 @@ def detections(
     score = xp.where(score > config.score_threshold, score, xp.zeros_like(score))
     position = xp.take_along_axis(position, at, axis=-1)
     anchor, label = position // classes, position % classes
-    boxes = decode_boxes(xp, _rows(xp, deltas, anchor), anchors[anchor])
+    of_anchor = xp.take(anchors, xp.reshape(anchor, (-1,)), axis=0)
+    of_anchor = xp.reshape(of_anchor, (*xp.shape(anchor), 4))
+    boxes = decode_boxes(xp, _rows(xp, deltas, anchor), of_anchor)
     boxes = _clip(xp, boxes, sizes)
 
     # What the threshold rejected comes last, where it suppresses nothing.

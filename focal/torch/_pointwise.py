@@ -18,7 +18,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from focal.core.formulas import SigmoidFocal, Sparse
 from focal.core.namespace import Formula, Namespace
+from focal.kernels import torch_cpu
 from focal.torch import _ops
 
 __all__ = ["pointwise", "pointwise_sum"]
@@ -26,8 +28,8 @@ __all__ = ["pointwise", "pointwise_sum"]
 xp = cast(Namespace, _ops)
 Targets = Tensor | float
 
-CPU_BLOCK = 1 << 17
-"""Elements per block: the temporaries of one fit the second-level cache."""
+CPU_BLOCK = 1 << 18
+"""Elements per block: larger ones leave the cache, smaller ones wait for Python."""
 DEVICE_BLOCK = 1 << 22
 """Large enough that launching kernels costs nothing beside running them."""
 
@@ -57,7 +59,9 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, t: Targets, formula: Formula) -> Tensor:
-        return _by_block(lambda xb, tb: formula.value(xp, xb, tb), x, t)
+        if (run := _cpu_pass(formula, x, t)) is not None:
+            return _by_block(lambda xb, tb, out: run(xb, tb, value=out)[0], x, t)
+        return _by_block(lambda xb, tb, _: formula.value(xp, xb, tb), x, t)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -93,7 +97,11 @@ class _Slope(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, t: Targets, scale: Tensor, formula: Formula) -> Tensor:
-        def block(xb: Tensor, tb: Targets, sb: Tensor = scale) -> Tensor:
+        run = None if _is_batched(scale) else _cpu_pass(formula, x, t)
+
+        def block(xb: Tensor, tb: Targets, out: Tensor | None, sb: Tensor = scale) -> Tensor:
+            if run is not None:
+                return run(xb, tb, slope=out)[1].mul_(sb)
             return formula.value_and_grad(xp, xb, tb)[1] * sb
 
         if scale.ndim or _is_batched(scale):
@@ -148,12 +156,16 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, t: Targets, formula: Formula, with_slope: bool) -> tuple[Tensor, Tensor]:
         sums: list[Tensor] = []
+        run = _cpu_pass(formula, x, t)
 
-        def block(xb: Tensor, tb: Targets) -> Tensor | None:
-            if not with_slope:
-                sums.append(formula.value(xp, xb, tb).sum())
-                return None
-            value, slope = formula.value_and_grad(xp, xb, tb)
+        def block(xb: Tensor, tb: Targets, out: Tensor | None) -> Tensor | None:
+            slope = None
+            if run is not None:
+                value, slope = run(xb, tb, slope=out)
+            elif with_slope:
+                value, slope = formula.value_and_grad(xp, xb, tb)
+            else:
+                value = formula.value(xp, xb, tb)
             sums.append(value.sum())
             return slope
 
@@ -174,7 +186,9 @@ class _Sum(torch.autograd.Function):
             return None, None, None, None
         slope, ctx.slope = ctx.slope, None
         if slope is not None and not (torch.is_grad_enabled() or _is_batched(grad)):
-            return slope.mul_(grad), None, None, None
+            # On a CPU it costs nothing to see that there is nothing to scale.
+            scaled = slope if grad.device.type == "cpu" and grad == 1 else slope.mul_(grad)
+            return scaled, None, None, None
         # A second pass through the graph, or one that is itself differentiated.
         x, t = _saved(ctx)
         return _Slope.apply(x, t, grad, ctx.formula), None, None, None
@@ -256,6 +270,23 @@ def _is_batched(a: Any) -> bool:
     return any(keys.has(torch._C._dispatch_key_parse(name)) for name in names)
 
 
+def _cpu_pass(formula: Formula, x: Tensor, t: Targets) -> torch_cpu.BlockPass | None:
+    """The kernel for CPUs, where there is one for this formula and it may write in place."""
+    loss = formula.formula if isinstance(formula, Sparse) else formula
+    if (
+        torch.compiler.is_compiling()
+        or not (isinstance(loss, SigmoidFocal) and isinstance(t, Tensor))
+        or x.device.type != "cpu"
+        or x.numel() == 0
+        or _is_batched(x)
+        or _is_batched(t)
+    ):
+        return None
+    classes = x.shape[-1] if t.shape != x.shape else 1
+    size = min(max(CPU_BLOCK, classes), x.numel())
+    return torch_cpu.BlockPass(xp, formula, size, _wide(x))
+
+
 def _by_block(
     function: Callable[..., Tensor | None],
     x: Tensor,
@@ -263,12 +294,13 @@ def _by_block(
     *more: Tensor,
     output: bool = True,
 ) -> Tensor:
-    """function(x, t, *more) elementwise, block by block, into a new tensor like x.
+    """function(x, t, out, *more) elementwise, block by block, into a new tensor like x.
 
-    Without `output` the function is only called and the result is empty.
+    The function may write its result to `out`. It is None where the result is of another type,
+    and without `output`, where the function is only called and the result is empty.
     """
     if torch.compiler.is_compiling() or any(map(_is_batched, (x, t, *more))):
-        return cast(Tensor, function(*_wide_pair(x, t), *more)).to(x.dtype)
+        return cast(Tensor, function(*_wide_pair(x, t), None, *more)).to(x.dtype)
     flatten, restore = _layout(x, t)
     flat = flatten(x)
     result = torch.empty_like(flat) if output else x.new_empty(0)
@@ -276,11 +308,13 @@ def _by_block(
     rows = max(1, size // max(1, math.prod(flat.shape[1:])))
     operands = [flat, t, *more]
     blocks = [flatten(a).split(rows) if isinstance(a, Tensor) else None for a in operands[1:]]
+    direct = output and _wide(x) is x
     for i, xb in enumerate(flat.split(rows)):
         tb, *rest = (t if b is None else b[i] for b in blocks)
-        values = function(*_wide_pair(xb, tb), *rest)
-        if output:
-            result[i * rows : i * rows + len(xb)] = values
+        out = result[i * rows : i * rows + len(xb)]
+        values = function(*_wide_pair(xb, tb), out if direct else None, *rest)
+        if output and values is not out:
+            out.copy_(cast(Tensor, values))
     return restore(result) if output else result
 
 

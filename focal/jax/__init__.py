@@ -1,0 +1,74 @@
+"""focal on JAX.
+
+Pure functions for `jit`, `grad`, `jvp`, `vmap`, `hessian` and `shard_map`, differentiable any
+number of times. float16 and bfloat16 logits are computed in float32.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from focal.jax import sigmoid_focal_loss
+    >>> def loss(logits, targets):
+    ...     return sigmoid_focal_loss(logits, targets, alpha=None, gamma=0.5, reduction="sum")
+    >>> logits = jnp.array([-100.0, 0.0, 100.0])
+    >>> value, slope = jax.jit(jax.value_and_grad(loss))(logits, jnp.ones(3))
+    >>> print(value.round(2), slope.round(2))
+    100.49 [-1.   -0.48  0.  ]
+"""
+
+from focal.core import anchors as _anchors
+from focal.core import box_losses, boxes, losses, softmax, targets
+from focal.core import nms as _nms
+from focal.core.anchors import AnchorConfig
+from focal.core.bind import bind
+from focal.core.prior import expected_initial_loss, inverse_frequency_alpha, prior_bias
+from focal.jax._namespace import xp as _xp
+from focal.jax.initializers import prior_bias_init
+
+sigmoid_focal_loss = bind(losses.sigmoid_focal_loss, _xp, __name__)
+sparse_sigmoid_focal_loss = bind(losses.sparse_sigmoid_focal_loss, _xp, __name__)
+softmax_focal_loss = bind(softmax.softmax_focal_loss, _xp, __name__)
+sigmoid_focal_loss_star = bind(losses.sigmoid_focal_loss_star, _xp, __name__)
+balanced_cross_entropy = bind(losses.balanced_cross_entropy, _xp, __name__)
+smooth_l1_loss = bind(box_losses.smooth_l1_loss, _xp, __name__)
+giou_loss = bind(box_losses.giou_loss, _xp, __name__)
+
+box_area = bind(boxes.box_area, _xp, __name__)
+box_iou = bind(boxes.box_iou, _xp, __name__)
+generalized_box_iou = bind(boxes.generalized_box_iou, _xp, __name__)
+encode_boxes = bind(boxes.encode_boxes, _xp, __name__)
+decode_boxes = bind(boxes.decode_boxes, _xp, __name__)
+clip_boxes = bind(boxes.clip_boxes, _xp, __name__)
+nms = bind(_nms.nms, _xp, __name__)
+batched_nms = bind(_nms.batched_nms, _xp, __name__)
+anchors = bind(_anchors.anchors, _xp, __name__)
+match_anchors = bind(targets.match_anchors, _xp, __name__)
+assign_targets = bind(targets.assign_targets, _xp, __name__)
+subsample = bind(targets.subsample, _xp, __name__)
+hard_example_mask = bind(targets.hard_example_mask, _xp, __name__)
+
+__all__ = [
+    "AnchorConfig",
+    "anchors",
+    "assign_targets",
+    "balanced_cross_entropy",
+    "batched_nms",
+    "box_area",
+    "box_iou",
+    "clip_boxes",
+    "decode_boxes",
+    "encode_boxes",
+    "expected_initial_loss",
+    "generalized_box_iou",
+    "giou_loss",
+    "hard_example_mask",
+    "inverse_frequency_alpha",
+    "match_anchors",
+    "nms",
+    "prior_bias",
+    "prior_bias_init",
+    "sigmoid_focal_loss",
+    "sigmoid_focal_loss_star",
+    "smooth_l1_loss",
+    "softmax_focal_loss",
+    "sparse_sigmoid_focal_loss",
+    "subsample",
+]

@@ -1,0 +1,367 @@
+"""What JAX users do with a loss: transformations, 64 bits, strict types, sharding, training."""
+
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+jax = pytest.importorskip("jax")
+
+import jax.numpy as jnp  # noqa: E402
+
+import focal.jax as F  # noqa: E402
+import focal.numpy as reference  # noqa: E402
+
+GAMMAS = [0.0, 0.5, 1.0, 2.0, 3.7]
+EXTREMES = [-1000.0, -100.0, -20.0, -1e-3, 0.0, 1e-3, 20.0, 100.0, 1000.0]
+LABELS = np.array([0, 2, -1, -2, 1, 0])
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion():
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def logits(*shape: int, dtype: str = "float32") -> np.ndarray:
+    return (3 * np.random.default_rng(0).standard_normal(shape)).astype(dtype)
+
+
+def soft(*shape: int, dtype: str = "float32") -> np.ndarray:
+    return np.random.default_rng(1).random(shape).astype(dtype)
+
+
+def every_loss(x, labels=LABELS):
+    """One number from all losses; x is (6, 3)."""
+    y = jnp.asarray(soft(6, 3), x.dtype)
+    return (
+        F.sigmoid_focal_loss(x, y, reduction="sum")
+        + F.sigmoid_focal_loss_star(x, y, reduction="mean")
+        + F.balanced_cross_entropy(x, y, weight=y, reduction="sum")
+        + F.sparse_sigmoid_focal_loss(x, labels, reduction="positives")
+        + F.sparse_sigmoid_focal_loss(x, labels, gamma=0.5, reduction="mean")
+        + F.softmax_focal_loss(x, labels, [1, 2, 3], reduction="mean", ignore_index=-2)
+        + F.smooth_l1_loss(x, y, 0.1, reduction="mean")
+    )
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("target", [0.0, 0.3, 1.0])
+def test_transformations_agree_with_the_closed_forms(gamma, target):
+    with jax.enable_x64(True):
+        x = np.array(EXTREMES)
+        y = np.full_like(x, target)
+        value = reference.sigmoid_focal_loss(x, y, 0.25, gamma)
+        slope = reference.sigmoid_focal_loss_grad(x, y, 0.25, gamma)
+        bend = reference.sigmoid_focal_loss_hess(x, y, 0.25, gamma)
+        close = {"rtol": 1e-12, "atol": 1e-300}
+
+        def each(x):
+            return F.sigmoid_focal_loss(x, y, 0.25, gamma)
+
+        def total(x):
+            return F.sigmoid_focal_loss(x, y, 0.25, gamma, "sum")
+
+        def one(x, y):
+            return F.sigmoid_focal_loss(x, y, 0.25, gamma, "mean")
+
+        assert_allclose(jax.jit(each)(x), value, **close)
+        assert_allclose(jax.grad(total)(x), slope, **close)
+        assert_allclose(jax.jit(jax.value_and_grad(total))(x)[1], slope, **close)
+        assert_allclose(jax.jvp(each, (x,), (np.ones_like(x),))[1], slope, **close)
+        assert_allclose(jax.vmap(jax.grad(one))(x, y), slope, **close)
+        assert_allclose(jax.jacrev(each)(x), np.diag(slope), **close)
+        assert_allclose(jax.jit(jax.hessian(total))(x), np.diag(bend), rtol=1e-10, atol=1e-300)
+        assert_allclose(jax.jacfwd(jax.jacrev(total))(x), np.diag(bend), rtol=1e-10, atol=1e-300)
+        assert_allclose(jax.jacrev(jax.jacfwd(total))(x), np.diag(bend), rtol=1e-10, atol=1e-300)
+
+
+def test_numeric_derivatives_of_every_loss():
+    from jax.test_util import check_grads
+
+    with jax.enable_x64(True):
+        x = jnp.asarray(logits(6, 3), float)
+        check_grads(jax.jit(every_loss), (x,), 2, ["fwd", "rev"], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_gradients_at_extremes_are_finite(gamma, dtype):
+    x = jnp.asarray(np.repeat(EXTREMES, 3), dtype)
+    y = jnp.asarray([0.0, 0.5, 1.0] * len(EXTREMES), dtype)
+    for loss in (
+        lambda x: F.sigmoid_focal_loss(x, y, 0.25, gamma, "sum"),
+        lambda x: F.sigmoid_focal_loss_star(x, y, 0.25, gamma + 0.1, 1.0, "sum"),
+        lambda x: F.softmax_focal_loss(x.reshape(9, 3), jnp.zeros(9, int), None, gamma, "sum"),
+    ):
+        value, slope = jax.value_and_grad(loss)(x)
+        assert value.dtype == jnp.float32 and slope.dtype == dtype
+        assert np.isfinite(value) and np.isfinite(slope.astype("float32")).all()
+        bend = jax.jvp(jax.grad(loss), (x,), (jnp.ones_like(x),))[1]
+        assert np.isfinite(bend.astype("float32")).all()
+
+
+def test_zero_is_not_a_kink():
+    """Every derivative at 0 is the limit from both sides, in logits and targets."""
+    with jax.enable_x64(True):
+
+        def loss(x, y):
+            return F.sigmoid_focal_loss(x, y, 0.25, 2.0, "sum")
+
+        def derivatives(x):
+            x, y = jnp.array(x), jnp.array(0.3)
+            first, second = jax.grad(loss), jax.grad(jax.grad(loss))
+            return [
+                first(x, y),
+                second(x, y),
+                jax.grad(second)(x, y),
+                jax.grad(loss, 1)(x, y),
+                jax.grad(jax.grad(loss, 0), 1)(x, y),
+                jax.grad(jax.grad(loss, 1), 0)(x, y),
+                jax.grad(jax.grad(loss, 1), 1)(x, y),
+            ]
+
+        here = derivatives(0.0)
+        assert_allclose(here[4], here[5], rtol=1e-14)
+        assert_allclose(here, derivatives(1e-9), rtol=1e-7, atol=1e-8)
+        assert_allclose(here, derivatives(-1e-9), rtol=1e-7, atol=1e-8)
+
+
+def test_the_gradient_in_the_targets():
+    x, y = logits(6), np.array([0, 1, 0.2, 0.5, 0, 1], np.float32)
+    by_y = jax.grad(lambda y: F.sigmoid_focal_loss(x, y, None, 0.0, "sum"))(y)
+    assert_allclose(by_y, -x, rtol=1e-5, atol=1e-6)  # d BCE / dy = -x
+    both = jax.grad(lambda x, y: F.sigmoid_focal_loss(x, y, reduction="sum"), (0, 1))(x, y)
+    assert_allclose(both[0], reference.sigmoid_focal_loss_grad(x, y), rtol=1e-5)
+    from jax.test_util import check_grads
+
+    with jax.enable_x64(True):
+        args = x.astype(float), np.clip(y, 0.1, 0.9).astype(float)
+        check_grads(jax.jit(F.sigmoid_focal_loss), args, 2, ["fwd", "rev"])
+
+
+def test_vmap_of_every_loss_is_a_loop_of_it():
+    x, labels = logits(4, 6, 3), np.random.default_rng(2).integers(-2, 3, (4, 6))
+    for f in (every_loss, jax.grad(every_loss)):
+        expected = [f(jnp.asarray(a), jnp.asarray(b)) for a, b in zip(x, labels, strict=True)]
+        assert_allclose(jax.vmap(f)(x, labels), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_jit_equals_eager():
+    x = jnp.asarray(logits(6, 3))
+    eager, compiled = jax.value_and_grad(every_loss)(x), jax.jit(jax.value_and_grad(every_loss))(x)
+    assert_allclose(compiled[0], eager[0], rtol=1e-6)
+    assert_allclose(compiled[1], eager[1], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_types_compute_in_float32(dtype):
+    x, y = jnp.asarray(logits(64, 8), dtype), soft(64, 8).round()
+    wide = x.astype("float32")
+    each = F.sigmoid_focal_loss(x, y)
+    assert each.dtype == dtype
+    assert_array_equal(each, F.sigmoid_focal_loss(wide, y).astype(dtype))
+    total, slope = jax.value_and_grad(lambda x: F.sigmoid_focal_loss(x, y, reduction="sum"))(x)
+    assert total.dtype == jnp.float32 and slope.dtype == dtype
+    expected = jax.grad(lambda x: F.sigmoid_focal_loss(x, y, reduction="sum"))(wide)
+    assert_array_equal(slope, expected.astype(dtype))
+    great = jnp.full((200, 100), 10, jnp.float16)
+    assert F.sigmoid_focal_loss(great, great * 0, reduction="sum") > 1e5
+
+
+def test_what_is_an_array():
+    expected = F.sigmoid_focal_loss(jnp.zeros(2), jnp.ones(2))
+    assert_array_equal(F.sigmoid_focal_loss(np.zeros(2), np.ones(2)), expected)
+    assert F.sigmoid_focal_loss(np.zeros(2), np.ones(2)).dtype == jnp.float32
+    with pytest.raises(TypeError, match="inputs must be a JAX or NumPy array; got list"):
+        F.sigmoid_focal_loss([0.0, 0.0], jnp.ones(2))
+    with pytest.raises(TypeError, match="inputs must be a JAX or NumPy array; got ndarray"):
+        F.sigmoid_focal_loss(np.array(["a"]), jnp.ones(1))
+
+
+def test_wrong_shapes_are_reported_while_tracing():
+    message = r"got inputs \(4, 1\), targets \(4,\)"
+    with pytest.raises(ValueError, match=message):
+        jax.jit(F.sigmoid_focal_loss)(jnp.zeros((4, 1)), jnp.zeros(4))
+
+
+# ---------------------------------------------------------------- boxes and targets
+
+
+def crowd(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(seed)
+    corner, side = random.uniform(0, 100, (n, 2)), random.uniform(10, 40, (n, 2))
+    boxes = np.concatenate([corner, corner + side], axis=1).astype("float32")
+    return boxes, random.integers(0, n, n).astype("float32")
+
+
+@pytest.mark.parametrize("n", [0, 1, 50, 300])
+def test_nms_in_jit_is_padded(n):
+    boxes, scores = crowd(n)
+    classes = np.arange(n) % 2
+    for name, args in (("nms", ()), ("batched_nms", (classes,))):
+        expected = getattr(reference, name)(boxes, scores, *args, 0.5)
+        nms = getattr(F, name)
+        assert_array_equal(nms(boxes, scores, *args, 0.5), expected)
+        padded = jax.jit(nms, static_argnums=2 + len(args))(boxes, scores, *args, 0.5)
+        assert padded.shape == (n,)
+        assert_array_equal(padded[: len(expected)], expected)
+        assert_array_equal(padded[len(expected) :], -1)
+
+
+def test_vmap_of_nms_is_padded():
+    boxes, scores = (np.stack(a) for a in zip(crowd(40, 0), crowd(40, 1), strict=True))
+    padded = jax.vmap(lambda b, s: F.nms(b, s, 0.5))(boxes, scores)
+    for row, b, s in zip(padded, boxes, scores, strict=True):
+        assert_array_equal(row[row >= 0], reference.nms(b, s, 0.5))
+
+
+@pytest.mark.parametrize("count", [0, 1, 7])
+@pytest.mark.parametrize("allow_low_quality", [False, True])
+def test_compiled_targets_equal_numpy(count, allow_low_quality):
+    anchors = np.asarray(F.anchors((64, 96)))
+    boxes, labels = crowd(count)[0], np.arange(count)
+
+    def assign(boxes, labels):
+        return F.assign_targets(anchors, boxes, labels, 0.5, 0.4, allow_low_quality)
+
+    expected = reference.assign_targets(anchors, boxes, labels, 0.5, 0.4, allow_low_quality)
+    for f in (assign, jax.jit(assign)):
+        got = f(boxes, labels)
+        assert got[0].dtype == jnp.int32
+        assert_array_equal(got[0], expected[0])
+        assert_allclose(got[1], expected[1], rtol=1e-5, atol=1e-6)
+    batch = jax.vmap(assign)(np.stack([boxes, boxes[::-1]]), np.stack([labels, labels[::-1]]))
+    assert_array_equal(batch[0][0], expected[0])
+    slopes = jax.grad(lambda b: assign(b, labels)[1].sum())(boxes)
+    assert np.isfinite(slopes).all()
+
+
+def test_compiled_samplers_equal_numpy():
+    boxes, losses = crowd(60)
+    labels = np.random.default_rng(3).integers(-2, 3, 60)
+    assert_array_equal(
+        jax.jit(lambda t: F.subsample(t, 20))(labels), reference.subsample(labels, 20)
+    )
+    options = {"positive": labels > 0, "negative_ratio": 3, "boxes": boxes, "iou_threshold": 0.5}
+    assert_array_equal(
+        jax.jit(lambda x: F.hard_example_mask(x, 20, **options))(losses),
+        reference.hard_example_mask(losses, 20, **options),
+    )
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_shard_map_equals_one_device():
+    script = """
+        import jax, jax.numpy as jnp, numpy as np
+        from jax.sharding import PartitionSpec as P
+        import focal.jax as F
+
+        assert jax.device_count() == 2
+        mesh = jax.sharding.Mesh(jax.devices(), ("data",))
+        random = np.random.default_rng(0)
+        x, labels = random.normal(size=(8, 3)).astype("f"), random.integers(-2, 3, 8)
+        boxes = random.uniform(0, 60, (2, 5, 2))
+        boxes = np.concatenate([boxes, boxes + 30], -1).astype("f")
+        anchors = F.anchors((64, 64))
+
+        def total(x, labels):
+            return F.sparse_sigmoid_focal_loss(x, labels, reduction="sum")
+
+        def local(x, labels):
+            return jax.lax.psum(total(x, labels), "data")
+
+        over = jax.shard_map(local, mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P())
+        got = jax.jit(jax.value_and_grad(over))(x, labels)
+        expected = jax.value_and_grad(total)(x, labels)
+        np.testing.assert_allclose(got[0], expected[0], rtol=1e-6)
+        np.testing.assert_allclose(got[1], expected[1], rtol=1e-6)
+
+        def match(boxes):
+            return F.match_anchors(anchors, boxes, allow_low_quality=True)
+
+        def keep(boxes):
+            return F.nms(boxes[0], boxes[0, :, 0], 0.3)
+
+        for f in (match, keep):
+            over = jax.shard_map(f, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+            each = [np.ravel(jax.jit(f)(boxes[i : i + 1])) for i in range(2)]
+            np.testing.assert_array_equal(np.ravel(jax.jit(over)(boxes)), np.concatenate(each))
+    """
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": str(Path(F.__file__).parents[2]),
+    }
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_training_step_compiles_once():
+    optax = pytest.importorskip("optax")
+    traces = []
+    optimizer = optax.sgd(0.5)
+
+    @jax.jit
+    def step(weights, state, x, labels):
+        traces.append(1)
+
+        def loss(weights):
+            return F.sparse_sigmoid_focal_loss(x @ weights, labels, reduction="positives")
+
+        value, slope = jax.value_and_grad(loss)(weights)
+        change, state = optimizer.update(slope, state)
+        return optax.apply_updates(weights, change), state, value
+
+    # optax itself mixes types, so that strict promotion ends here.
+    with jax.numpy_dtype_promotion("standard"):
+        weights = jnp.zeros((4, 3))
+        state, values = optimizer.init(weights), []
+        for seed in range(5):
+            labels = np.random.default_rng(seed).permutation(LABELS)
+            weights, state, value = step(weights, state, np.eye(6, 4)[labels], labels)
+            values.append(value)
+    assert len(traces) == 1
+    assert values[-1] < values[0]
+
+
+def test_functions_pickle_by_name():
+    assert pickle.loads(pickle.dumps(F.sigmoid_focal_loss)) is F.sigmoid_focal_loss
+
+
+def test_prior_bias_init():
+    init = F.prior_bias_init([0.01, 0.1, 0.5])
+    bias = init(jax.random.key(0), (6,), jnp.float32)
+    assert bias.dtype == jnp.float32
+    assert_allclose(jax.nn.sigmoid(bias), [0.01, 0.1, 0.5] * 2, rtol=1e-6)
+    assert init(None, (3,), jnp.bfloat16).dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match=r"a multiple of 3 \(the length of pi\); got shape \(4,\)"):
+        init(None, (4,))
+    with pytest.raises(ValueError, match="a number or one per class"):
+        F.prior_bias_init([[0.1]])
+
+
+def test_prior_bias_init_in_flax():
+    linen, nnx = pytest.importorskip("flax.linen"), pytest.importorskip("flax.nnx")
+    init = F.prior_bias_init(0.01)
+    with jax.numpy_dtype_promotion("standard"):
+        conv = nnx.Conv(4, 6, (3, 3), bias_init=init, rngs=nnx.Rngs(0))
+        dense = linen.Dense(6, bias_init=init).init(jax.random.key(0), jnp.zeros((1, 4)))
+    for bias in (conv.bias[...], dense["params"]["bias"]):
+        assert_allclose(jax.nn.sigmoid(bias), np.full(6, 0.01), rtol=1e-6)
+
+
+def test_nnx_variables_are_arrays():
+    nnx = pytest.importorskip("flax.nnx")
+    loss = F.sigmoid_focal_loss(nnx.Param(jnp.zeros(2)), jnp.ones(2))
+    assert_array_equal(loss, F.sigmoid_focal_loss(jnp.zeros(2), jnp.ones(2)))

@@ -1,0 +1,487 @@
+"""What TensorFlow users do with a loss: tapes, graphs, XLA, half types, Keras models."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+tf = pytest.importorskip("tensorflow")
+keras = pytest.importorskip("keras")
+
+import focal.numpy as reference  # noqa: E402
+import focal.tensorflow as F  # noqa: E402
+
+GAMMAS = [0.0, 0.5, 1.0, 2.0, 3.7]
+EXTREMES = [-1000.0, -100.0, -20.0, -1e-3, 0.0, 1e-3, 20.0, 100.0, 1000.0]
+REDUCTIONS = ["none", "mean", "sum"]
+
+
+def logits(*shape, dtype="float32", scale=3.0):
+    return tf.constant(np.random.default_rng(0).normal(scale=scale, size=shape), dtype)
+
+
+def soft(*shape, dtype="float32"):
+    return tf.constant(np.random.default_rng(1).random(shape), dtype)
+
+
+def hard(*shape, dtype="float32"):
+    return tf.round(soft(*shape, dtype=dtype))
+
+
+def gradient(function, x):
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        loss = function(x)
+    return tape.gradient(loss, x)
+
+
+def second(function, x):
+    """The diagonal of the Hessian of an elementwise function."""
+    return gradient(lambda x: gradient(function, x), x)
+
+
+def close(got, expected, rtol=1e-6, atol=0.0):
+    np.testing.assert_allclose(np.asarray(got), np.asarray(expected), rtol=rtol, atol=atol)
+
+
+def every_loss(gamma, reduction):
+    """One function of the logits (6, 3) for each loss."""
+    y, labels = soft(6, 3), tf.constant([0, 1, -1, -2, 2, 0])
+    chosen = tf.constant([0, 1, 2, -100, 2, 0])
+    return {
+        "dense": lambda x: F.sigmoid_focal_loss(x, y, 0.25, gamma, reduction),
+        "sparse": lambda x: F.sparse_sigmoid_focal_loss(x, labels, 0.25, gamma, reduction),
+        "softmax": lambda x: F.softmax_focal_loss(x, chosen, [1, 2, 3], gamma, reduction),
+        "star": lambda x: F.sigmoid_focal_loss_star(x, y, 0.25, gamma + 1, 1.0, reduction),
+        "balanced": lambda x: F.balanced_cross_entropy(x, y, 0.75, reduction),
+    }
+
+
+# ---------------------------------------------------------------- derivatives
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_tape_once_and_twice_is_the_closed_form(gamma, dtype):
+    x = tf.constant([*EXTREMES, 0.5, -2.0] * 2, dtype)
+    y = tf.constant([0.0] * 11 + [1.0] * 11, dtype)
+    wide = x.numpy().astype(float), y.numpy().astype(float), 0.25, gamma
+    slope = gradient(lambda x: F.sigmoid_focal_loss(x, y, 0.25, gamma), x)
+    bend = second(lambda x: F.sigmoid_focal_loss(x, y, 0.25, gamma), x)
+    single = dtype == "float32"
+    rtol, tiny = (2e-6, 1.2e-38) if single else (1e-13, 1e-300)
+    assert slope.dtype == bend.dtype == x.dtype
+    exact = reference.sigmoid_focal_loss_grad(*wide), reference.sigmoid_focal_loss_hess(*wide)
+    close(slope, exact[0], rtol, tiny)
+    close(bend, exact[1], rtol, tiny)
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("name", ["dense", "sparse", "softmax", "star", "balanced"])
+def test_derivatives_at_extremes_are_finite(name, gamma):
+    x = tf.constant(EXTREMES * 2, shape=(6, 3))
+    for reduction in REDUCTIONS:
+        loss = every_loss(gamma, reduction)[name]
+        assert np.isfinite(loss(x)).all()
+        assert np.isfinite(gradient(loss, x)).all()
+        assert np.isfinite(second(loss, x)).all()
+
+
+def test_zero_is_no_kink():
+    x = tf.zeros(2, tf.float64)
+    y = tf.constant([0.0, 1.0], tf.float64)
+    for gamma in GAMMAS:
+        slope = gradient(lambda x, g=gamma: F.sigmoid_focal_loss(x, y, None, g), x)
+        near = gradient(lambda x, g=gamma: F.sigmoid_focal_loss(x, y, None, g), x + 1e-9)
+        close(slope, near, 1e-8)
+        assert (np.abs(slope) > 0).all()
+
+
+def test_third_derivative_at_zero_is_right():
+    x, y, h = tf.zeros(1, tf.float64), tf.ones(1, tf.float64), 1e-4
+    third = gradient(lambda x: second(lambda x: F.sigmoid_focal_loss(x, y, None), x), x)
+    around = reference.sigmoid_focal_loss_hess(np.array([-h, h]), np.ones(2), None)
+    close(third, [(around[1] - around[0]) / (2 * h)], 1e-6)
+
+
+def test_mixed_and_target_derivatives():
+    x, y, h = logits(6, dtype="float64"), 0.1 + 0.8 * soft(6, dtype="float64"), 1e-6
+    by_y = gradient(lambda y: F.sigmoid_focal_loss(x, y), y)
+    up, down = (F.sigmoid_focal_loss(x, y + s * h) for s in (1, -1))
+    close(by_y, (up - down) / (2 * h), 1e-7)
+
+    def slope(y):
+        return gradient(lambda x: F.sigmoid_focal_loss(x, y), x)
+
+    mixed = gradient(slope, y)
+    close(mixed, (slope(y + h) - slope(y - h)) / (2 * h), 1e-6)
+    close(gradient(lambda x: gradient(lambda y: F.sigmoid_focal_loss(x, y), y), x), mixed, 1e-12)
+
+
+def test_the_gradient_in_hard_targets_is_that_of_the_formula():
+    x, y = logits(6, dtype="float64"), hard(6, dtype="float64")
+    close(gradient(lambda y: F.sigmoid_focal_loss(x, y, None, 0.0), y), -x, 1e-12)
+
+
+def test_jacobian_and_hessian_of_a_tape():
+    x, y = logits(5, dtype="float64"), soft(5, dtype="float64")
+    with tf.GradientTape() as outer:
+        outer.watch(x)
+        with tf.GradientTape() as inner:
+            inner.watch(x)
+            loss = F.sigmoid_focal_loss(x, y, reduction="sum")
+        slope = inner.gradient(loss, x)
+    bend = reference.sigmoid_focal_loss_hess(x.numpy(), y.numpy())
+    close(outer.jacobian(slope, x), np.diag(bend), 1e-12)
+
+
+def test_stable_primitives_differentiate_twice():
+    from focal.tensorflow import _ops
+
+    x = tf.constant([-700.0, -30.0, -1.0, 0.0, 2.0, 30.0, 700.0], tf.float64)
+    p, q = 1 / (1 + np.exp(-x.numpy())), 1 / (1 + np.exp(x.numpy()))
+    expected = [np.logaddexp(0, x), p, p * q, p * q * (q - p)]
+    for order in (0, 1, 2):
+        derivative = (lambda f, x: f(x), gradient, second)[order]
+        close(derivative(_ops.softplus, x), expected[order], 1e-14)
+        close(derivative(_ops.sigmoid, x), expected[order + 1], 1e-14)
+
+
+def test_equal_values_share_the_gradient():
+    from focal.tensorflow import _ops
+
+    x, y = tf.constant([[1.0, 2.0, 3.0]] * 2), tf.constant([1.0, 5.0, 0.0])
+    for function, by_x in ((_ops.maximum, [0.5, 0, 1]), (_ops.minimum, [0.5, 1, 0])):
+        with tf.GradientTape() as tape:
+            tape.watch([x, y])
+            result = function(x, y)
+        got = tape.gradient(result, [x, y])
+        close(got[0], [by_x] * 2)
+        close(got[1], 2 * (1 - np.array(by_x)))
+
+
+def test_giou_of_a_box_with_itself_pulls_both_alike():
+    a = tf.constant([[0.0, 0.0, 2.0, 2.0]])
+    by_first = gradient(lambda x: F.giou_loss(x, a), a)
+    by_second = gradient(lambda x: F.giou_loss(a, x), a)
+    close(by_first, by_second)
+
+
+# ---------------------------------------------------------------- graphs
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 3.7])
+def test_graphs_equal_eager(gamma, reduction, jit_compile):
+    x = tf.constant(EXTREMES * 2, shape=(6, 3))
+
+    def both(x):
+        values = {k: f(x) for k, f in every_loss(gamma, reduction).items()}
+        slopes = {k: gradient(f, x) for k, f in every_loss(gamma, reduction).items()}
+        bends = {k: second(f, x) for k, f in every_loss(gamma, reduction).items()}
+        return values, slopes, bends
+
+    eager, traced = both(x), tf.function(both, jit_compile=jit_compile)(x)
+    for a, b in zip(eager, traced, strict=True):
+        for name in a:
+            close(b[name], a[name], 2e-5, 1e-36)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_mean_of_an_unknown_batch(jit_compile):
+    x, y, labels = logits(7, 3), soft(7, 3), tf.constant([0, 1, -1, -2, 2, 0, 1])
+    chosen = tf.maximum(labels, 0)
+    rows, one = tf.TensorSpec((None, 3)), tf.TensorSpec((None,), tf.int32)
+
+    def all_of_them(x, y, labels, chosen):
+        return (
+            F.sigmoid_focal_loss(x, y, reduction="mean", weight=tf.ones((7, 1))),
+            F.sigmoid_focal_loss(x, y, reduction="mean"),
+            F.sparse_sigmoid_focal_loss(x, labels, reduction="mean"),
+            F.sparse_sigmoid_focal_loss(x, labels, reduction="positives"),
+            F.softmax_focal_loss(x, chosen, [1, 2, 3], reduction="mean"),
+            F.smooth_l1_loss(x, y, reduction="mean"),
+            F.giou_loss(tf.concat([y[:, :2], 1 + y[:, :2]], 1), tf.zeros((7, 4)), "mean"),
+            gradient(lambda x: F.sigmoid_focal_loss(x, y, reduction="mean"), x),
+        )
+
+    signature = [rows, rows, one, one]
+    traced = tf.function(all_of_them, input_signature=signature, jit_compile=jit_compile)
+    arguments = x, y, labels, chosen
+    for a, b in zip(all_of_them(*arguments), traced(*arguments), strict=True):
+        close(b, a, 1e-5)
+    empty = F.sigmoid_focal_loss, F.smooth_l1_loss
+    for function in empty:
+        mean = tf.function(lambda x, f=function: f(x, x, reduction="mean"), input_signature=[rows])
+        assert mean(tf.zeros((0, 3))) == 0
+
+
+def test_softmax_of_images_of_unknown_size():
+    x, labels = logits(2, 4, 5, 3), tf.constant(np.random.default_rng(2).integers(0, 3, (2, 4, 5)))
+    loss = tf.function(
+        lambda x, t: F.softmax_focal_loss(x, t, [1.0, 2.0, 3.0]),
+        input_signature=[tf.TensorSpec((None, None, None, 3)), tf.TensorSpec([None] * 3, tf.int64)],
+    )
+    close(loss(x, labels), F.softmax_focal_loss(x, labels, [1.0, 2.0, 3.0]))
+
+
+def test_shapes_known_to_differ_still_raise_while_tracing():
+    with pytest.raises(ValueError, match=r"got inputs \(None, 3\), targets \(None, 4\)"):
+        tf.function(F.sigmoid_focal_loss).get_concrete_function(
+            tf.TensorSpec((None, 3)), tf.TensorSpec((None, 4))
+        )
+
+
+def scene(count):
+    random = np.random.default_rng(3)
+    corner, side = random.uniform(0, 48, (2, count, 2)), random.uniform(8, 40, (2, count, 2))
+    boxes = np.concatenate([corner, corner + side], -1).astype(np.float32)
+    return boxes, random.integers(0, 5, (2, count))
+
+
+@pytest.mark.parametrize("count", [0, 1, 12])
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_targets_for_an_unknown_number_of_boxes(count, jit_compile):
+    config = F.AnchorConfig(strides=(8, 16), sizes=(16, 32))
+    anchors = F.anchors((64, 64), config)
+    boxes, labels = scene(count)
+    expected = reference.assign_targets(anchors.numpy(), boxes, labels, 0.5, 0.4, True)
+    for shape in ((None, None, 4), (2, count, 4)):
+        signature = [tf.TensorSpec(shape), tf.TensorSpec(shape[:-1], tf.int64)]
+        assign = tf.function(
+            lambda b, t: F.assign_targets(anchors, b, t, allow_low_quality=True),
+            input_signature=signature,
+            jit_compile=jit_compile,
+        )
+        assigned, deltas = assign(boxes, labels)
+        np.testing.assert_array_equal(assigned, expected[0])
+        close(deltas, expected[1], 1e-4, 1e-5)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_nms_is_that_of_numpy(traced):
+    random = np.random.default_rng(4)
+    corner, side = random.uniform(0, 100, (600, 2)), random.uniform(10, 60, (600, 2))
+    boxes = np.concatenate([corner, corner + side], -1).astype(np.float32)
+    scores = (random.integers(0, 99, 600) / 99).astype(np.float32)
+    classes = random.integers(0, 3, 600)
+    nms, batched = (tf.function(f) if traced else f for f in (F.nms, F.batched_nms))
+    for threshold in (0.3, 0.7):
+        expected = reference.nms(boxes, scores, threshold)
+        np.testing.assert_array_equal(nms(boxes, scores, threshold), expected)
+        expected = reference.batched_nms(boxes, scores, classes, threshold)
+        np.testing.assert_array_equal(batched(boxes, scores, classes, threshold), expected)
+
+
+def test_nms_needs_a_known_number_of_boxes():
+    with pytest.raises(ValueError, match="the number of boxes must be known"):
+        tf.function(F.nms).get_concrete_function(
+            tf.TensorSpec((None, 4)), tf.TensorSpec((None,)), 0.5
+        )
+
+
+def test_a_training_step_is_traced_once():
+    layer = tf.Variable(tf.zeros((4, 3)))
+    traces = []
+
+    @tf.function
+    def step(x, labels):
+        traces.append(1)
+        with tf.GradientTape() as tape:
+            loss = F.sparse_sigmoid_focal_loss(x @ layer, labels, reduction="positives")
+        layer.assign_sub(0.1 * tape.gradient(loss, layer))
+        return loss
+
+    x, labels = logits(8, 4), tf.constant([0, 1, 2, -1, -1, -2, 0, 1])
+    seen = [float(step(x, labels)) for _ in range(5)]
+    assert len(traces) == 1
+    assert seen == sorted(seen, reverse=True)
+
+
+# ---------------------------------------------------------------- types
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_types_compute_in_float32(dtype):
+    x, y = logits(64, 8, dtype=dtype), hard(64, 8)
+    wide = tf.cast(x, tf.float64)
+    each = F.sigmoid_focal_loss(x, y)
+    assert each.dtype == dtype
+    exact = F.sigmoid_focal_loss(wide, y)
+    np.testing.assert_array_equal(
+        tf.cast(each, "float32"), tf.cast(tf.cast(exact, dtype), "float32")
+    )
+    total = F.sigmoid_focal_loss(x, y, reduction="sum")
+    assert total.dtype == tf.float32
+    slope = gradient(lambda x: F.sigmoid_focal_loss(x, y, reduction="sum"), x)
+    assert slope.dtype == dtype
+    exact = reference.sigmoid_focal_loss_grad(wide.numpy(), y.numpy().astype(float))
+    close(tf.cast(slope, "float64"), exact, 1e-2, 1e-7)
+
+
+def test_a_float16_sum_does_not_overflow():
+    x = tf.fill((200, 100), tf.constant(10.0, tf.float16))
+    total = F.sigmoid_focal_loss(x, tf.zeros_like(x), reduction="sum")
+    assert np.isfinite(total) and total > 1e5
+
+
+def test_small_half_gradients_survive_loss_scaling():
+    x = tf.constant([-7.0], tf.float16)
+    slope = gradient(lambda x: 65536 * F.sigmoid_focal_loss(x, [0.0], reduction="sum"), x)
+    expected = reference.sigmoid_focal_loss_grad(np.array([-7.0]), np.array([0.0])) * 65536
+    close(slope, expected, 2e-3)
+
+
+def test_what_converts_to_a_tensor_is_taken():
+    expected = F.sigmoid_focal_loss(tf.constant([1.0, -2.0]), tf.constant([1.0, 0.0]))
+    for x in (tf.Variable([1.0, -2.0]), np.float32([1, -2]), [1.0, -2.0]):
+        close(F.sigmoid_focal_loss(x, [1, 0]), expected)
+    with pytest.raises(TypeError, match=r"inputs must be a tf\.Tensor or what converts to one"):
+        F.sigmoid_focal_loss([[1.0], [1.0, 2.0]], [1, 0])
+    with pytest.raises(TypeError, match="got KerasTensor"):
+        F.sigmoid_focal_loss(keras.Input((3,)), [1, 0])
+
+
+def test_gradient_reaches_a_variable():
+    x = tf.Variable([1.0, -2.0])
+    with tf.GradientTape() as tape:
+        loss = F.sigmoid_focal_loss(x, [1.0, 0.0], reduction="sum")
+    close(tape.gradient(loss, x), reference.sigmoid_focal_loss_grad(x.numpy(), [1.0, 0.0]))
+
+
+def test_nan_does_not_disturb_the_order():
+    from focal.tensorflow import _ops
+
+    order = _ops.argsort(tf.constant([2.0, np.nan, 1.0, np.inf, 1.0]))
+    np.testing.assert_array_equal(order, [2, 4, 0, 1, 3])
+
+
+def test_functions_pickle_by_name():
+    assert pickle.loads(pickle.dumps(F.sigmoid_focal_loss)) is F.sigmoid_focal_loss
+
+
+# ---------------------------------------------------------------- Keras
+
+
+def keras_losses():
+    y, labels = np.random.default_rng(5).random((6, 3)), np.array([0, 1, -1, -2, 2, 0])
+    chosen = np.array([0, 1, 2, -100, 2, 0])
+    return {
+        "dense": (F.SigmoidFocalLoss(0.5, 1.0), F.sigmoid_focal_loss, y, (0.5, 1.0)),
+        "sparse": (F.SparseSigmoidFocalLoss(), F.sparse_sigmoid_focal_loss, labels, ()),
+        "softmax": (F.SoftmaxFocalLoss((1, 2, 3)), F.softmax_focal_loss, chosen, ((1, 2, 3),)),
+    }
+
+
+KINDS = ["dense", "sparse", "softmax"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keras_mean_is_the_mean_of_the_function(kind):
+    loss, function, target, arguments = keras_losses()[kind]
+    x = logits(6, 3)
+    expected = function(x, target, *arguments, reduction="mean")
+    close(loss(target, x), expected)
+    again = type(loss).from_config(loss.get_config())
+    assert again.get_config() == loss.get_config()
+    close(again(target, x), expected)
+    restored = keras.losses.deserialize(keras.losses.serialize(loss))
+    close(restored(target, x), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keras_reductions_and_sample_weight(kind):
+    loss, function, target, arguments = keras_losses()[kind]
+    x, weight = logits(6, 3), np.arange(6.0)
+    each = function(x, target, *arguments).numpy()
+    each = each.mean(-1) if each.ndim == 2 else each
+    for reduction, expected in ((None, each * weight), ("sum", (each * weight).sum())):
+        config = {**loss.get_config(), "reduction": reduction}
+        close(type(loss).from_config(config)(target, x, sample_weight=weight), expected)
+
+
+def test_keras_shapes_that_differ_by_an_axis():
+    x, y, labels = logits(6, 1), hard(6), tf.constant([0, 1, 2, 2, 1, 0])
+    close(F.SigmoidFocalLoss()(y, x), F.SigmoidFocalLoss()(y[:, None], x))
+    x = logits(6, 3)
+    for loss in (F.SparseSigmoidFocalLoss(), F.SoftmaxFocalLoss()):
+        close(loss(labels[:, None], x), loss(labels, x))
+    with pytest.raises(ValueError, match="targets must have the shape of inputs"):
+        F.SigmoidFocalLoss()(y, x)
+
+
+def test_keras_losses_check_their_parameters_when_made():
+    with pytest.raises(ValueError, match="SigmoidFocalLoss: gamma must be a finite number >= 0"):
+        F.SigmoidFocalLoss(gamma=-1)
+    with pytest.raises(ValueError, match="SparseSigmoidFocalLoss: alpha must lie in"):
+        F.SparseSigmoidFocalLoss(alpha=2)
+
+
+def model(loss, last=3, jit_compile=False):
+    keras.utils.set_random_seed(0)
+    network = keras.Sequential(
+        [
+            keras.Input((4,)),
+            keras.layers.Dense(8, activation="relu"),
+            keras.layers.Dense(last, bias_initializer=F.PriorBias([0.01] * last)),
+        ]
+    )
+    network.compile(keras.optimizers.Adam(0.05), loss=loss, jit_compile=jit_compile)
+    return network
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_compile_fit_save_load(kind, jit_compile, tmp_path):
+    loss, _, target, _ = keras_losses()[kind]
+    x = np.random.default_rng(6).normal(size=(6, 4)).astype(np.float32)
+    network = model(loss, jit_compile=jit_compile)
+    history = network.fit(x, target, batch_size=4, epochs=4, verbose=0)
+    seen = history.history["loss"]
+    assert np.isfinite(seen).all() and seen[-1] < seen[0]
+    network.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    close(loaded.predict(x, verbose=0), network.predict(x, verbose=0))
+    assert loaded.loss.get_config() == loss.get_config()
+    before = network.evaluate(x, target, verbose=0)
+    close(loaded.evaluate(x, target, verbose=0), before, 1e-5)
+
+
+def test_binary_model_with_flat_labels_and_weights():
+    x = np.random.default_rng(7).normal(size=(10, 4)).astype(np.float32)
+    y = (x[:, 0] > 0).astype(np.float32)
+    network = model(F.SigmoidFocalLoss(), last=1)
+    for weights in ({"sample_weight": np.ones(10)}, {"class_weight": {0: 1.0, 1: 2.0}}):
+        seen = network.fit(x, y, epochs=3, verbose=0, **weights).history["loss"]
+        assert seen[-1] < seen[0]
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_mixed_precision(policy, kind):
+    loss, _, target, _ = keras_losses()[kind]
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        network = model(loss)
+        x = np.random.default_rng(6).normal(size=(6, 4)).astype(np.float32)
+        assert network(x).dtype == policy.removeprefix("mixed_")
+        assert loss(target, network(x)).dtype == tf.float32
+        seen = network.fit(x, target, epochs=4, verbose=0).history["loss"]
+    finally:
+        keras.config.set_dtype_policy(before)
+    assert np.isfinite(seen).all() and seen[-1] < seen[0]
+
+
+def test_prior_bias_initializer():
+    layer = keras.layers.Dense(6, bias_initializer=F.PriorBias([0.01, 0.1, 0.5]))
+    layer.build((None, 4))
+    close(tf.sigmoid(layer.bias), [0.01, 0.1, 0.5] * 2, 1e-5)
+    restored = keras.initializers.deserialize(keras.initializers.serialize(F.PriorBias(0.02)))
+    close(restored((2,), "float64"), [F.prior_bias(0.02)] * 2, 1e-15)
+    assert restored.get_config() == {"pi": 0.02}
+    with pytest.raises(ValueError, match="PriorBias: the bias must have one axis"):
+        F.PriorBias([0.1, 0.2])((3,))
+    with pytest.raises(ValueError, match="prior_bias: pi must lie inside"):
+        F.PriorBias(0)
