@@ -6,6 +6,7 @@ To add a framework: a class with its conversions and (if it has autodiff) `grad`
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import os
@@ -132,8 +133,75 @@ class Torch(Backend):
         return self.numpy(gradient)
 
 
-BACKENDS: dict[str, type[Backend]] = {b.name: b for b in (NumPy, ArrayApiStrict, Torch)}
-AUTODIFF = ("torch",)
+class JAX(Backend):
+    """With 64-bit types during each call, whatever the process is set to."""
+
+    name = "jax"
+    dtypes = ("float16", "bfloat16", "float32", "float64")
+    array_name = "a JAX or NumPy array"
+
+    def __init__(self) -> None:
+        self.jax = importlib.import_module("jax")
+        module = importlib.import_module("focal.jax")
+        self.F = ModuleType(module.__name__)
+        self.F.__all__ = module.__all__
+        for name in module.__all__:
+            public = getattr(module, name)
+            wide = inspect.isfunction(public) and public.__module__ == module.__name__
+            setattr(self.F, name, self._wide(public) if wide else public)
+
+    def _wide(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wide(*args: Any, **kwargs: Any) -> Any:
+            with self.jax.enable_x64(True):
+                return function(*args, **kwargs)
+
+        return wide
+
+    def asarray(self, value: Any, dtype: str | None = None) -> Any:
+        with self.jax.enable_x64(True):
+            return self.jax.numpy.asarray(value, dtype)
+
+    def numpy(self, array: Any) -> np.ndarray:
+        return np.asarray(array, np.float32 if self.dtype(array) == "bfloat16" else None)
+
+    def grad(self, function: Callable[[Any], Any], x: Any) -> np.ndarray:
+        with self.jax.enable_x64(True):
+            return self.numpy(self.jax.grad(lambda x: function(x).sum())(x))
+
+
+class TensorFlow(Backend):
+    name = "tensorflow"
+    dtypes = ("float16", "bfloat16", "float32", "float64")
+    array_name = "a tf.Tensor or what converts to one"
+
+    def __init__(self) -> None:
+        self.tf = importlib.import_module("tensorflow")
+        self.F = importlib.import_module("focal.tensorflow")
+
+    def asarray(self, value: Any, dtype: str | None = None) -> Any:
+        tensor = self.tf.convert_to_tensor(value)
+        return tensor if dtype is None else self.tf.cast(tensor, dtype)
+
+    def numpy(self, array: Any) -> np.ndarray:
+        return (self.tf.cast(array, "float32") if array.dtype == "bfloat16" else array).numpy()
+
+    def dtype(self, array: Any) -> str:
+        return str(array.dtype.name)
+
+    def grad(self, function: Callable[[Any], Any], x: Any) -> np.ndarray:
+        with self.tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = self.tf.reduce_sum(function(x))
+        return self.numpy(tape.gradient(loss, x))
+
+
+BACKENDS: dict[str, type[Backend]] = {
+    b.name: b for b in (NumPy, ArrayApiStrict, Torch, JAX, TensorFlow)
+}
+AUTODIFF = ("torch", "jax", "tensorflow")
+RETINANETS = ("torch",)
+"""The frameworks that the reference RetinaNet is written in."""
 """The backends that differentiate the losses by themselves."""
 CLOSED_FORM = ("numpy", "array_api_strict")
 """The backends that offer the derivatives as functions."""

@@ -264,7 +264,10 @@ def fails(capsys, *arguments):
     ("arguments", "message"),
     [
         (("--preset", "huge"), "--preset must be one of tiny, r50; got 'huge'"),
-        (("--convention", "mine"), "--convention must be one of paper, torchvision, detectron2"),
+        (
+            ("--convention", "mine"),
+            "--convention must be one of paper, torchvision, torchvision_v2, detectron2",
+        ),
         (("--canvas", "64"), "--canvas must be HEIGHTxWIDTH"),
         (("--canvas", "0x64"), "--canvas must be HEIGHTxWIDTH"),
         (("--steps", "0"), "steps must be >= 1; got 0"),

@@ -241,8 +241,13 @@ def test_conventions_differ_where_they_should():
     assert table == {
         "paper": ["c5", False, 1.0, "batch", 100],
         "torchvision": ["p5", True, 0.0, "image", 300],
+        "torchvision_v2": ["c5", True, 0.0, "image", 300],
         "detectron2": ["c5", True, 0.0, "ema", 100],
     }
+    heads = [
+        (c.head_norm, c.box_loss) for c in (RetinaNetConfig(**c) for c in CONVENTIONS.values())
+    ]
+    assert heads == [("none", "smooth_l1")] * 2 + [("group", "giou"), ("none", "smooth_l1")]
     for changes in CONVENTIONS.values():
         config = RetinaNetConfig(**changes)
         assert (config.foreground, config.background, config.prior) == (0.5, 0.4, 0.01)

@@ -16,7 +16,6 @@ from focal.retinanet.network_torch import (
     RetinaNet,
     build_network,
     load_state,
-    read_torchvision,
     state,
 )
 from focal.retinanet.weights import load_weights, save_weights
@@ -392,68 +391,3 @@ def test_load_state_names_what_does_not_fit(tiny):
         ValueError, match=r"cls_logits\.weight \(9, 64, 3, 3\) for \(27, 64, 3, 3\)"
     ):
         load_state(tiny, other)
-
-
-# torchvision's files
-
-
-def older_names(tensors):
-    """The names in torchvision's published v1 file, which precedes its present modules."""
-    renamed = {}
-    for name, x in tensors.items():
-        parts = name.split(".")
-        if parts[2] == "conv":  # head.classification_head.conv.1.0.weight was conv.2.weight
-            parts[3:5] = [str(2 * int(parts[3]))]
-        elif parts[2] in ("inner_blocks", "layer_blocks"):
-            del parts[4]
-        renamed[".".join(parts)] = x
-    return renamed
-
-
-@pytest.mark.parametrize("kind", ["mapping", "pth", "safetensors"])
-@pytest.mark.parametrize("older", [False, True])
-def test_torchvision_state_dicts_load(tiny, tmp_path, kind, older):
-    source = dict(tiny.state_dict())
-    if older:
-        source = older_names(source)
-        assert "head.regression_head.conv.2.weight" in source
-        assert "backbone.fpn.inner_blocks.0.weight" in source
-    if kind == "pth":
-        torch.save(source, tmp_path / "model.pth")
-        source = tmp_path / "model.pth"
-    elif kind == "safetensors":
-        from safetensors.torch import save_file
-
-        save_file(source, tmp_path / "model.safetensors")
-        source = tmp_path / "model.safetensors"
-    tensors = read_torchvision(source)
-    expected = state(tiny)
-    assert tensors.keys() == expected.keys()
-    for name, x in expected.items():
-        np.testing.assert_array_equal(tensors[name], x)
-
-
-def test_a_torchvision_classifier_is_a_backbone(tiny):
-    body = build_network(TINY, seed=5).backbone.body.state_dict()
-    classifier = {**body, "fc.weight": torch.ones(10, 128), "fc.bias": torch.ones(10)}
-    tensors = read_torchvision(classifier)
-    model = build_network(TINY, seed=6)
-    load_state(model, state(model) | tensors)
-    for name, x in model.backbone.body.state_dict().items():
-        assert torch.equal(x, body[name]), name
-
-
-def test_the_epsilon_of_a_torchvision_network_is_taken_up():
-    config = SMALL.replace(norm="frozen_batch")
-    model = build_network(config, seed=0)
-    for i, norm in enumerate(m for m in model.modules() if isinstance(m, FrozenBatchNorm2d)):
-        norm.running_var.copy_(1e-5 * (0.1 + images(len(norm.running_var), seed=i).abs()))
-        norm.weight.mul_(1e-3)
-    x = images(1, 3, 64, 64)
-    loaded = build_network(config, seed=1)
-    load_state(loaded, read_torchvision(model.state_dict(), norm_eps=0.0))
-    # The same network with epsilon 0: variances lower by the epsilon that is added to them.
-    for norm in (m for m in model.modules() if isinstance(m, FrozenBatchNorm2d)):
-        norm.running_var.sub_(1e-5)
-    for a, b in zip(model(x), loaded(x), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

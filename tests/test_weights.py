@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from focal.core.anchors import AnchorConfig
 from focal.retinanet.config import RetinaNetConfig
-from focal.retinanet.weights import check_names, from_torchvision, load_weights, save_weights
+from focal.retinanet.weights import check_names, load_weights, save_weights
 
 CONFIG = RetinaNetConfig(
     classes=("disc", "étoile"),
@@ -160,41 +160,3 @@ def test_check_names_lists_the_first_few(tensors):
         "2 unexpected (empty, scalar); "
         "1 of another shape (conv.weight (4, 3, 3, 3) for (4, 3, 1, 1))"
     )
-
-
-def test_torchvision_names_become_ours():
-    older = {
-        "backbone.body.bn1.num_batches_tracked": np.int64(3),
-        "backbone.body.layer1.0.conv1.weight": np.ones(1),
-        "backbone.fpn.inner_blocks.2.bias": np.ones(2),
-        "backbone.fpn.layer_blocks.1.0.weight": np.ones(3),
-        "backbone.fpn.extra_blocks.p6.weight": np.ones(4),
-        "head.classification_head.conv.6.weight": np.ones(5),
-        "head.regression_head.conv.3.0.bias": np.ones(6),
-        "head.regression_head.conv.3.1.bias": np.ones(7),
-        "head.regression_head.bbox_reg.bias": np.ones(8),
-    }
-    sizes = {name: x.size for name, x in from_torchvision(older).items()}
-    assert sizes == {
-        "backbone.body.layer1.0.conv1.weight": 1,
-        "backbone.fpn.inner_blocks.2.0.bias": 2,
-        "backbone.fpn.layer_blocks.1.0.weight": 3,
-        "backbone.fpn.extra_blocks.p6.weight": 4,
-        "head.classification_head.conv.3.0.weight": 5,
-        "head.regression_head.conv.3.0.bias": 6,
-        "head.regression_head.conv.3.1.bias": 7,
-        "head.regression_head.bbox_reg.bias": 8,
-    }
-
-
-def test_another_epsilon_goes_into_the_weight():
-    source = {
-        "backbone.body.bn1.weight": np.float32([2.0, 3.0]),
-        "backbone.body.bn1.running_var": np.float32([1e-5, 3e-5]),
-    }
-    tensors = from_torchvision(source, norm_eps=0.0)
-    np.testing.assert_allclose(
-        tensors["backbone.body.bn1.weight"], [2 * 2**0.5, 3 * (4 / 3) ** 0.5], rtol=1e-6
-    )
-    assert source["backbone.body.bn1.weight"][0] == 2
-    assert tensors["backbone.body.bn1.weight"].dtype == np.float32

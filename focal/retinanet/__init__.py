@@ -15,6 +15,7 @@ hide which framework it is.
 from focal.retinanet.config import RetinaNetConfig, TrainConfig
 from focal.retinanet.detector import build, load, predict, raw_outputs, save
 from focal.retinanet.presets import CONVENTIONS, PRESETS, Preset
+from focal.retinanet.torchvision import load_torchvision
 
 __all__ = [
     "CONVENTIONS",
@@ -24,6 +25,7 @@ __all__ = [
     "TrainConfig",
     "build",
     "load",
+    "load_torchvision",
     "predict",
     "raw_outputs",
     "save",

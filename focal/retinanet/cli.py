@@ -75,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--convention",
         default="paper",
-        help="whose anchors, matching and box loss: paper (default), torchvision, detectron2",
+        help="whose anchors, matching and box loss: paper (default), torchvision, "
+        "torchvision_v2, detectron2",
     )
     train.add_argument("--out", type=Path, default=Path("runs/latest"), help="the run folder")
     train.add_argument("--steps", type=int, help="optimiser steps (default: the preset's)")
@@ -121,7 +122,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_backend(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backend", default="torch", help="torch (default)")
+    parser.add_argument("--backend", default="torch", help="torch (default), jax or tensorflow")
     parser.add_argument("--device", help="such as cpu or cuda (default: a GPU if there is one)")
 
 

@@ -28,7 +28,7 @@ def build(
 
     Args:
         config: The detector; `classes` must not be empty.
-        backend: "torch".
+        backend: "torch", "jax" or "tensorflow".
         seed: Of the initial weights; global random state is neither used nor changed.
         device: Such as "cpu" or "cuda"; default: a GPU where there is one.
 
@@ -69,7 +69,7 @@ def load(path: str | os.PathLike[str], backend: str = "torch", device: str | Non
 
     Args:
         path: The safetensors file.
-        backend: "torch".
+        backend: "torch", "jax" or "tensorflow".
         device: As in `build`.
 
     Raises:

@@ -7,23 +7,21 @@ frameworks. In shapes, N is images, A anchors in a cell and K classes.
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from focal.core.prior import prior_bias
 from focal.retinanet.architecture import BACKBONES, NORM_EPS, Backbone, norm_groups
 from focal.retinanet.config import RetinaNetConfig
-from focal.retinanet.weights import check_names, from_torchvision
+from focal.retinanet.weights import check_names
 
-__all__ = ["RetinaNet", "build_network", "load_state", "read_torchvision", "state"]
+__all__ = ["RetinaNet", "build_network", "load_state", "state"]
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -310,23 +308,3 @@ def load_state(model: RetinaNet, tensors: Mapping[str, np.ndarray]) -> None:
     own = model.state_dict()
     check_names(tensors, {k: tuple(v.shape) for k, v in own.items() if not k.endswith(_COUNTER)})
     model.load_state_dict({name: torch.tensor(x) for name, x in tensors.items()})
-
-
-def read_torchvision(
-    source: str | os.PathLike[str] | Mapping[str, Tensor], *, norm_eps: float = NORM_EPS
-) -> dict[str, np.ndarray]:
-    """Read a state dict of torchvision: a RetinaNet's, or a classifier's as its backbone.
-
-    To start from an ImageNet backbone: `load_state(model, state(model) | read_torchvision(path))`.
-
-    Args:
-        source: a `.pth` or `.safetensors` file, or the state dict itself.
-        norm_eps: as in `weights.from_torchvision`; 0 for the published v1, not for v2.
-    """
-    if isinstance(source, Mapping):
-        tensors = source
-    elif os.fspath(source).endswith(".safetensors"):
-        tensors = load_file(source)
-    else:
-        tensors = torch.load(source, map_location="cpu", weights_only=True)
-    return from_torchvision(_numpy(tensors), norm_eps=norm_eps)

@@ -55,17 +55,26 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
     }
 )
 
+# retinanet_resnet50_fpn (v1): P6 from P5, whole-pixel anchors at the cells' corners.
+_TORCHVISION: Mapping[str, Any] = {
+    "p6_from": "p5",
+    "allow_low_quality": True,
+    "anchors": AnchorConfig(offset=0.0, rounded=True),
+    "box_beta": 0.0,
+    "normaliser": "image",
+    "max_detections": 300,
+}
+
 CONVENTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "paper": {},
-        # retinanet_resnet50_fpn (v1): P6 from P5, whole-pixel anchors at the cells' corners.
-        "torchvision": {
-            "p6_from": "p5",
-            "allow_low_quality": True,
-            "anchors": AnchorConfig(offset=0.0, rounded=True),
-            "box_beta": 0.0,
-            "normaliser": "image",
-            "max_detections": 300,
+        "torchvision": _TORCHVISION,
+        # retinanet_resnet50_fpn_v2
+        "torchvision_v2": {
+            **_TORCHVISION,
+            "p6_from": "c5",
+            "head_norm": "group",
+            "box_loss": "giou",
         },
         # Base-RetinaNet.yaml: L1 boxes, running mean of the positives as normaliser.
         "detectron2": {

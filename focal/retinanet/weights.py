@@ -6,7 +6,6 @@ Names and layouts are those of torchvision's RetinaNet, convolutions (out, in, h
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,12 +13,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from focal.retinanet.architecture import NORM_EPS
 from focal.retinanet.config import RetinaNetConfig
 
 __all__ = [
     "check_names",
-    "from_torchvision",
     "load_weights",
     "read_tensors",
     "save_weights",
@@ -139,41 +136,3 @@ def check_names(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Sequen
     ]
     if found:
         raise ValueError(f"the weights are not those of this network: {'; '.join(found)}")
-
-
-def from_torchvision(
-    tensors: Mapping[str, np.ndarray], *, norm_eps: float = NORM_EPS
-) -> dict[str, np.ndarray]:
-    """The weights of a torchvision RetinaNet, or of a ResNet as its backbone, under our names.
-
-    Args:
-        tensors: the arrays of torchvision's state dict, of any of its versions.
-        norm_eps: what the batch normalisations of that network add to the variance. It is 0 in
-            the published `retinanet_resnet50_fpn`, though not in `_v2`.
-
-    Returns:
-        The arrays by name; a classifier's last layer and the counters of batches are left out.
-    """
-    renamed = {
-        _current_name(name): x
-        for name, x in tensors.items()
-        if not name.startswith("fc.") and not name.endswith("num_batches_tracked")
-    }
-    if norm_eps != NORM_EPS:
-        # All our networks have one epsilon, so the weight beside it takes up the difference.
-        for name, var in list(renamed.items()):
-            if name.endswith("running_var"):
-                weight = name.replace("running_var", "weight")
-                renamed[weight] = renamed[weight] * np.sqrt((var + NORM_EPS) / (var + norm_eps))
-    return renamed
-
-
-def _current_name(name: str) -> str:
-    """Our name, which is the one in torchvision today; its published v1 file has older ones."""
-    name = re.sub(r"(fpn\.\w+_blocks\.\d)\.(weight|bias)$", r"\1.0.\2", name)
-    name = re.sub(
-        r"(_head\.conv)\.(\d)\.(weight|bias)$",
-        lambda m: f"{m[1]}.{int(m[2]) // 2}.0.{m[3]}",  # convolutions alternated with ReLUs
-        name,
-    )
-    return name if name.startswith(("backbone.", "head.")) else f"backbone.body.{name}"
