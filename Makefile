@@ -3,21 +3,29 @@ PYTHON ?= python3.11
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
+ALL := $(VENV)/.all
 WORKERS ?= 2
 
 .PHONY: setup test test-gpu demo lint bench docs clean
 
-setup: $(READY)
+setup: $(ALL)
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[torch,retinanet,dev]"
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[torch,retinanet]"
 	touch $@
 
-test: $(READY)
+# All frameworks, and the tools of development. `tensorflow-cpu` stands in for the extra
+# `tensorflow`, which is several times as large.
+$(ALL): $(READY)
+	$(RUN) -m pip install --quiet --constraint constraints.txt \
+		--editable ".[torch,jax,retinanet,dev]" tensorflow-cpu keras
+	touch $@
+
+test: $(ALL)
 	FOCAL_REQUIRE_ALL=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS)
 
-test-gpu: $(READY)
+test-gpu: $(ALL)
 	$(RUN) -m pytest -q tests/gpu
 
 # About two minutes of training on two cores; STEPS=200 makes it a short trial.
@@ -26,15 +34,15 @@ demo: $(READY)
 	$(RUN) -m focal train --data shapes --preset tiny --canvas 128x128 --steps $(STEPS) --out runs/demo
 	$(RUN) -m focal evaluate runs/demo/weights.safetensors --data shapes --split test --out runs/demo/test.json
 
-lint: $(READY)
+lint: $(ALL)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-bench: $(READY)
+bench: $(ALL)
 	$(RUN) -m benchmarks
 
-docs: $(READY)
+docs: $(ALL)
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	$(RUN) -m mkdocs build --strict --site-dir build/site
 

@@ -1,5 +1,10 @@
-"""`python -m benchmarks`: all measurements on the CPU, printed and written as JSON."""
+"""`python -m benchmarks`: all measurements on the CPU, printed and written as JSON.
 
-from benchmarks.bench_losses import main
+One process for each framework, so that their threads do not meet.
+"""
 
-main()
+import subprocess
+import sys
+
+for framework in ("torch", "jax", "tensorflow"):
+    subprocess.run([sys.executable, "-m", f"benchmarks.bench_{framework}"], check=True)

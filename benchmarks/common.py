@@ -1,23 +1,60 @@
-"""Timing two sides fairly, and describing the machine that was measured."""
+"""The example, timing two sides fairly, and describing the machine that was measured."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-
-import focal
 
 Case = Callable[[], object]
 Summary = dict[str, float]
+
+ROWS, CLASSES, POSITIVES = 40_000, 80, 0.01
+ALPHA, GAMMA = 0.25, 2.0
+SETTING = f"float32 {ROWS} x {CLASSES}, {POSITIVES:.0%} positive rows, gamma {GAMMA}, alpha {ALPHA}"
+RESULTS = Path(__file__).parent / "results"
+
+
+def example() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits, labels (-1 is background), and the dense targets that say the same."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(-3, 2, (ROWS, CLASSES)).astype(np.float32)
+    positive = rng.random(ROWS) < POSITIVES
+    labels = np.where(positive, rng.integers(0, CLASSES, ROWS), -1)
+    return x, labels, (labels[:, None] == np.arange(CLASSES)).astype(np.float32)
+
+
+def compare(sides: Mapping[str, Case]) -> dict[str, Any]:
+    """Times of both sides, ours first, and how many times as long the other takes."""
+    times = interleaved(sides)
+    ours, other = times.values()
+    return {**times, "ratio_of_medians": round(other["median_ms"] / ours["median_ms"], 2)}
+
+
+def record(name: str, **measured: Any) -> dict[str, Any]:
+    """Write what was measured to results/, with date, machine, versions and command."""
+    report = {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": "python -m benchmarks",
+        "machine": machine(),
+        "versions": versions(),
+        "setting": SETTING,
+        **measured,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps(report, indent=2) + "\n"
+    (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
+    return report
 
 
 def interleaved(
@@ -56,7 +93,6 @@ def machine() -> dict[str, Any]:
         "processor": _cpu_name(),
         "architecture": platform.machine(),
         "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
         "memory_gib": round(_memory_bytes() / 2**30, 1),
         "system": platform.system(),
         "load_before": round(os.getloadavg()[0], 2),
@@ -64,13 +100,28 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that takes part."""
-    return {
-        "focal": focal.__version__,
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "torch": torch.__version__,
+    """Of the frameworks that this process has imported."""
+    distributions = {
+        "focal": "focal-losses",
+        "numpy": "numpy",
+        "torch": "torch",
+        "jax": "jax",
+        "optax": "optax",
+        "tensorflow": "tensorflow-cpu",
+        "keras": "keras",
     }
+    found = {name: version(d) for name, d in distributions.items() if name in sys.modules}
+    return {"python": platform.python_version(), **found}
+
+
+def times_table(cases: Mapping[str, Mapping[str, Any]]) -> str:
+    """Median (least) milliseconds of both sides, and the ratio."""
+    rows = [("case", "focal", "other", "ratio")]
+    for name, case in cases.items():
+        sides = [value for value in case.values() if isinstance(value, dict) and "min_ms" in value]
+        cells = (f"{side['median_ms']:.1f} ({side['min_ms']:.1f})" for side in sides)
+        rows.append((name, *cells, f"{case['ratio_of_medians']:.2f}"))
+    return table(rows)
 
 
 def table(rows: list[tuple[str, ...]]) -> str:

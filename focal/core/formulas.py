@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from focal.core.namespace import Array, Formula, Namespace
+from focal.core.namespace import Array, Namespace
 
 __all__ = ["SigmoidFocal", "SigmoidFocalStar", "Sparse"]
 
@@ -51,6 +51,21 @@ class SigmoidFocal(NamedTuple):
             slope = xp.addcmul(slope, bend, ce)
         slope *= factor
         slope *= sign
+        ce *= factor
+        return ce, slope
+
+    def background(self, xp: Namespace, x: Array) -> Array:
+        """FL for y = 0, half the work: (1 - alpha) p^gamma softplus(x)."""
+        _, p, ce = _background_parts(xp, x)
+        return _weighted_power(xp, self, p, 0.0) * ce
+
+    def background_and_grad(self, xp: Namespace, x: Array) -> tuple[Array, Array]:
+        """FL and dFL/dx = (1 - alpha) p^gamma (gamma q softplus(x) + p) for y = 0."""
+        q, p, ce = _background_parts(xp, x)
+        factor = _weighted_power(xp, self, p, 0.0)
+        q *= ce
+        slope = xp.addcmul(p, q, self.gamma)
+        slope *= factor
         ce *= factor
         return ce, slope
 
@@ -111,18 +126,18 @@ class Sparse(NamedTuple):
     written over; a one-hot tensor never exists.
     """
 
-    formula: Formula
+    formula: SigmoidFocal
 
     def value(self, xp: Namespace, x: Array, labels: Array) -> Array:
         """The loss of every logit."""
         at, x_at, y_at = self._labelled(xp, x, labels)
-        background = self.formula.value(xp, x, 0.0)
+        background = self.formula.background(xp, x)
         return self._merge(xp, background, at, self.formula.value(xp, x_at, y_at), labels)
 
     def value_and_grad(self, xp: Namespace, x: Array, labels: Array) -> tuple[Array, Array]:
         """The loss of every logit and its derivative."""
         at, x_at, y_at = self._labelled(xp, x, labels)
-        background = self.formula.value_and_grad(xp, x, 0.0)
+        background = self.formula.background_and_grad(xp, x)
         labelled = self.formula.value_and_grad(xp, x_at, y_at)
         value, grad = (
             self._merge(xp, b, at, v, labels) for b, v in zip(background, labelled, strict=True)
@@ -160,6 +175,16 @@ def _parts(xp: Namespace, x: Array, y: Array) -> tuple[Array, Array, Array, Arra
     ce -= xp.log1p(-s)
     m = _at_least_tiny(xp, xp.addcmul(w, s, xp.addcmul(1, w, -2)))
     return sign, s, w, ce, m
+
+
+def _background_parts(xp: Namespace, x: Array) -> tuple[Array, Array, Array]:
+    """q, p and softplus(x) = max(x, 0) - log(1 - s), with s the smaller of p and q."""
+    positive = xp.step(x)
+    s = xp.sigmoid(-xp.abs(x))
+    # As in `_parts`, an infinite logit must not meet q = 0.
+    ce = xp.minimum(xp.maximum(x, 0.0), xp.finfo(x.dtype).max)
+    ce -= xp.log1p(-s)
+    return xp.abs((1 - positive) - s), xp.abs(positive - s), ce
 
 
 def _at_least_tiny(xp: Namespace, m: Array) -> Array:

@@ -1,0 +1,157 @@
+"""PyTorch on a CPU: the losses against the textbook composition, and the time of an import."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.bench_step import training_step
+from benchmarks.common import (
+    ALPHA,
+    CLASSES,
+    GAMMA,
+    SETTING,
+    Case,
+    compare,
+    example,
+    record,
+    summary,
+    table,
+    times_table,
+)
+from focal.torch import sigmoid_focal_loss, sparse_sigmoid_focal_loss
+
+FRAMEWORKS = ("torch", "jax", "tensorflow", "keras", "flax")
+
+
+def textbook(x: Tensor, y: Tensor) -> Tensor:
+    """Focal loss as it is usually typed, summed."""
+    p = torch.sigmoid(x)
+    ce = functional.binary_cross_entropy_with_logits(x, y, reduction="none")
+    p_t = p * y + (1 - p) * (1 - y)
+    alpha_t = ALPHA * y + (1 - ALPHA) * (1 - y)
+    return (alpha_t * (1 - p_t) ** GAMMA * ce).sum()
+
+
+def textbook_sparse(x: Tensor, labels: Tensor) -> Tensor:
+    """The same from labels (-1 is background), with the one-hot targets it needs."""
+    return textbook(x, functional.one_hot(labels + 1, CLASSES + 1)[:, 1:].to(x.dtype))
+
+
+def ours(x: Tensor, y: Tensor) -> Tensor:
+    return sigmoid_focal_loss(x, y, ALPHA, GAMMA, "sum")
+
+
+def ours_each(x: Tensor, y: Tensor) -> Tensor:
+    return sigmoid_focal_loss(x, y, ALPHA, GAMMA).sum()
+
+
+def ours_sparse(x: Tensor, labels: Tensor) -> Tensor:
+    return sparse_sigmoid_focal_loss(x, labels, ALPHA, GAMMA, "sum")
+
+
+def forward_backward(loss: Any, x: Tensor, t: Tensor) -> Case:
+    def run() -> Tensor:
+        leaf = x.detach().requires_grad_()
+        loss(leaf, t).backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    return run
+
+
+def compare_losses() -> dict[str, Any]:
+    """Forward and backward of each case, both sides."""
+    x, labels, y = map(torch.from_numpy, example())
+    cases = {
+        "dense, sum": (ours, textbook, y),
+        "dense, none().sum()": (ours_each, textbook, y),
+        "sparse, sum": (ours_sparse, textbook_sparse, labels),
+        "dense, sum, compiled": (torch.compile(ours), torch.compile(textbook), y),
+    }
+    result = {}
+    for name, (own, other, t) in cases.items():
+        sides = {"focal": forward_backward(own, x, t), "textbook": forward_backward(other, x, t)}
+        torch.testing.assert_close(sides["focal"](), sides["textbook"](), rtol=1e-3, atol=1e-6)
+        memory = {side: peak_memory(run) / (4 * x.numel()) for side, run in sides.items()}
+        result[name] = {
+            **compare(sides),
+            "peak_memory_in_logits": {side: round(value, 2) for side, value in memory.items()},
+        }
+    return result
+
+
+def peak_memory(run: Case) -> int:
+    """Greatest number of bytes that PyTorch held at once beyond what it held before.
+
+    The profiler reports each allocation (+) and release (-) of the CPU allocator in order; their
+    running sum's maximum is exact, whereas resident memory depends on what malloc kept. The
+    gradient itself is counted: it is 1.0 times the logits.
+    """
+    run()
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        run()
+    changes = [
+        (event.start_ns(), event.nbytes())
+        for event in profile.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    held = peak = 0
+    for _, nbytes in sorted(changes, key=lambda change: change[0]):
+        held += nbytes
+        peak = max(peak, held)
+    return peak
+
+
+def import_time(repetitions: int = 11) -> dict[str, Any]:
+    """What `import focal` takes in a fresh process where NumPy is there already."""
+    program = (
+        "import sys, time, numpy; start = time.perf_counter(); import focal;"
+        "print((time.perf_counter() - start) * 1e3);"
+        f"print([name for name in {FRAMEWORKS!r} if name in sys.modules])"
+    )
+    times, loaded = [], set()
+    for _ in range(repetitions):
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        )
+        elapsed, frameworks = done.stdout.splitlines()
+        times.append(float(elapsed))
+        loaded.add(frameworks)
+    assert loaded == {"[]"}, f"import focal loads {loaded}"
+    return {**summary(times), "frameworks_loaded": 0}
+
+
+def main() -> None:
+    """Measure, write, print."""
+    report = record(
+        "torch_cpu",
+        threads=torch.get_num_threads(),
+        import_focal=import_time(),
+        losses=compare_losses(),
+        training_step=training_step(),
+    )
+    print(f"PyTorch, {SETTING}; forward and backward, median (least) in ms\n")
+    print(times_table(report["losses"]))
+    memory = [("peak memory in logits", "focal", "textbook")]
+    for name, case in report["losses"].items():
+        memory.append((name, *(f"{v:.2f}" for v in case["peak_memory_in_logits"].values())))
+    print(f"\n{table(memory)}")
+    loading = report["import_focal"]["median_ms"]
+    print(f"\nimport focal beyond NumPy: {loading:.1f} ms, no framework")
+    step = report["training_step"]
+    print(f"\nTraining step of the preset tiny, 240x240, batch of 8, {step['precision']}, in ms\n")
+    names = ("forward", "backward", "optimiser", "the rest", "step")
+    print(table([(n, f"{step[n]['median_ms']:.1f} ({step[n]['min_ms']:.1f})") for n in names]))
+    print(f"Data, targets and losses are {step['share_of_the_rest']:.1%} of a step.")
+
+
+if __name__ == "__main__":
+    main()
