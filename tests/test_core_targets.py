@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.testing import assert_allclose, assert_array_equal
-from strategies import boxes
+from strategies import boxes, counts
 
 import focal.numpy as reference
 from focal import AnchorConfig
@@ -193,7 +193,7 @@ def test_deltas_have_the_type_of_the_boxes(backend: Backend, count: int, dtype: 
 
 # ---------------------------------------------------------------- sampling
 
-LABELS = hnp.arrays(np.int64, st.integers(0, 20), elements=st.integers(-2, 2))
+LABELS = hnp.arrays(np.int64, counts(20), elements=st.integers(-2, 2))
 
 
 @given(LABELS, st.integers(0, 12), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
@@ -241,7 +241,7 @@ def mask(n: int, taken: list[int]) -> np.ndarray:
     return np.isin(np.arange(n), taken)
 
 
-LOSSES = hnp.arrays("float64", st.integers(0, 16), elements=st.integers(0, 9).map(float))
+LOSSES = hnp.arrays("float64", counts(16), elements=st.integers(0, 9).map(float))
 LIMITS = st.none() | st.integers(0, 10)
 
 

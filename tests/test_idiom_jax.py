@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,13 @@ def logits(*shape: int, dtype: str = "float32") -> np.ndarray:
 
 def soft(*shape: int, dtype: str = "float32") -> np.ndarray:
     return np.random.default_rng(1).random(shape).astype(dtype)
+
+
+def crowd(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(seed)
+    corner, side = random.uniform(0, 100, (n, 2)), random.uniform(10, 40, (n, 2))
+    boxes = np.concatenate([corner, corner + side], axis=1).astype("float32")
+    return boxes, random.integers(0, n, n).astype("float32")
 
 
 def every_loss(x, labels=LABELS):
@@ -160,6 +168,67 @@ def test_jit_equals_eager():
     assert_allclose(compiled[1], eager[1], rtol=1e-5, atol=1e-7)
 
 
+ARRAYS = {
+    "x": logits(6, 3),
+    "y": soft(6, 3),
+    "labels": LABELS,
+    "boxes": crowd(6)[0],
+    "anchors": crowd(6, 1)[0],
+    "scores": crowd(6)[1],
+    "classes": np.array([0, 1, 0, 1, 2, 2]),
+    "deltas": logits(6, 4) / 3,
+    "losses": crowd(6)[1],
+}
+EVERY_FUNCTION = {
+    "sigmoid_focal_loss": ("x y", {"gamma": 0.5}),
+    "sigmoid_focal_loss_star": ("x y", {"reduction": "mean"}),
+    "balanced_cross_entropy": ("x y", {"reduction": "sum"}),
+    "sparse_sigmoid_focal_loss": ("x labels", {"reduction": "positives"}),
+    "softmax_focal_loss": ("x labels", {"alpha": [1, 2, 3], "ignore_index": -2}),
+    "smooth_l1_loss": ("x y", {"beta": 0.1}),
+    "giou_loss": ("boxes anchors", {}),
+    "box_area": ("boxes", {}),
+    "box_iou": ("boxes anchors", {}),
+    "generalized_box_iou": ("boxes anchors", {}),
+    "encode_boxes": ("boxes anchors", {"weights": (10, 10, 5, 5)}),
+    "decode_boxes": ("deltas anchors", {"weights": (10, 10, 5, 5)}),
+    "clip_boxes": ("boxes", {"image_size": (64, 48)}),
+    "nms": ("boxes scores", {"iou_threshold": 0.1}),
+    "batched_nms": ("boxes scores classes", {"iou_threshold": 0.1}),
+    "anchors": ("", {"image_size": (40, 70)}),
+    "match_anchors": ("anchors boxes", {"foreground": 0.3, "background": 0.1}),
+    "assign_targets": ("anchors boxes classes", {"allow_low_quality": True}),
+    "subsample": ("labels", {"num_samples": 4}),
+    "hard_example_mask": ("losses", {"num_examples": 3}),
+}
+
+
+def test_every_function_is_listed():
+    bound = {name for name in F.__all__ if getattr(F, name).__module__ == F.__name__}
+    assert set(EVERY_FUNCTION) == bound
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("name", EVERY_FUNCTION)
+def test_every_function_compiled_equals_eager(name, dtype):
+    names, options = EVERY_FUNCTION[name]
+    function = partial(getattr(F, name), **options)
+    with jax.enable_x64(dtype == "float64"):
+        arrays = [jnp.asarray(ARRAYS[n]) for n in names.split()]
+        arrays = [a.astype(dtype) if jnp.issubdtype(a.dtype, float) else a for a in arrays]
+        results = jax.tree.leaves(function(*arrays)), jax.tree.leaves(jax.jit(function)(*arrays))
+    for eager, compiled in zip(*results, strict=True):
+        assert compiled.dtype == eager.dtype
+        if jnp.issubdtype(eager.dtype, float):
+            eager, compiled = (np.asarray(a, np.float64) for a in (eager, compiled))
+            # The compiler contracts a product and a sum into one rounding.
+            rounding = 4 * float(jnp.finfo(dtype).eps)
+            assert_allclose(compiled, eager, rtol=rounding, atol=rounding * abs(eager).max())
+        else:
+            assert_array_equal(compiled[: len(eager)], eager)
+            assert_array_equal(compiled[len(eager) :], -1)  # the padding of `nms`
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_types_compute_in_float32(dtype):
     x, y = jnp.asarray(logits(64, 8), dtype), soft(64, 8).round()
@@ -192,13 +261,6 @@ def test_wrong_shapes_are_reported_while_tracing():
 
 
 # ---------------------------------------------------------------- boxes and targets
-
-
-def crowd(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    random = np.random.default_rng(seed)
-    corner, side = random.uniform(0, 100, (n, 2)), random.uniform(10, 40, (n, 2))
-    boxes = np.concatenate([corner, corner + side], axis=1).astype("float32")
-    return boxes, random.integers(0, n, n).astype("float32")
 
 
 @pytest.mark.parametrize("n", [0, 1, 50, 300])

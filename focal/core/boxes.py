@@ -147,7 +147,9 @@ def encode_boxes(
     xa, ya, wa, ha = _centre_size(wide_anchors)
     tiny = xp.finfo(w.dtype).smallest_normal
     w, h = xp.maximum(w, tiny), xp.maximum(h, tiny)
-    dx, dy = wx * (x - xa) / wa, wy * (y - ya) / ha
+    # One division per anchor, not per box: XLA would otherwise turn the quotient of a batch, and
+    # only that, into such a product, and the batch would not equal its images to the last bit.
+    dx, dy = (x - xa) * (wx / wa), (y - ya) * (wy / ha)
     dw, dh = ww * (xp.log(w) - xp.log(wa)), wh * (xp.log(h) - xp.log(ha))
     return xp.astype(xp.stack([dx, dy, dw, dh], axis=-1), boxes.dtype)
 
