@@ -19,6 +19,7 @@ gammas = st.sampled_from([0.0, 0.5, 1.0, 2.0, 0.125, 3.75, 8.0])
 any_gammas = gammas | st.floats(0, 8, width=16)  # exact in every type
 alphas = st.sampled_from([None, -1, 0.0, 0.25, 0.5, 1.0])
 shapes = st.sampled_from([(5,), (3, 0), (2, 3, 4)])
+lengths = st.sampled_from([0, 1, 4, 12])
 rows_and_classes = st.sampled_from([((4,), 1), ((0,), 3), ((2, 3), 5)])
 
 
@@ -76,17 +77,10 @@ def rows(
     return Rows(x, labels)
 
 
-def counts(most: int) -> st.SearchStrategy[int]:
-    """Lengths of lists: none, one, some, many."""
-    return st.sampled_from([0, 1, min(4, most), most])
-
-
 @st.composite
-def boxes(
-    draw: Any, count: int | None = None, max_boxes: int = 8, min_side: int = 0, extent: int = 64
-) -> np.ndarray:
+def boxes(draw: Any, count: int | None = None, min_side: int = 0, extent: int = 64) -> np.ndarray:
     """(N, 4) boxes on a grid of quarter pixels, so that ties and shared edges are common."""
-    n = draw(counts(max_boxes)) if count is None else count
+    n = draw(lengths) if count is None else count
     corner = hnp.arrays(np.int64, (n, 2), elements=st.integers(-extent, extent))
     side = hnp.arrays(np.int64, (n, 2), elements=st.integers(4 * min_side, 2 * extent))
     low, size = draw(corner), draw(side)

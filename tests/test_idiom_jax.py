@@ -156,9 +156,9 @@ def test_the_gradient_in_the_targets():
 
 def test_vmap_of_every_loss_is_a_loop_of_it():
     x, labels = logits(4, 6, 3), np.random.default_rng(2).integers(-2, 3, (4, 6))
-    for f in (every_loss, jax.grad(every_loss)):
+    for f in (jax.jit(every_loss), jax.jit(jax.grad(every_loss))):
         expected = [f(jnp.asarray(a), jnp.asarray(b)) for a, b in zip(x, labels, strict=True)]
-        assert_allclose(jax.vmap(f)(x, labels), expected, rtol=1e-5, atol=1e-7)
+        assert_allclose(jax.jit(jax.vmap(f))(x, labels), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_jit_equals_eager():
@@ -215,11 +215,11 @@ def test_every_function_compiled_equals_eager(name, dtype):
     function = partial(getattr(F, name), **options)
     with jax.enable_x64(dtype == "float64"):
         arrays = [jnp.asarray(ARRAYS[n]) for n in names.split()]
-        arrays = [a.astype(dtype) if jnp.issubdtype(a.dtype, float) else a for a in arrays]
+        arrays = [a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a for a in arrays]
         results = jax.tree.leaves(function(*arrays)), jax.tree.leaves(jax.jit(function)(*arrays))
     for eager, compiled in zip(*results, strict=True):
         assert compiled.dtype == eager.dtype
-        if jnp.issubdtype(eager.dtype, float):
+        if jnp.issubdtype(eager.dtype, jnp.floating):
             eager, compiled = (np.asarray(a, np.float64) for a in (eager, compiled))
             # The compiler contracts a product and a sum into one rounding.
             rounding = 4 * float(jnp.finfo(dtype).eps)
@@ -263,7 +263,7 @@ def test_wrong_shapes_are_reported_while_tracing():
 # ---------------------------------------------------------------- boxes and targets
 
 
-@pytest.mark.parametrize("n", [0, 1, 50, 300])
+@pytest.mark.parametrize("n", [0, 1, 300])
 def test_nms_in_jit_is_padded(n):
     boxes, scores = crowd(n)
     classes = np.arange(n) % 2
@@ -279,7 +279,7 @@ def test_nms_in_jit_is_padded(n):
 
 def test_vmap_of_nms_is_padded():
     boxes, scores = (np.stack(a) for a in zip(crowd(40, 0), crowd(40, 1), strict=True))
-    padded = jax.vmap(lambda b, s: F.nms(b, s, 0.5))(boxes, scores)
+    padded = jax.jit(jax.vmap(lambda b, s: F.nms(b, s, 0.5)))(boxes, scores)
     for row, b, s in zip(padded, boxes, scores, strict=True):
         assert_array_equal(row[row >= 0], reference.nms(b, s, 0.5))
 
@@ -299,9 +299,10 @@ def test_compiled_targets_equal_numpy(count, allow_low_quality):
         assert got[0].dtype == jnp.int32
         assert_array_equal(got[0], expected[0])
         assert_allclose(got[1], expected[1], rtol=1e-5, atol=1e-6)
-    batch = jax.vmap(assign)(np.stack([boxes, boxes[::-1]]), np.stack([labels, labels[::-1]]))
+    pair = np.stack([boxes, boxes[::-1]]), np.stack([labels, labels[::-1]])
+    batch = jax.jit(jax.vmap(assign))(*pair)
     assert_array_equal(batch[0][0], expected[0])
-    slopes = jax.grad(lambda b: assign(b, labels)[1].sum())(boxes)
+    slopes = jax.jit(jax.grad(lambda b: assign(b, labels)[1].sum()))(boxes)
     assert np.isfinite(slopes).all()
 
 
@@ -343,7 +344,7 @@ def test_shard_map_equals_one_device():
 
         over = jax.shard_map(local, mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P())
         got = jax.jit(jax.value_and_grad(over))(x, labels)
-        expected = jax.value_and_grad(total)(x, labels)
+        expected = jax.jit(jax.value_and_grad(total))(x, labels)
         np.testing.assert_allclose(got[0], expected[0], rtol=1e-6)
         np.testing.assert_allclose(got[1], expected[1], rtol=1e-6)
 
@@ -417,7 +418,9 @@ def test_prior_bias_init_in_flax():
     linen, nnx = pytest.importorskip("flax.linen"), pytest.importorskip("flax.nnx")
     init = F.prior_bias_init(0.01)
     with jax.numpy_dtype_promotion("standard"):
-        conv = nnx.Conv(4, 6, (3, 3), bias_init=init, rngs=nnx.Rngs(0))
+        conv = nnx.Conv(
+            4, 6, (3, 3), kernel_init=nnx.initializers.zeros, bias_init=init, rngs=nnx.Rngs(0)
+        )
         dense = linen.Dense(6, bias_init=init).init(jax.random.key(0), jnp.zeros((1, 4)))
     for bias in (conv.bias[...], dense["params"]["bias"]):
         assert_allclose(jax.nn.sigmoid(bias), np.full(6, 0.01), rtol=1e-6)
