@@ -93,7 +93,7 @@ def test_no_boxes_and_no_anchors(backend: Backend, low_quality: bool | float) ->
 def test_padding_matches_nothing(
     backend: Backend, low_quality: bool | float, anchors: np.ndarray, truth: np.ndarray
 ) -> None:
-    padded = np.concatenate([truth, np.zeros((12 - len(truth), 4))])
+    padded = np.concatenate([truth, np.zeros((10 - len(truth), 4))])
     options = {"allow_low_quality": low_quality}
     expected = backend(MATCH, anchors, truth, **options)
     assert_array_equal(backend(MATCH, anchors, padded, **options), expected)
