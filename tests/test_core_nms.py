@@ -86,10 +86,10 @@ def test_chain_across_blocks(backend: Backend) -> None:
 
 
 def test_identical_boxes_leave_the_first(backend: Backend) -> None:
-    boxes = np.tile([[1.0, 2.0, 3.0, 4.0]], (7, 1))
-    assert_array_equal(backend("nms", boxes, np.full(7, 0.5), 0.5), [0])
-    assert_array_equal(backend("nms", boxes, np.arange(7) / 7, 0.5), [6])
-    assert_array_equal(backend("nms", boxes, np.arange(7) / 7, 1.0), np.arange(7)[::-1])
+    boxes = np.tile([[1.0, 2.0, 3.0, 4.0]], (10, 1))
+    assert_array_equal(backend("nms", boxes, np.full(10, 0.5), 0.5), [0])
+    assert_array_equal(backend("nms", boxes, np.arange(10) / 10, 0.5), [9])
+    assert_array_equal(backend("nms", boxes, np.arange(10) / 10, 1.0), np.arange(10)[::-1])
 
 
 def test_overlap_at_the_threshold_is_kept(backend: Backend) -> None:
