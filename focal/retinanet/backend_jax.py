@@ -1,0 +1,258 @@
+"""The JAX side of the detector: everything between NumPy batches and the network.
+
+What is compiled is a pure function of a model's static description (`nnx.GraphDef`), its
+variables and a batch, so that all models of one config share it.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+
+from focal.core.anchors import anchors as core_anchors
+from focal.jax._namespace import xp
+from focal.retinanet.config import RetinaNetConfig, TrainConfig
+from focal.retinanet.data.loader import Batch
+from focal.retinanet.network_jax import (
+    RetinaNet,
+    arrays,
+    build_network,
+    load_state,
+    replaced,
+    state,
+)
+from focal.retinanet.objective import objective, targets
+from focal.retinanet.postprocess import detections
+from focal.retinanet.weights import check_names
+
+__all__ = ["Trainer", "build", "describe", "detect", "load_state", "raw_outputs", "state"]
+
+EMA_START = 100.0
+"""Where detectron2 starts its running mean of the positives."""
+
+
+def build(config: RetinaNetConfig, seed: int, device: str | None = None) -> RetinaNet:
+    """A network in evaluation mode, on JAX's default device: a GPU where there is one."""
+    try:
+        place = jax.devices(device)[0]
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used: {reason}") from error
+    with jax.default_device(place):
+        network = build_network(config, seed)
+    # Put there explicitly, so that whatever is computed from it stays on that device.
+    nnx.update(network, jax.device_put(nnx.state(network), place))
+    network.eval()
+    return network
+
+
+def describe(model: RetinaNet) -> dict[str, Any]:
+    """Device and versions, for the records of a run."""
+    device = _device(model)
+    name = platform.machine() if device.platform == "cpu" else device.device_kind
+    versions = {"jax": jax.__version__, "flax": flax.__version__, "optax": optax.__version__}
+    return {
+        "device": f"{device.platform} ({name})",
+        "versions": {**versions, "python": platform.python_version()},
+        "parameters": sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))),
+    }
+
+
+def raw_outputs(model: RetinaNet, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Class logits (B, N, K) and deltas (B, N, 4) of uint8 canvases (B, H, W, 3)."""
+    logits, deltas = _raw_outputs(*nnx.split(model), images)
+    return np.asarray(logits), np.asarray(deltas)
+
+
+def detect(
+    model: RetinaNet, images: np.ndarray, sizes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Boxes (B, D, 4) on the canvas, scores (B, D) and labels (B, D) of uint8 canvases."""
+    boxes, scores, labels = _detections(*nnx.split(model), images, sizes)
+    return np.asarray(boxes), np.asarray(scores), np.asarray(labels)
+
+
+class _Run(NamedTuple):
+    """Everything that a training step changes."""
+
+    parameters: nnx.State
+    statistics: nnx.State
+    average: nnx.State
+    """The moving average of both; empty where the run has none."""
+    slots: optax.OptState
+    mean_positives: Array
+
+
+class Trainer:
+    """One training run: the network, its optimiser, and the moving average of its weights."""
+
+    def __init__(self, model: RetinaNet, train: TrainConfig) -> None:
+        self.model = model
+        self.train = train
+        precision = _fast_precision(model) if train.precision == "auto" else train.precision
+        self.static = nnx.graphdef(model), train.replace(precision=precision)
+        _, parameters, statistics = nnx.split(model, nnx.Param, ...)
+        average = nnx.merge_state(parameters, statistics) if train.ema else nnx.State({})
+        self.run = jax.device_put(
+            _Run(
+                parameters,
+                statistics,
+                jax.tree.map(jnp.copy, average),  # a buffer can be given to the step only once
+                _optimiser(train).init(parameters),
+                jnp.float32(EMA_START),
+            ),
+            _device(model),
+        )
+
+    def step(self, number: int, batch: Batch, learning_rate: float) -> dict[str, Array]:
+        """One step of the optimiser; the loss parts stay on the device."""
+        # Early on the average follows closely; it would else remember the initial weights.
+        decay = min(self.train.ema or 0.0, (1 + number) / (10 + number))
+        self.run, parts = _train_step(
+            *self.static, self.run, batch.images, batch.boxes, batch.labels, learning_rate, decay
+        )
+        nnx.update(self.model, self.run.parameters, self.run.statistics)
+        return parts
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """The weights to evaluate and to keep: the moving average where there is one."""
+        return state(self.model) | arrays(self.run.average)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything that the next step depends on, by name."""
+        tensors = {f"model/{k}": v for k, v in state(self.model).items()}
+        tensors |= {f"average/{k}": v for k, v in arrays(self.run.average).items()}
+        tensors |= {f"optimizer/{k}": np.array(v) for k, v in _by_path(self.run.slots).items()}
+        tensors["mean_positives"] = np.array(self.run.mean_positives)
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Go on from what `state` gave."""
+        load_state(self.model, _part(tensors, "model/"))
+        _, parameters, statistics = nnx.split(self.model, nnx.Param, ...)
+        slots, saved = _by_path(self.run.slots), _part(tensors, "optimizer/")
+        check_names(saved, {k: v.shape for k, v in slots.items()})
+        leaves = [jax.device_put(saved[k], v.sharding) for k, v in slots.items()]
+        self.run = _Run(
+            parameters,
+            statistics,
+            replaced(self.run.average, _part(tensors, "average/")),
+            jax.tree.unflatten(jax.tree.structure(self.run.slots), leaves),
+            jax.device_put(tensors["mean_positives"], self.run.mean_positives.sharding),
+        )
+
+
+@partial(jax.jit, static_argnums=0)
+def _raw_outputs(
+    graphdef: nnx.GraphDef[RetinaNet], variables: nnx.State, images: Array
+) -> tuple[Array, Array]:
+    model = nnx.merge(graphdef, variables)
+    model.eval()  # this copy of it, whatever mode the caller's is in
+    return model(_normalised(images, model.config))
+
+
+@partial(jax.jit, static_argnums=0)
+def _detections(
+    graphdef: nnx.GraphDef[RetinaNet], variables: nnx.State, images: Array, sizes: Array
+) -> tuple[Array, Array, Array]:
+    config = nnx.merge(graphdef, variables).config
+    logits, deltas = _raw_outputs(graphdef, variables, images)
+    return detections(xp, logits, deltas, _anchors(images, config), sizes, config)
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _train_step(
+    graphdef: nnx.GraphDef[RetinaNet],
+    train: TrainConfig,
+    run: _Run,
+    images: Array,
+    boxes: Array,
+    labels: Array,
+    learning_rate: float,
+    decay: float,
+) -> tuple[_Run, dict[str, Array]]:
+    config = nnx.merge(graphdef, run.parameters, run.statistics).config
+    anchors = _anchors(images, config)
+    target = targets(xp, anchors, boxes, labels, config)
+    normaliser, mean_positives = None, run.mean_positives
+    if config.normaliser == "ema":
+        positives = jnp.sum(target.labels >= 0).astype(jnp.float32)
+        normaliser = mean_positives = mean_positives + 0.1 * (positives - mean_positives)
+
+    def loss(parameters: nnx.State) -> tuple[Array, Any]:
+        model = nnx.merge(graphdef, parameters, run.statistics, copy=True)
+        model.train(dtype=jnp.dtype(train.precision))  # of the layers; the weights are float32
+        logits, deltas = model(_normalised(images, config))
+        logits, deltas = logits.astype(jnp.float32), deltas.astype(jnp.float32)
+        parts = objective(xp, logits, deltas, anchors, target, config, normaliser)
+        statistics = nnx.state(model, nnx.Not(nnx.Param))
+        return parts.classification + parts.box, (parts, statistics)
+
+    slope = jax.value_and_grad(loss, has_aux=True)
+    (total, (parts, statistics)), gradient = slope(run.parameters)
+    updates, slots = _optimiser(train).update(gradient, run.slots, run.parameters)
+    # The optimiser is one of learning rate 1; a rate of its own would compile each anew.
+    updates = jax.tree.map(lambda x: learning_rate * x, updates)
+    parameters = optax.apply_updates(run.parameters, updates)
+    average = run.average
+    if train.ema:
+        current = nnx.merge_state(parameters, statistics)
+        average = jax.tree.map(lambda a, x: x + decay * (a - x), average, current)
+    return _Run(parameters, statistics, average, slots, mean_positives), {
+        "loss": total,
+        "classification": parts.classification,
+        "box": parts.box,
+        "positives": parts.positives,
+    }
+
+
+def _optimiser(train: TrainConfig) -> optax.GradientTransformation:
+    """PyTorch's rule of that name, with learning rate 1."""
+    clip = (
+        optax.identity() if train.clip_norm is None else optax.clip_by_global_norm(train.clip_norm)
+    )
+    if train.optimizer == "sgd":
+        decay = optax.add_decayed_weights(train.weight_decay)
+        return optax.chain(clip, decay, optax.sgd(1.0, train.momentum))
+    return optax.chain(clip, optax.adamw(1.0, weight_decay=train.weight_decay))
+
+
+def _device(model: RetinaNet) -> jax.Device:
+    (device,) = jax.tree.leaves(nnx.state(model))[0].devices()
+    return device
+
+
+def _fast_precision(model: RetinaNet) -> str:
+    """bfloat16 where the hardware multiplies it; XLA's CPU convolutions do not."""
+    return "float32" if _device(model).platform == "cpu" else "bfloat16"
+
+
+def _normalised(images: Array, config: RetinaNetConfig) -> Array:
+    """uint8 to float32 with the config's mean and standard deviation."""
+    mean, std = np.array(config.mean, np.float32), np.array(config.std, np.float32)
+    return images.astype(jnp.float32) * (1 / (255 * std)) - mean / std
+
+
+def _anchors(images: Array, config: RetinaNetConfig) -> Array:
+    _, height, width, _ = images.shape
+    return core_anchors(xp, (height, width), config.anchors)
+
+
+def _by_path(tree: Any) -> dict[str, Array]:
+    """The arrays of a nested structure, each named by the way to it."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
+
+
+def _part(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
