@@ -31,7 +31,7 @@ from focal.retinanet.network_jax import (
     replaced,
     state,
 )
-from focal.retinanet.objective import objective, targets
+from focal.retinanet.objective import Objective, objective, targets
 from focal.retinanet.postprocess import detections
 from focal.retinanet.weights import check_names
 
@@ -94,7 +94,11 @@ class _Run(NamedTuple):
 
 
 class Trainer:
-    """One training run: the network, its optimiser, and the moving average of its weights."""
+    """One training run: the network, its optimiser, and the moving average of its weights.
+
+    `model` always has the weights of the last step. Others are put into it by `load_state`
+    before the run begins: the run goes on from its own.
+    """
 
     def __init__(self, model: RetinaNet, train: TrainConfig) -> None:
         self.model = model
@@ -103,26 +107,24 @@ class Trainer:
         self.static = nnx.graphdef(model), train.replace(precision=precision)
         _, parameters, statistics = nnx.split(model, nnx.Param, ...)
         average = nnx.merge_state(parameters, statistics) if train.ema else nnx.State({})
-        self.run = jax.device_put(
-            _Run(
-                parameters,
-                statistics,
-                jax.tree.map(jnp.copy, average),  # a buffer can be given to the step only once
-                _optimiser(train).init(parameters),
-                jnp.float32(EMA_START),
-            ),
-            _device(model),
-        )
+        slots = _optimiser(train).init(parameters)
+        run = _Run(parameters, statistics, average, slots, jnp.float32(EMA_START))
+        self.run = _own_copy(run, model)
 
     def step(self, number: int, batch: Batch, learning_rate: float) -> dict[str, Array]:
         """One step of the optimiser; the loss parts stay on the device."""
         # Early on the average follows closely; it would else remember the initial weights.
         decay = min(self.train.ema or 0.0, (1 + number) / (10 + number))
-        self.run, parts = _train_step(
+        self.run, loss, parts = _train_step(
             *self.static, self.run, batch.images, batch.boxes, batch.labels, learning_rate, decay
         )
         nnx.update(self.model, self.run.parameters, self.run.statistics)
-        return parts
+        return {
+            "loss": loss,
+            "classification": parts.classification,
+            "box": parts.box,
+            "positives": parts.positives,
+        }
 
     def weights(self) -> dict[str, np.ndarray]:
         """The weights to evaluate and to keep: the moving average where there is one."""
@@ -142,14 +144,15 @@ class Trainer:
         _, parameters, statistics = nnx.split(self.model, nnx.Param, ...)
         slots, saved = _by_path(self.run.slots), _part(tensors, "optimizer/")
         check_names(saved, {k: v.shape for k, v in slots.items()})
-        leaves = [jax.device_put(saved[k], v.sharding) for k, v in slots.items()]
-        self.run = _Run(
+        leaves = [saved[k] for k in slots]
+        run = _Run(
             parameters,
             statistics,
             replaced(self.run.average, _part(tensors, "average/")),
             jax.tree.unflatten(jax.tree.structure(self.run.slots), leaves),
-            jax.device_put(tensors["mean_positives"], self.run.mean_positives.sharding),
+            tensors["mean_positives"],
         )
+        self.run = _own_copy(run, self.model)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -180,7 +183,7 @@ def _train_step(
     labels: Array,
     learning_rate: float,
     decay: float,
-) -> tuple[_Run, dict[str, Array]]:
+) -> tuple[_Run, Array, Objective]:
     config = nnx.merge(graphdef, run.parameters, run.statistics).config
     anchors = _anchors(images, config)
     target = targets(xp, anchors, boxes, labels, config)
@@ -208,12 +211,7 @@ def _train_step(
     if train.ema:
         current = nnx.merge_state(parameters, statistics)
         average = jax.tree.map(lambda a, x: x + decay * (a - x), average, current)
-    return _Run(parameters, statistics, average, slots, mean_positives), {
-        "loss": total,
-        "classification": parts.classification,
-        "box": parts.box,
-        "positives": parts.positives,
-    }
+    return _Run(parameters, statistics, average, slots, mean_positives), total, parts
 
 
 def _optimiser(train: TrainConfig) -> optax.GradientTransformation:
@@ -225,6 +223,11 @@ def _optimiser(train: TrainConfig) -> optax.GradientTransformation:
         decay = optax.add_decayed_weights(train.weight_decay)
         return optax.chain(clip, decay, optax.sgd(1.0, train.momentum))
     return optax.chain(clip, optax.adamw(1.0, weight_decay=train.weight_decay))
+
+
+def _own_copy(run: _Run, model: RetinaNet) -> _Run:
+    """A copy where the model is: a step takes its buffers over, so no one else may have them."""
+    return jax.device_put(run, _device(model), may_alias=False)
 
 
 def _device(model: RetinaNet) -> jax.Device:

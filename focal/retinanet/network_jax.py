@@ -53,9 +53,9 @@ class FrozenBatchNorm(nnx.Module):
     """Batch normalisation as a fixed scale and shift: nothing in it is a parameter."""
 
     def __init__(self, channels: int, affine: type[nnx.Variable[Array]] = nnx.BatchStat) -> None:
-        self.scale, self.bias = affine(jnp.ones(channels)), affine(jnp.zeros(channels))
-        self.mean = nnx.BatchStat(jnp.zeros(channels))
-        self.var = nnx.BatchStat(jnp.ones(channels))
+        zeros, ones = jnp.zeros(channels, jnp.float32), jnp.ones(channels, jnp.float32)
+        self.scale, self.bias = affine(ones), affine(zeros)
+        self.mean, self.var = nnx.BatchStat(zeros), nnx.BatchStat(ones)
 
     def __call__(self, x: Array) -> Array:
         """Normalise x, of shape (N, H, W, channels), with the running statistics."""
@@ -83,7 +83,7 @@ class BatchNorm(FrozenBatchNorm):
         mean, var = jnp.mean(wide, axes), jnp.var(wide, axes)
         count = x.size // x.shape[-1]
         for running, batch in ((self.mean, mean), (self.var, var * (count / max(1, count - 1)))):
-            running[...] += 0.1 * (jax.lax.stop_gradient(batch) - running[...])
+            running[...] += 0.1 * (batch - running[...])
         return self.normalise(x, mean, var)
 
 
@@ -345,7 +345,7 @@ _TO_OIHW, _TO_HWIO = (3, 2, 0, 1), (2, 3, 1, 0)
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    """torchvision's name of a variable; the `layers` of an `nnx.Sequential` are not in it."""
+    """The name of a variable in torchvision; the `layers` of an `nnx.Sequential` are not in it."""
     *modules, leaf = (str(part) for part in path if part != "layers")
     return ".".join([*modules, _LEAVES.get(leaf, leaf)])
 
