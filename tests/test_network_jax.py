@@ -378,13 +378,13 @@ def test_the_optimisers_are_pytorchs(optimizer):
 def test_it_learns_by_heart_and_goes_on_where_it_stopped(traces):
     batch, trainer = batch_of(), ours.Trainer(ours.build(CONFIG, 0, "cpu"), RUN)
     model = trainer.model
-    losses = [float(trainer.step(i, batch, 3e-3)["loss"]) for i in range(30)]
+    losses = [float(trainer.step(i, batch, 3e-3)["loss"]) for i in range(25)]
     saved = trainer.state()
     assert all(x.flags["OWNDATA"] for x in saved.values())  # later steps reuse the buffers
     again = ours.Trainer(ours.build(CONFIG, 1, "cpu"), RUN)
     again.load_state(saved)
     assert_same(again.state(), saved)
-    for number in range(30, 60):
+    for number in range(25, 30):
         parts = [float(t.step(number, batch, 2e-3)["loss"]) for t in (trainer, again)]
         assert parts[0] == parts[1]
         losses.append(parts[0])
@@ -394,10 +394,11 @@ def test_it_learns_by_heart_and_goes_on_where_it_stopped(traces):
 
     # The network is the caller's, and has the weights of the last step; the average is apart.
     assert trainer.model is model
-    assert_same({k: trainer.state()[f"model/{k}"] for k in ours.state(model)}, ours.state(model))
+    end, own = trainer.state(), ours.state(model)
+    assert_same({name: end[f"model/{name}"] for name in own}, own)
+    assert_same({name: end[f"average/{name}"] for name in own}, trainer.weights())
     name = "head.classification_head.cls_logits.weight"
-    assert (trainer.weights()[name] != ours.state(model)[name]).any()
-    np.testing.assert_array_equal(trainer.weights()[name], trainer.state()[f"average/{name}"])
+    assert (trainer.weights()[name] != own[name]).any()
 
     del saved["optimizer/1/0/count"]
     with pytest.raises(ValueError, match=r"1 missing \(1/0/count\)"):
@@ -405,7 +406,7 @@ def test_it_learns_by_heart_and_goes_on_where_it_stopped(traces):
 
 
 def test_bfloat16_is_for_the_layers_only():
-    config = CONFIG.replace(norm="group", head_norm="group", canvas=(32, 32))
+    config = CONFIG.replace(norm="group", head_depth=0, canvas=(32, 32))
     batch, before = batch_of(config), lively(config)
     model, reference = pair(config)
     half = ours.Trainer(model, SGD.replace(precision="bfloat16"))
@@ -420,10 +421,9 @@ def test_bfloat16_is_for_the_layers_only():
 
 
 def test_images_without_boxes_are_no_trouble():
-    config = CONFIG.replace(channels=8, head_depth=0, normaliser="image")
-    batch = next(train_batches(shapes(num_objects=0), config, SGD))
+    batch = next(train_batches(shapes(num_objects=0), CONFIG, RUN))
     assert (batch.labels < 0).all()
-    trainer = ours.Trainer(ours.build(config, 0, "cpu"), SGD)
+    trainer = ours.Trainer(ours.build(CONFIG, 0, "cpu"), RUN)
     parts = {k: float(v) for k, v in trainer.step(0, batch, 0.01).items()}
     assert 0 < parts["classification"] < math.inf
     assert parts["box"] == parts["positives"] == 0

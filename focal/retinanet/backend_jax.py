@@ -71,7 +71,7 @@ def describe(model: RetinaNet) -> dict[str, Any]:
 def raw_outputs(model: RetinaNet, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Class logits (B, N, K) and deltas (B, N, 4) of uint8 canvases (B, H, W, 3)."""
     logits, deltas = _raw_outputs(*nnx.split(model), images)
-    return np.asarray(logits), np.asarray(deltas)
+    return np.array(logits), np.array(deltas)
 
 
 def detect(
@@ -79,7 +79,7 @@ def detect(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Boxes (B, D, 4) on the canvas, scores (B, D) and labels (B, D) of uint8 canvases."""
     boxes, scores, labels = _detections(*nnx.split(model), images, sizes)
-    return np.asarray(boxes), np.asarray(scores), np.asarray(labels)
+    return np.array(boxes), np.array(scores), np.array(labels)
 
 
 class _Run(NamedTuple):
