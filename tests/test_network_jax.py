@@ -406,7 +406,7 @@ def test_it_learns_by_heart_and_goes_on_where_it_stopped(traces):
 
 
 def test_bfloat16_is_for_the_layers_only():
-    config = CONFIG.replace(norm="group", head_depth=0, canvas=(32, 32))
+    config = CONFIG.replace(head_norm="group")
     batch, before = batch_of(config), lively(config)
     model, reference = pair(config)
     half = ours.Trainer(model, SGD.replace(precision="bfloat16"))
