@@ -200,7 +200,7 @@ BACKENDS: dict[str, type[Backend]] = {
     b.name: b for b in (NumPy, ArrayApiStrict, Torch, JAX, TensorFlow)
 }
 AUTODIFF = ("torch", "jax", "tensorflow")
-RETINANETS = ("torch",)
+RETINANETS = ("torch", "jax", "tensorflow")
 """The frameworks that the reference RetinaNet is written in."""
 """The backends that differentiate the losses by themselves."""
 CLOSED_FORM = ("numpy", "array_api_strict")

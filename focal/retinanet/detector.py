@@ -16,7 +16,7 @@ from focal.retinanet.weights import load_weights, save_weights
 
 __all__ = ["BACKENDS", "backend_module", "build", "load", "predict", "raw_outputs", "save"]
 
-BACKENDS = ("torch", "jax")
+BACKENDS = ("torch", "jax", "tensorflow")
 PREDICT_BATCH = 8
 """Images that go through the network together, so that memory does not grow with the list."""
 
