@@ -63,7 +63,7 @@ def main() -> None:
         slopes = [np.asarray(run()[1]) for run in sides.values()]  # type: ignore[index]
         np.testing.assert_allclose(*slopes, rtol=1e-3, atol=1e-6)
         losses[name] = compare(sides)
-    record("jax_cpu", losses=losses)
+    record("jax_cpu", "python -m benchmarks", setting=SETTING, losses=losses)
     print(f"JAX and optax, {SETTING}; jitted value_and_grad, median (least) in ms\n")
     print(times_table(losses))
 

@@ -77,7 +77,7 @@ def main() -> None:
             slopes = [run()[1] for run in sides.values()]  # type: ignore[index]
             np.testing.assert_allclose(*slopes, rtol=1e-3, atol=1e-6)
             losses[name + (", jit_compile" if compiled else "")] = compare(sides)
-    record("tensorflow_cpu", losses=losses)
+    record("tensorflow_cpu", "python -m benchmarks", setting=SETTING, losses=losses)
     print(f"TensorFlow and Keras, {SETTING}; tf.function, median (least) in ms\n")
     print(times_table(losses))
 

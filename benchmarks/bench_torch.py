@@ -133,6 +133,8 @@ def main() -> None:
     """Measure, write, print."""
     report = record(
         "torch_cpu",
+        "python -m benchmarks",
+        setting=SETTING,
         threads=torch.get_num_threads(),
         import_focal=import_time(),
         losses=compare_losses(),

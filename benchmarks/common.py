@@ -41,14 +41,13 @@ def compare(sides: Mapping[str, Case]) -> dict[str, Any]:
     return {**times, "ratio_of_medians": round(other["median_ms"] / ours["median_ms"], 2)}
 
 
-def record(name: str, **measured: Any) -> dict[str, Any]:
+def record(name: str, command: str, **measured: Any) -> dict[str, Any]:
     """Write what was measured to results/, with date, machine, versions and command."""
     report = {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": "python -m benchmarks",
+        "command": command,
         "machine": machine(),
         "versions": versions(),
-        "setting": SETTING,
         **measured,
     }
     RESULTS.mkdir(exist_ok=True)

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from backends import RETINANETS
 from PIL import Image
 
 import focal
@@ -246,6 +247,38 @@ def test_predict_writes_a_picture_and_json(coco, run, tmp_path, capsys):
     command = ["predict", str(eager), str(images[0]), "--out", str(out), "--score", "0"]
     assert main(command) == 0
     assert (np.array(Image.open(out / "test0.png")) != np.array(Image.open(images[0]))).any()
+
+
+@pytest.mark.parametrize("backend", RETINANETS)
+def test_every_command_takes_every_backend(coco, run, tmp_path, backend):
+    weights = tmp_path / "eager.safetensors"
+    tensors, config = load_weights(run / "weights.safetensors")
+    save_weights(weights, tensors, config.replace(score_threshold=0.0, max_detections=4))
+    there = ["--backend", backend, "--device", "cpu"]
+
+    image = coco / "images" / "test0.png"
+    found = []
+    for name, options in (("torch", []), (backend, there)):
+        out = tmp_path / "found" / name
+        assert main(["predict", str(weights), str(image), "--out", str(out), *options]) == 0
+        found.append(json.loads((out / "test0.json").read_text())["found"])
+    assert len(found[0]) == 4
+    for expected, got in zip(*found, strict=True):
+        assert got["class"] == expected["class"]
+        assert got["score"] == pytest.approx(expected["score"], abs=2e-5)
+        assert got["box"] == pytest.approx(expected["box"], abs=0.02)
+
+    metrics = tmp_path / "metrics.json"
+    data = ["--data", str(coco)]
+    assert main(["evaluate", str(weights), *data, "--out", str(metrics), *there]) == 0
+    assert 0 <= json.loads(metrics.read_text())["AP"] <= 1
+
+    out = tmp_path / "run"
+    assert main(["train", *data, "--steps", "2", "--out", str(out), *QUICK, *there]) == 0
+    assert sorted(os.listdir(out)) == RUN_FILES
+    assert json.loads((out / "config.json").read_text())["backend"] == backend
+    train = ["train", *data, "--steps", "3", "--out", str(out), *QUICK, *there, "--resume"]
+    assert main(train) == 0
 
 
 # What goes wrong

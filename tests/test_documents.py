@@ -20,7 +20,9 @@ def test_the_block_runs(block, capsys):
     printed = capsys.readouterr().out.split("\n")
     # A comment behind a print says what it prints.
     for expected, got in zip(re.findall(r"print\(.*\)  # (.*)", block), printed, strict=False):
-        wanted, found = (re.findall(r"-?[\d.]+(?:e-?\d+)?|nan|True", text) for text in (expected, got))
+        wanted, found = (
+            re.findall(r"-?[\d.]+(?:e-?\d+)?|nan|True", text) for text in (expected, got)
+        )
         assert len(wanted) == len(found) > 0
         for a, b in zip(wanted, found, strict=True):
             assert a == b or float(b) == pytest.approx(float(a), rel=2e-2)

@@ -31,6 +31,7 @@ from focal.retinanet import backend_torch as theirs
 from focal.retinanet.architecture import BACKBONES
 from focal.retinanet.data import ShapesDataset, train_batches
 from focal.retinanet.loop import train
+from focal.retinanet.objective import EMA_START
 from focal.retinanet.weights import load_weights
 
 CONFIG = PRESETS["tiny"].detector.replace(
@@ -341,7 +342,7 @@ def test_a_step_is_pytorchs(config, run):
         kind, _, parameter = name.partition("/")
         if kind == "optimizer":
             continue  # each has its own
-        change = np.abs(x - before.get(parameter, np.float32(theirs.EMA_START))).max()
+        change = np.abs(x - before.get(parameter, np.float32(EMA_START))).max()
         # The weights are rounded to float32 on the way.
         atol = 1e-4 * change + 1e-7 * np.abs(x).max()
         np.testing.assert_allclose(found[name], x, rtol=0, atol=atol, err_msg=name)

@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 import pytest
+from backends import RETINANETS
 
 pytest.importorskip("torch")
 pytest.importorskip("pycocotools")
@@ -407,6 +408,13 @@ def test_a_checkpoint_of_another_run(tmp_path, change, config, message):
     fit(tmp_path, run)
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, run.replace(**change), config, resume=True)
+
+
+@pytest.mark.parametrize("backend", [b for b in RETINANETS if b != "torch"])
+def test_a_checkpoint_of_another_framework(tmp_path, backend):
+    fit(tmp_path, RUN.replace(steps=1))
+    with pytest.raises(ValueError, match=f"another backend; expected {backend}, found torch"):
+        fit(tmp_path, resume=True, backend=backend)
 
 
 def test_a_line_cut_short_by_the_kill_is_dropped(tmp_path, monkeypatch):

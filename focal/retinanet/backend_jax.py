@@ -31,14 +31,11 @@ from focal.retinanet.network_jax import (
     replaced,
     state,
 )
-from focal.retinanet.objective import Objective, objective, targets
+from focal.retinanet.objective import EMA_START, Objective, objective, running_mean, targets
 from focal.retinanet.postprocess import detections
-from focal.retinanet.weights import check_names
+from focal.retinanet.weights import check_names, part
 
 __all__ = ["Trainer", "build", "describe", "detect", "load_state", "raw_outputs", "state"]
-
-EMA_START = 100.0
-"""Where detectron2 starts its running mean of the positives."""
 
 
 def build(config: RetinaNetConfig, seed: int, device: str | None = None) -> RetinaNet:
@@ -113,8 +110,7 @@ class Trainer:
 
     def step(self, number: int, batch: Batch, learning_rate: float) -> dict[str, Array]:
         """One step of the optimiser; the loss parts stay on the device."""
-        # Early on the average follows closely; it would else remember the initial weights.
-        decay = min(self.train.ema or 0.0, (1 + number) / (10 + number))
+        decay = self.train.average_decay(number)
         self.run, loss, parts = _train_step(
             *self.static, self.run, batch.images, batch.boxes, batch.labels, learning_rate, decay
         )
@@ -140,15 +136,15 @@ class Trainer:
 
     def load_state(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Go on from what `state` gave."""
-        load_state(self.model, _part(tensors, "model/"))
+        load_state(self.model, part(tensors, "model/"))
         _, parameters, statistics = nnx.split(self.model, nnx.Param, ...)
-        slots, saved = _by_path(self.run.slots), _part(tensors, "optimizer/")
+        slots, saved = _by_path(self.run.slots), part(tensors, "optimizer/")
         check_names(saved, {k: v.shape for k, v in slots.items()})
         leaves = [saved[k] for k in slots]
         run = _Run(
             parameters,
             statistics,
-            replaced(self.run.average, _part(tensors, "average/")),
+            replaced(self.run.average, part(tensors, "average/")),
             jax.tree.unflatten(jax.tree.structure(self.run.slots), leaves),
             tensors["mean_positives"],
         )
@@ -190,7 +186,7 @@ def _train_step(
     normaliser, mean_positives = None, run.mean_positives
     if config.normaliser == "ema":
         positives = jnp.sum(target.labels >= 0).astype(jnp.float32)
-        normaliser = mean_positives = mean_positives + 0.1 * (positives - mean_positives)
+        normaliser = mean_positives = running_mean(mean_positives, positives)
 
     def loss(parameters: nnx.State) -> tuple[Array, Any]:
         model = nnx.merge(graphdef, parameters, run.statistics, copy=True)
@@ -255,7 +251,3 @@ def _by_path(tree: Any) -> dict[str, Array]:
     """The arrays of a nested structure, each named by the way to it."""
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
-
-
-def _part(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

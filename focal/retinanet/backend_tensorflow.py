@@ -27,14 +27,12 @@ from focal.retinanet.network_tensorflow import (
     named_variables,
     state,
 )
-from focal.retinanet.objective import objective, targets
+from focal.retinanet.objective import EMA_START, objective, running_mean, targets
 from focal.retinanet.postprocess import Detections, detections
+from focal.retinanet.weights import part
 from focal.tensorflow._namespace import xp
 
 __all__ = ["Trainer", "build", "describe", "detect", "load_state", "raw_outputs", "state"]
-
-EMA_START = 100.0
-"""Where detectron2 starts its running mean of the positives."""
 
 POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
 
@@ -151,8 +149,7 @@ class Trainer:
 
     def step(self, number: int, batch: Batch, learning_rate: float) -> dict[str, Tensor]:
         """One step of the optimiser; the loss parts stay on the device."""
-        # Early on the average follows closely; it would else remember the initial weights.
-        decay = min(self.train.ema or 0.0, (1 + number) / (10 + number))
+        decay = self.train.average_decay(number)
         with tf.device(self.model.device):
             return self._compiled(
                 tf.constant(batch.images),
@@ -171,8 +168,8 @@ class Trainer:
         normaliser = None
         if config.normaliser == "ema":
             positives = tf.reduce_sum(tf.cast(target.labels >= 0, tf.float32))
-            self.mean_positives.assign_add(0.1 * (positives - self.mean_positives))
-            normaliser = self.mean_positives.read_value()
+            normaliser = running_mean(self.mean_positives.read_value(), positives)
+            self.mean_positives.assign(normaliser)
 
         with tf.GradientTape() as tape:
             with _computing(model, self.precision):
@@ -210,8 +207,8 @@ class Trainer:
 
     def load_state(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Go on from what `state` gave."""
-        load_state(self.model, _part(tensors, "model/"))
-        assign(self.average, _part(tensors, "average/"))
+        load_state(self.model, part(tensors, "model/"))
+        assign(self.average, part(tensors, "average/"))
         for index, variable in enumerate(self.optimizer.variables):
             variable.assign(tensors[f"optimizer/{index}"])
         self.mean_positives.assign(tensors["mean_positives"])
@@ -256,7 +253,3 @@ def _computing(model: RetinaNet, precision: str) -> Iterator[None]:
     finally:
         for layer, policy in zip(layers, before, strict=True):
             layer.dtype_policy = policy
-
-
-def _part(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

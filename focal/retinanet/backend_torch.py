@@ -15,14 +15,12 @@ from focal.core.anchors import anchors as core_anchors
 from focal.retinanet.config import RetinaNetConfig, TrainConfig
 from focal.retinanet.data.loader import Batch
 from focal.retinanet.network_torch import RetinaNet, build_network, load_state, state
-from focal.retinanet.objective import objective, targets
+from focal.retinanet.objective import EMA_START, objective, running_mean, targets
 from focal.retinanet.postprocess import detections
+from focal.retinanet.weights import part
 from focal.torch._namespace import xp
 
 __all__ = ["Trainer", "build", "describe", "detect", "load_state", "raw_outputs", "state"]
-
-EMA_START = 100.0
-"""Where detectron2 starts its running mean of the positives."""
 
 
 def build(config: RetinaNetConfig, seed: int, device: str | None = None) -> RetinaNet:
@@ -125,7 +123,8 @@ class Trainer:
         logits, deltas = logits.float(), deltas.float()
         normaliser = None
         if config.normaliser == "ema":
-            self.mean_positives.lerp_((target.labels >= 0).sum().float(), 0.1)
+            positives = (target.labels >= 0).sum().float()
+            self.mean_positives = running_mean(self.mean_positives, positives)
             normaliser = self.mean_positives
         parts = objective(xp, logits, deltas, anchors, target, config, normaliser)
         loss = parts.classification + parts.box
@@ -163,11 +162,11 @@ class Trainer:
 
     def load_state(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Go on from what `state` gave."""
-        load_state(self.model, _part(tensors, "model/"))
-        for key, value in _part(tensors, "average/").items():
+        load_state(self.model, part(tensors, "model/"))
+        for key, value in part(tensors, "average/").items():
             self.average[key].copy_(torch.as_tensor(value))
         slots: dict[int, dict[str, Tensor]] = {}
-        for name, value in _part(tensors, "optimizer/").items():
+        for name, value in part(tensors, "optimizer/").items():
             index, key = name.split("/", 1)
             slots.setdefault(int(index), {})[key] = torch.tensor(value)
         full = self.optimizer.state_dict()
@@ -181,12 +180,10 @@ class Trainer:
     @torch.no_grad()
     def _update_average(self, number: int) -> None:
         if self.train.ema:
-            # Early on the average follows closely; it would else remember the initial weights.
-            decay = min(self.train.ema, (1 + number) / (10 + number))
             current = self._floats()
-            torch._foreach_lerp_(
-                list(self.average.values()), [current[k] for k in self.average], 1 - decay
-            )
+            share = 1 - self.train.average_decay(number)
+            averages = list(self.average.values())
+            torch._foreach_lerp_(averages, [current[k] for k in self.average], share)
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -221,7 +218,3 @@ def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContex
     if precision == "bfloat16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
-
-
-def _part(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

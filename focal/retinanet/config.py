@@ -180,6 +180,13 @@ class TrainConfig:
         if self.zoom[0] > self.zoom[1]:
             raise ValueError(f"{name}: zoom must be (least, most); got {self.zoom!r}")
 
+    def average_decay(self, step: int) -> float:
+        """The weight of the old moving average in step `step`.
+
+        Early on the average follows closely; it would else remember the initial weights.
+        """
+        return min(self.ema or 0.0, (1 + step) / (10 + step))
+
     def replace(self, **changes: Any) -> TrainConfig:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)

@@ -69,6 +69,7 @@ def train(
     folder = RunFolder(
         out,
         {
+            "backend": backend,
             "classes": json.dumps(config.classes),
             "optimizer": train_config.optimizer,
             "ema": "on" if train_config.ema else "off",

@@ -11,7 +11,10 @@ from focal.core.namespace import Array, Namespace
 from focal.core.targets import assign_targets
 from focal.retinanet.config import RetinaNetConfig
 
-__all__ = ["Objective", "Targets", "objective", "targets"]
+__all__ = ["EMA_START", "Objective", "Targets", "objective", "running_mean", "targets"]
+
+EMA_START = 100.0
+"""Where detectron2 starts its running mean of the positives, the normaliser "ema"."""
 
 
 class Targets(NamedTuple):
@@ -87,3 +90,8 @@ def objective(
     mask = positive if weight is None else positive * weight[..., 0]
     box = xp.sum(each * mask) * config.box_weight
     return Objective(classification / scale, box / scale, count)
+
+
+def running_mean(mean: Array, positives: Array) -> Array:
+    """The running mean of the positives after one more batch, as in detectron2."""
+    return mean + 0.1 * (positives - mean)

@@ -18,6 +18,7 @@ from focal.retinanet.config import RetinaNetConfig
 __all__ = [
     "check_names",
     "load_weights",
+    "part",
     "read_tensors",
     "save_weights",
     "write_atomically",
@@ -136,3 +137,8 @@ def check_names(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Sequen
     ]
     if found:
         raise ValueError(f"the weights are not those of this network: {'; '.join(found)}")
+
+
+def part(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """The tensors whose names begin with the prefix, named without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
