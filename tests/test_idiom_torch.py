@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -264,6 +265,20 @@ def test_the_pass_on_a_cpu_equals_the_formula(gamma, alpha, targets):
     expected = formula.value_and_grad(xp, x, t)
     torch.testing.assert_close(value, expected[0], rtol=1e-14, atol=0)
     torch.testing.assert_close(slope, expected[1], rtol=1e-14, atol=0)
+
+
+def test_fake_tensors_and_traces_do_not_see_values():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.empty(5, 3, requires_grad=True)
+        F.sigmoid_focal_loss(x, torch.empty(5, 3), reduction="sum").backward()
+        assert x.grad.shape == (5, 3)
+    x, y = logits(5, 3), soft(5, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(lambda x, y: F.sigmoid_focal_loss(x, y), (x, y.round()))
+    torch.testing.assert_close(traced(x, y), F.sigmoid_focal_loss(x, y))
 
 
 def test_backward_twice_and_under_create_graph():
