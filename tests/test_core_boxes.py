@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.testing import assert_allclose, assert_array_equal
-from precision import golden
-from strategies import boxes
+from precision import LIMITS, golden, worst_ulps
+from strategies import Examples, boxes, examples, logits
+
+import focal.numpy as reference
 
 GOLDEN = golden("boxes")
 AWKWARD = np.array(
@@ -228,6 +230,43 @@ def test_smooth_l1_is_that_of_torch(beta: float, reduction: str) -> None:
     assert_allclose(ours, backend.numpy(theirs(backend.asarray(x))), rtol=1e-14)
     slope = backend.slope("smooth_l1_loss", x, y, beta=beta, reduction=reduction)
     assert_allclose(slope, backend.grad(theirs, backend.asarray(x)), rtol=1e-14)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.109375, 1.0])
+@given(examples("float32", logits()))
+def test_smooth_l1_of_float32_is_exact(backend: Backend, beta: float, example: Examples) -> None:
+    """x - y is rounded once, squared, and multiplied by two rounded numbers."""
+    x, y = example
+    exact = reference.smooth_l1_loss(x.astype(float), y.astype(float), beta)
+    got = backend("smooth_l1_loss", x, y, beta)
+    assert got.dtype == np.float32
+    # Below the smallest normal number a square may be flushed before 1 / (2 beta) enlarges it.
+    normal = (exact >= LIMITS["float32"][1] * 8) | (exact == 0)
+    assert worst_ulps(got[normal], exact[normal], "float32") <= 5
+    assert_allclose(got[~normal], exact[~normal], rtol=0, atol=8 * LIMITS["float32"][1])
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.109375])
+@given(examples("float32", logits()))
+def test_smooth_l1_gradient_of_float32_is_that_of_float64(
+    autodiff: Backend, beta: float, example: Examples
+) -> None:
+    """To an ULP of 1, the size of its terms."""
+    x, y = example
+    exact = autodiff.slope("smooth_l1_loss", x.astype(float), y.astype(float), beta=beta)
+    got = autodiff.slope("smooth_l1_loss", x, y, beta=beta)
+    assert worst_ulps(got, exact, "float32", np.ones_like(exact)) <= 1
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@given(st.data())
+def test_giou_of_float32_is_exact(backend: Backend, scale: float, data: st.DataObject) -> None:
+    """To a few ULP of 1, the size of its terms."""
+    a, b = (data.draw(boxes(count=10)).astype(np.float32) * np.float32(scale) for _ in range(2))
+    exact = reference.giou_loss(a.astype(float), b.astype(float))
+    got = backend("giou_loss", a, b)
+    assert got.dtype == np.float32
+    assert worst_ulps(got, exact, "float32", np.ones_like(exact)) <= 4
 
 
 @pytest.mark.parametrize("name", ["smooth_l1_loss", "giou_loss"])

@@ -121,6 +121,31 @@ def test_star_is_the_definition(backend: Backend, index: int, setting: list[floa
     )
 
 
+@pytest.mark.parametrize(("gamma", "beta"), [(0.5, 0.0), (2.0, 1.0), (3.75, -2.5)])
+@given(examples("float32"), alphas)
+def test_float32_star_follows_the_reference(
+    backend: Backend, gamma: float, beta: float, example: Examples, alpha: float | None
+) -> None:
+    """gamma x and the sum with beta are each rounded to half an ULP, which exp makes relative."""
+    x, y = example
+    wide = x.astype(float), y.astype(float)
+    name, options = "sigmoid_focal_loss_star", {"alpha": alpha, "gamma": gamma, "beta": beta}
+    value, slope = backend(name, x, y, **options), backend.slope(name, x, y, **options)
+    exact = reference.sigmoid_focal_loss_star(*wide, **options)
+    exact_slope = reference.sigmoid_focal_loss_star_grad(*wide, **options)
+    # A soft target's gradient is a difference of two terms, one for each class.
+    negative, positive = (
+        reference.sigmoid_focal_loss_star_grad(wide[0], np.full_like(wide[0], t), None, gamma, beta)
+        for t in (0.0, 1.0)
+    )
+    weight = 1.0 if alpha in (None, -1) else alpha * wide[1] + (1 - alpha) * (1 - wide[1])
+    size = weight * ((1 - wide[1]) * negative - wide[1] * positive)
+    allowed = promised_ulps(gamma) + 2 * (np.abs(gamma * wide[0]) + abs(beta))
+    for i in np.ndindex(x.shape):
+        assert worst_ulps(value[i], exact[i], "float32") <= allowed[i]
+        assert worst_ulps(slope[i], exact_slope[i], "float32", size[i]) <= allowed[i]
+
+
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.0, 5.0])
 @pytest.mark.parametrize("target", [0.0, 1.0])
 def test_float32_is_exact_to_the_promised_ulps(

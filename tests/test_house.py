@@ -130,7 +130,15 @@ def test_retinanet_imports_a_framework_only_in_its_own_files() -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("module", ["focal", "focal.numpy"])
+def test_testing_imports_core_and_numpy_and_nobody_imports_it() -> None:
+    """A framework is imported when a loss is checked in it."""
+    allowed = {"core", "numpy", "testing"}
+    assert [v for path in sources("testing") for v in violations(path, allowed, set())] == []
+    others = set(ROOT.rglob("*.py")) - set(sources("testing"))
+    assert [p for p in others if any(n.startswith("focal.testing") for n in imports(p))] == []
+
+
+@pytest.mark.parametrize("module", ["focal", "focal.numpy", "focal.testing"])
 def test_importing_loads_no_framework(module: str) -> None:
     assert loaded_by(module) & HEAVY == set()
 

@@ -56,8 +56,8 @@ def exhaustive(settings: Settings, jobs: int, out: Path | None, command: str) ->
     state = _State(settings, part)
     begin = time.monotonic() - state.seconds
     pending = [i for i in range(len(pieces)) if i not in state.done]
-    with _workers(jobs) as run, _bar(count) as advance:
-        advance(sum(last - first for first, last in (pieces[i] for i in state.done)))
+    finished = sum(pieces[i][1] - pieces[i][0] for i in state.done)
+    with _workers(jobs) as run, _bar(count, finished) as advance:
         for i, results in run(functools.partial(_piece, settings, pieces), pending):
             state.add(i, results, time.monotonic() - begin)
             advance(pieces[i][1] - pieces[i][0])
@@ -143,14 +143,14 @@ def _workers(jobs: int) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _bar(total: int) -> Iterator[Any]:
+def _bar(total: int, initial: int) -> Iterator[Any]:
     """A progress bar where tqdm is installed."""
     try:
         tqdm: Any = importlib.import_module("tqdm")
     except ModuleNotFoundError:
         yield lambda n: None
         return
-    with tqdm.tqdm(total=total, unit="logit", unit_scale=True, dynamic_ncols=True) as bar:
+    with tqdm.tqdm(total=total, initial=initial, unit="logit", unit_scale=True) as bar:
         yield bar.update
 
 
