@@ -52,6 +52,8 @@ def check_loss(
         fn: The loss to check, `fn(inputs, targets)`: arrays of the framework in, the unreduced
             loss out. For "sparse_sigmoid_focal_loss" it gets logits (N, 3) and labels (N,) and
             returns (N, 3), for "softmax_focal_loss" it returns (N,); else all shapes are (N,).
+            PyTorch's arrays are on the CPU: `lambda x, y: kernel(x.cuda(), y.cuda())` checks
+            a kernel.
         reference: Name of the formula: "sigmoid_focal_loss" (default),
             "sparse_sigmoid_focal_loss", "softmax_focal_loss", "sigmoid_focal_loss_star" or
             "balanced_cross_entropy".
