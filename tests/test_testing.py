@@ -278,6 +278,15 @@ def test_rounding_to_bfloat16_is_that_of_torch() -> None:
     assert_array_equal(rounded(values, "bfloat16"), expected)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_nearest_number_is_half_a_unit_off(dtype: str) -> None:
+    def nearest(x: Any, y: Any) -> Any:
+        return focal.numpy.sigmoid_focal_loss(x.astype(float), y.astype(float)).astype(dtype)
+
+    for part in check_loss(nearest, backend="numpy", dtype=dtype).parts:
+        assert 0.49 < part.value.ulp <= 0.5
+
+
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_the_terms_of_a_gradient_are_those_of_its_formula(gamma: float) -> None:
     grid = dense_grid("float32", soft=True)
@@ -376,7 +385,9 @@ def test_a_sweep_finds_the_largest_error(monkeypatch: pytest.MonkeyPatch) -> Non
         (lambda x, y, loss, grad: (loss, np.abs(grad)), "ulp"),
         (lambda x, y, loss, grad: (loss, np.where(np.abs(x) > 1000, np.nan, grad)), "not_finite"),
         (lambda x, y, loss, grad: (loss, np.where(np.abs(x) > 1e38, np.inf, grad)), "not_finite"),
+        (lambda x, y, loss, grad: (loss, np.where(grad == 0, np.nan, grad)), "not_finite"),
         (lambda x, y, loss, grad: (loss, np.nan_to_num(grad)), "nan_lost"),
+        (lambda x, y, loss, grad: (loss, np.where(np.isinf(x), 1, grad)), "limit_missed"),
         (lambda x, y, loss, grad: (loss, np.where(np.isinf(x), 0, grad)), "limit_missed"),
         (lambda x, y, loss, grad: (loss, np.where(grad == 0, 2e-38, grad)), "beyond"),
         (lambda x, y, loss, grad: (loss, np.where(np.abs(grad) < 2e-38, 0, grad)), "ulp"),
