@@ -387,7 +387,13 @@ def test_a_sweep_finds_the_largest_error(monkeypatch: pytest.MonkeyPatch) -> Non
         (lambda x, y, loss, grad: (loss, np.where(np.abs(x) > 1e38, np.inf, grad)), "not_finite"),
         (lambda x, y, loss, grad: (loss, np.where(grad == 0, np.nan, grad)), "not_finite"),
         (lambda x, y, loss, grad: (loss, np.nan_to_num(grad)), "nan_lost"),
-        (lambda x, y, loss, grad: (loss, np.where(np.isinf(x), 1, grad)), "limit_missed"),
+        (
+            lambda x, y, loss, grad: (
+                loss,
+                np.where(np.isinf(x) & (grad == 0), 1 - 2 * y, grad),
+            ),
+            "limit_missed",
+        ),
         (lambda x, y, loss, grad: (loss, np.where(np.isinf(x), 0, grad)), "limit_missed"),
         (lambda x, y, loss, grad: (loss, np.where(grad == 0, 2e-38, grad)), "beyond"),
         (lambda x, y, loss, grad: (loss, np.where(np.abs(grad) < 2e-38, 0, grad)), "ulp"),
