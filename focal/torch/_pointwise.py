@@ -2,21 +2,28 @@
 
 Three `autograd.Function`s: the loss of each logit, its derivative times a scale (which can be
 differentiated again), and the sum. They keep logits and targets and recompute the rest. Only
-the sum works out its gradient together with the loss: one pass over the logits instead of two,
-and the memory is that of the gradient, which is needed next anyway.
+the sum works out its gradient together with the loss, where no kernel makes that a loss: one
+pass over the logits instead of two, and the memory is that of the gradient, which is needed
+next anyway.
 
-In eager mode a pass goes block by block, so that temporaries stay in the cache and nothing but
-the result has the size of the logits. `torch.compile` is given the whole formula.
+In eager mode a pass is one kernel where there is Triton and a GPU for it. Otherwise it goes
+block by block, so that temporaries stay in the cache and nothing but the result has the size of
+the logits. `torch.compile` is given the whole formula: its own kernel reads and writes as little
+as ours, and takes in what comes before and after the loss.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from focal.core.formulas import SigmoidFocal, Sparse
 from focal.core.namespace import Formula, Namespace
@@ -51,6 +58,7 @@ def pointwise_sum(formula: Formula, x: Tensor, t: Targets) -> Tensor:
         return pointwise(formula, _wide(x), t).sum()
     # The slope of half-precision logits would be rounded before it is scaled: recompute it.
     with_slope = torch.is_grad_enabled() and x.requires_grad and _wide(x) is x
+    with_slope = with_slope and _gpu_kernels(formula, x, t) is None
     return _Sum.apply(x, t, formula, with_slope)[0]
 
 
@@ -59,6 +67,9 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, t: Targets, formula: Formula) -> Tensor:
+        if (kernels := _gpu_kernels(formula, x, t)) is not None:
+            flatten, restore = _layout(x, t)
+            return restore(kernels.value(formula, flatten(x), flatten(t)))
         if (run := _cpu_pass(formula, x, t)) is not None:
             return _by_block(lambda xb, tb, out: run(xb, tb, value=out)[0], x, t)
         return _by_block(lambda xb, tb, _: formula.value(xp, xb, tb), x, t)
@@ -97,6 +108,10 @@ class _Slope(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, t: Targets, scale: Tensor, formula: Formula) -> Tensor:
+        if (kernels := _gpu_kernels(formula, x, t, scale)) is not None:
+            flatten, restore = _layout(x, t)
+            by = flatten(scale) if scale.ndim else scale
+            return restore(kernels.value_grad(formula, flatten(x), flatten(t), by))
         run = None if _is_batched(scale) else _cpu_pass(formula, x, t)
 
         def block(xb: Tensor, tb: Targets, out: Tensor | None, sb: Tensor = scale) -> Tensor:
@@ -155,6 +170,10 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, t: Targets, formula: Formula, with_slope: bool) -> tuple[Tensor, Tensor]:
+        kernels = None if with_slope else _gpu_kernels(formula, x, t)
+        if kernels is not None:
+            flatten, _ = _layout(x, t)
+            return kernels.total(formula, flatten(x), flatten(t)), x.new_empty(0)
         sums: list[Tensor] = []
         run = _cpu_pass(formula, x, t)
 

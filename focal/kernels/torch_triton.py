@@ -1,0 +1,246 @@
+"""The focal loss and its derivative in PyTorch on a GPU: one pass through memory each, in Triton.
+
+The formulas are those of `SigmoidFocal` and `Sparse` in `focal.core.formulas`, in float32 from
+logits of any type up to that. Nothing is kept between forward and backward: the derivative is
+worked out again from the logits, which costs less than reading a saved one. No atomics: a sum
+adds up one number per program, in an order that does not depend on timing.
+
+Triton's `exp` and `log` become the GPU's approximate instructions or a library that the
+interpreter lacks, so both functions are spelled out below in additions and multiplications.
+What the tests find in the interpreter then holds on a GPU, but for fused multiply-adds, which
+round once less.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from focal.core.formulas import SigmoidFocal, Sparse
+
+__all__ = ["LOGITS", "TARGETS", "total", "value", "value_grad"]
+
+LOGITS = (torch.float32, torch.float16, torch.bfloat16)
+"""Types of logits that the kernels take."""
+TARGETS = (
+    *(*LOGITS, torch.float64, torch.bool, torch.uint8),
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+)
+"""Types of targets, and (less the floating ones) of labels."""
+BLOCK = 1024
+"""Logits per program."""
+EXACT_GAMMAS = (0.0, 0.5, 1.0, 2.0)
+"""Exponents with a kernel of their own; all others share one."""
+
+
+def value(formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor) -> Tensor:
+    """FL of every logit, in the type of x.
+
+    Args:
+        formula: `SigmoidFocal`, for targets like the logits, or that in `Sparse`, for labels.
+        x: Contiguous logits: any number of them, or (rows, classes) for labels.
+        t: Contiguous targets, or a label for each row.
+    """
+    result = torch.empty_like(x)
+    _launch(_value_kernel, formula, x, t, result=result)
+    return result
+
+
+def total(formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor) -> Tensor:
+    """The sum of FL in float32."""
+    partial = x.new_empty(triton.cdiv(x.numel(), BLOCK), dtype=torch.float32)
+    _launch(_sum_kernel, formula, x, t, partial=partial)
+    return partial.sum()
+
+
+def value_grad(formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor, scale: Tensor) -> Tensor:
+    """dFL/dx * scale, in the type of x; `scale` is a scalar, or one number for each logit."""
+    result = torch.empty_like(x)
+    _launch(_grad_kernel, formula, x, t, scale=scale, EACH=scale.ndim > 0, result=result)
+    return result
+
+
+def _launch(kernel, formula, x, t, **more):  # noqa: ANN001, ANN003, ANN202
+    sparse = isinstance(formula, Sparse)
+    loss = formula.formula if sparse else formula
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        kernel[(triton.cdiv(x.numel(), BLOCK),)](
+            x=x,
+            t=t.view(torch.uint8) if t.dtype == torch.bool else t,
+            n=x.numel(),
+            gamma=loss.gamma,
+            alpha=loss.alpha or 0.0,
+            alpha_rest=1 - (loss.alpha or 0.0),
+            GAMMA=loss.gamma if loss.gamma in EXACT_GAMMAS else None,
+            BALANCED=loss.alpha is not None,
+            HARD=not t.is_floating_point(),
+            CLASSES=x.shape[-1] if sparse else 0,
+            BLOCK=BLOCK,
+            **more,
+        )
+
+
+# Every kernel begins with these arguments. A gamma of its own kernel is a constant, `GAMMA`;
+# `gamma` is in float64, because an exponent in float32 is not exact enough for small bases.
+
+
+@triton.jit
+def _value_kernel(
+    x,
+    t,
+    n,
+    gamma: tl.float64,
+    alpha,
+    alpha_rest,
+    result,
+    GAMMA: tl.constexpr,
+    BALANCED: tl.constexpr,
+    HARD: tl.constexpr,
+    CLASSES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at, inside, logits, y, counted = _load(x, t, n, CLASSES, BLOCK)
+    _, _, _, ce, m = _parts(logits, y)
+    losses = _weighted_power(m, y, gamma, alpha, alpha_rest, GAMMA, BALANCED) * ce
+    tl.store(result + at, tl.where(counted, losses, 0.0), mask=inside)
+
+
+@triton.jit
+def _sum_kernel(
+    x,
+    t,
+    n,
+    gamma: tl.float64,
+    alpha,
+    alpha_rest,
+    partial,
+    GAMMA: tl.constexpr,
+    BALANCED: tl.constexpr,
+    HARD: tl.constexpr,
+    CLASSES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    _, _, logits, y, counted = _load(x, t, n, CLASSES, BLOCK)
+    _, _, _, ce, m = _parts(logits, y)
+    losses = _weighted_power(m, y, gamma, alpha, alpha_rest, GAMMA, BALANCED) * ce
+    tl.store(partial + tl.program_id(0), tl.sum(tl.where(counted, losses, 0.0)))
+
+
+@triton.jit
+def _grad_kernel(
+    x,
+    t,
+    n,
+    gamma: tl.float64,
+    alpha,
+    alpha_rest,
+    scale,
+    result,
+    EACH: tl.constexpr,
+    GAMMA: tl.constexpr,
+    BALANCED: tl.constexpr,
+    HARD: tl.constexpr,
+    CLASSES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at, inside, logits, y, counted = _load(x, t, n, CLASSES, BLOCK)
+    sign, s, w, ce, m = _parts(logits, y)
+    slope = w - s
+    if GAMMA != 0:
+        # p q / m; for a hard target it is the other one of p and q, without a division.
+        bend = tl.abs(1 - w - s) if HARD else tl.div_rn(s - s * s, m)
+        slope += bend * tl.cast(gamma, tl.float32) * (2 * w - 1) * ce
+    slope *= sign * _weighted_power(m, y, gamma, alpha, alpha_rest, GAMMA, BALANCED)
+    factor = tl.load(scale + at, mask=inside, other=0.0) if EACH else tl.load(scale)
+    slope *= factor.to(tl.float32)
+    tl.store(result + at, tl.where(counted, slope, 0.0), mask=inside)
+
+
+@triton.jit
+def _load(x, t, n, CLASSES: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the program's logits are, which of them exist, they, their targets, which count."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    inside = start + lane < n
+    logits = tl.load(x + start + lane, mask=inside, other=0.0).to(tl.float32)
+    if CLASSES == 0:
+        y = tl.load(t + start + lane, mask=inside, other=0).to(tl.float32)
+        counted = inside
+    else:
+        # The division of each logit's place is by a constant and in 32 bits, or it would be slow.
+        place = (start % CLASSES).to(tl.int32) + lane
+        label = tl.load(t + start // CLASSES + place // CLASSES, mask=inside, other=0).to(tl.int32)
+        y = (label == place % CLASSES).to(tl.float32)
+        counted = inside & (label >= -1)
+    return start + lane, inside, logits, y, counted
+
+
+@triton.jit
+def _parts(x, y):
+    """sign(x), s, w, ce and m, as `focal.core.formulas` explains them.
+
+    `where` in place of `minimum` and `maximum`, because those drop a NaN.
+    """
+    size = tl.abs(x)
+    size = tl.where(size > 3.4028234663852886e38, 3.4028234663852886e38, size)
+    e = _exp_of_minus(size)
+    s = tl.div_rn(e, 1 + e)
+    w = tl.where(x >= 0, 1 - y, y)
+    ce = w * size + _log1p(e)  # log(1 + e) is -log(1 - s)
+    m = w + s * (1 - 2 * w)
+    m = tl.where(m < 1.1754943508222875e-38, 1.1754943508222875e-38, m)
+    return tl.where(x >= 0, 1.0, -1.0), s, w, ce, m
+
+
+@triton.jit
+def _weighted_power(
+    m, y, gamma, alpha, alpha_rest, GAMMA: tl.constexpr, BALANCED: tl.constexpr
+):
+    """The factor a m^gamma."""
+    if GAMMA is None:
+        power = tl.exp2(gamma * tl.log2(m.to(tl.float64))).to(tl.float32)
+    elif GAMMA == 0:
+        power = tl.full(m.shape, 1.0, tl.float32)
+    elif GAMMA == 0.5:
+        power = tl.sqrt_rn(m)
+    elif GAMMA == 1:
+        power = m
+    else:
+        tl.static_assert(GAMMA == 2)
+        power = m * m
+    return power * (alpha * y + alpha_rest * (1 - y)) if BALANCED else power
+
+
+@triton.jit
+def _exp_of_minus(size):
+    """exp(-size) for size >= 0, within 1.1 ULP; 0 where it is less than a normal number.
+
+    It is 2^-k exp(k log(2) - size), where log(2) is in two parts, the first of which has so few
+    digits that k times it is exact. The rest is at most 0.35: eight terms of the series do.
+    """
+    beyond = size > 87.33654
+    near = tl.where(beyond, 0.0, size)
+    k = tl.floor(near * 1.4426950408889634 + 0.5)
+    r = (k * 0.693359375 - near) + k * -2.12194440e-4
+    series = r * (1.0 / 5040) + 1.0 / 720
+    series = series * r + 1.0 / 120
+    series = series * r + 1.0 / 24
+    series = series * r + 1.0 / 6
+    series = series * r + 0.5
+    series = (series * r) * r + r + 1.0
+    two_to_minus_k = ((127 - k.to(tl.int32)) << 23).to(tl.float32, bitcast=True)
+    return tl.where(beyond, 0.0, series * two_to_minus_k)
+
+
+@triton.jit
+def _log1p(e):
+    """log(1 + e) for e in [0, 1], within 2.1 ULP: e + e^2 times a minimax polynomial."""
+    series = e * -0.0036895473 + 0.02190995
+    series = series * e - 0.060938265
+    series = series * e + 0.11020409
+    series = series * e - 0.15561585
+    series = series * e + 0.19769031
+    series = series * e - 0.24973336
+    series = series * e + 0.3333197
+    series = series * e - 0.49999982
+    return (e * e) * series + e
