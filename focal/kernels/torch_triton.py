@@ -11,6 +11,7 @@ What the tests find in the interpreter then holds on a GPU, but for fused multip
 round once less.
 """
 
+
 import torch
 import triton
 import triton.language as tl
@@ -18,19 +19,21 @@ from torch import Tensor
 
 from focal.core.formulas import SigmoidFocal, Sparse
 
-__all__ = ["LOGITS", "TARGETS", "total", "value", "value_grad"]
+__all__ = ["slope", "takes", "total", "value"]
 
-LOGITS = (torch.float32, torch.float16, torch.bfloat16)
-"""Types of logits that the kernels take."""
-TARGETS = (
-    *(*LOGITS, torch.float64, torch.bool, torch.uint8),
-    *(torch.int8, torch.int16, torch.int32, torch.int64),
-)
-"""Types of targets, and (less the floating ones) of labels."""
+LOGITS = {torch.float32, torch.float16, torch.bfloat16}
+INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+TARGETS = LOGITS | INTEGERS | {torch.float64, torch.bool}
+
 BLOCK = 1024
 """Logits per program."""
-EXACT_GAMMAS = (0.0, 0.5, 1.0, 2.0)
-"""Exponents with a kernel of their own; all others share one."""
+OWN_KERNEL = (0.0, 0.5, 1.0, 2.0)
+"""Exponents that have a kernel each; all others share one."""
+
+
+def takes(x: Tensor, t: Tensor) -> bool:
+    """Whether the types are among those that the kernels are for."""
+    return x.dtype in LOGITS and t.dtype in TARGETS
 
 
 def value(formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor) -> Tensor:
@@ -38,122 +41,95 @@ def value(formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor) -> Tensor:
 
     Args:
         formula: `SigmoidFocal`, for targets like the logits, or that in `Sparse`, for labels.
-        x: Contiguous logits: any number of them, or (rows, classes) for labels.
-        t: Contiguous targets, or a label for each row.
+        x: Logits: any number of them, or (rows, classes) for labels.
+        t: Targets, or a label for each row.
     """
-    result = torch.empty_like(x)
-    _launch(_value_kernel, formula, x, t, result=result)
-    return result
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _launch("value", formula, x, t, out)
+    return out
 
 
 def total(formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor) -> Tensor:
     """The sum of FL in float32."""
     partial = x.new_empty(triton.cdiv(x.numel(), BLOCK), dtype=torch.float32)
-    _launch(_sum_kernel, formula, x, t, partial=partial)
+    _launch("sum", formula, x, t, partial)
     return partial.sum()
 
 
-def value_grad(formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor, scale: Tensor) -> Tensor:
+def slope(formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor, scale: Tensor) -> Tensor:
     """dFL/dx * scale, in the type of x; `scale` is a scalar, or one number for each logit."""
-    result = torch.empty_like(x)
-    _launch(_grad_kernel, formula, x, t, scale=scale, EACH=scale.ndim > 0, result=result)
-    return result
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if not any(scale.stride()):
+        _launch("slope", formula, x, t, out, scale)
+    else:
+        _launch("slope", formula, x, t, out, scale.contiguous(), SCALES=True)
+    return out
 
 
-def _launch(kernel, formula, x, t, **more):  # noqa: ANN001, ANN003, ANN202
+def _launch(
+    task: str,
+    formula: SigmoidFocal | Sparse,
+    x: Tensor,
+    t: Tensor,
+    out: Tensor,
+    scale: Tensor | None = None,
+    SCALES: bool = False,
+) -> None:
     sparse = isinstance(formula, Sparse)
     loss = formula.formula if sparse else formula
+    alpha = loss.alpha or 0.0
+    t = t.view(torch.uint8) if t.dtype == torch.bool else t
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        kernel[(triton.cdiv(x.numel(), BLOCK),)](
-            x=x,
-            t=t.view(torch.uint8) if t.dtype == torch.bool else t,
-            n=x.numel(),
-            gamma=loss.gamma,
-            alpha=loss.alpha or 0.0,
-            alpha_rest=1 - (loss.alpha or 0.0),
-            GAMMA=loss.gamma if loss.gamma in EXACT_GAMMAS else None,
+        _kernel[(triton.cdiv(x.numel(), BLOCK),)](
+            *(x.contiguous(), t.contiguous(), scale, out, x.numel()),
+            *(loss.gamma, alpha, 1 - alpha),
+            TASK=task,
+            GAMMA=loss.gamma if loss.gamma in OWN_KERNEL else None,
             BALANCED=loss.alpha is not None,
-            HARD=not t.is_floating_point(),
             CLASSES=x.shape[-1] if sparse else 0,
+            HARD=not t.is_floating_point(),
+            SCALES=SCALES,
             BLOCK=BLOCK,
-            **more,
         )
 
 
-# Every kernel begins with these arguments. A gamma of its own kernel is a constant, `GAMMA`;
-# `gamma` is in float64, because an exponent in float32 is not exact enough for small bases.
-
-
 @triton.jit
-def _value_kernel(
+def _kernel(
     x,
     t,
-    n,
-    gamma: tl.float64,
-    alpha,
-    alpha_rest,
-    result,
-    GAMMA: tl.constexpr,
-    BALANCED: tl.constexpr,
-    HARD: tl.constexpr,
-    CLASSES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    at, inside, logits, y, counted = _load(x, t, n, CLASSES, BLOCK)
-    _, _, _, ce, m = _parts(logits, y)
-    losses = _weighted_power(m, y, gamma, alpha, alpha_rest, GAMMA, BALANCED) * ce
-    tl.store(result + at, tl.where(counted, losses, 0.0), mask=inside)
-
-
-@triton.jit
-def _sum_kernel(
-    x,
-    t,
-    n,
-    gamma: tl.float64,
-    alpha,
-    alpha_rest,
-    partial,
-    GAMMA: tl.constexpr,
-    BALANCED: tl.constexpr,
-    HARD: tl.constexpr,
-    CLASSES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    _, _, logits, y, counted = _load(x, t, n, CLASSES, BLOCK)
-    _, _, _, ce, m = _parts(logits, y)
-    losses = _weighted_power(m, y, gamma, alpha, alpha_rest, GAMMA, BALANCED) * ce
-    tl.store(partial + tl.program_id(0), tl.sum(tl.where(counted, losses, 0.0)))
-
-
-@triton.jit
-def _grad_kernel(
-    x,
-    t,
-    n,
-    gamma: tl.float64,
-    alpha,
-    alpha_rest,
     scale,
-    result,
-    EACH: tl.constexpr,
+    out,
+    n,
+    gamma: tl.float64,  # the exponent of a small base; float32 would not be exact enough
+    alpha,
+    alpha_rest,
+    TASK: tl.constexpr,
     GAMMA: tl.constexpr,
     BALANCED: tl.constexpr,
-    HARD: tl.constexpr,
     CLASSES: tl.constexpr,
+    HARD: tl.constexpr,
+    SCALES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     at, inside, logits, y, counted = _load(x, t, n, CLASSES, BLOCK)
     sign, s, w, ce, m = _parts(logits, y)
-    slope = w - s
-    if GAMMA != 0:
-        # p q / m; for a hard target it is the other one of p and q, without a division.
-        bend = tl.abs(1 - w - s) if HARD else tl.div_rn(s - s * s, m)
-        slope += bend * tl.cast(gamma, tl.float32) * (2 * w - 1) * ce
-    slope *= sign * _weighted_power(m, y, gamma, alpha, alpha_rest, GAMMA, BALANCED)
-    factor = tl.load(scale + at, mask=inside, other=0.0) if EACH else tl.load(scale)
-    slope *= factor.to(tl.float32)
-    tl.store(result + at, tl.where(counted, slope, 0.0), mask=inside)
+    factor = _power(m, gamma, GAMMA)
+    if BALANCED:
+        factor *= alpha * y + alpha_rest * (1 - y)
+
+    if TASK == "value":
+        tl.store(out + at, tl.where(counted, factor * ce, 0.0), mask=inside)
+    elif TASK == "sum":
+        tl.store(out + tl.program_id(0), tl.sum(tl.where(counted, factor * ce, 0.0)))
+    else:
+        slope = w - s
+        if GAMMA != 0:
+            # p q / m; for a hard target it is the other one of p and q, without a division.
+            bend = tl.abs(1 - w - s) if HARD else (s - s * s) / m
+            slope += bend * tl.cast(gamma, tl.float32) * (2 * w - 1) * ce
+        upstream = tl.load(scale + at, mask=inside, other=0.0) if SCALES else tl.load(scale)
+        slope *= sign * factor * upstream.to(tl.float32)
+        tl.store(out + at, tl.where(counted, slope, 0.0), mask=inside)
 
 
 @triton.jit
@@ -184,7 +160,10 @@ def _parts(x, y):
     size = tl.abs(x)
     size = tl.where(size > 3.4028234663852886e38, 3.4028234663852886e38, size)
     e = _exp_of_minus(size)
-    s = tl.div_rn(e, 1 + e)
+    # e / (1 + e) from an approximate reciprocal and the remainder that it leaves.
+    reciprocal = 1.0 / (1 + e)
+    s = e * reciprocal
+    s = tl.fma(tl.fma(-s, 1 + e, e), reciprocal, s)
     w = tl.where(x >= 0, 1 - y, y)
     ce = w * size + _log1p(e)  # log(1 + e) is -log(1 - s)
     m = w + s * (1 - 2 * w)
@@ -193,10 +172,8 @@ def _parts(x, y):
 
 
 @triton.jit
-def _weighted_power(
-    m, y, gamma, alpha, alpha_rest, GAMMA: tl.constexpr, BALANCED: tl.constexpr
-):
-    """The factor a m^gamma."""
+def _power(m, gamma, GAMMA: tl.constexpr):
+    """m^gamma."""
     if GAMMA is None:
         power = tl.exp2(gamma * tl.log2(m.to(tl.float64))).to(tl.float32)
     elif GAMMA == 0:
@@ -208,7 +185,7 @@ def _weighted_power(
     else:
         tl.static_assert(GAMMA == 2)
         power = m * m
-    return power * (alpha * y + alpha_rest * (1 - y)) if BALANCED else power
+    return power
 
 
 @triton.jit

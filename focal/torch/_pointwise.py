@@ -23,6 +23,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from focal.core.formulas import SigmoidFocal, Sparse
@@ -39,6 +40,8 @@ CPU_BLOCK = 1 << 18
 """Elements per block: larger ones leave the cache, smaller ones wait for Python."""
 DEVICE_BLOCK = 1 << 22
 """Large enough that launching kernels costs nothing beside running them."""
+TRITON_DEVICE = "cuda"
+"""Where the kernels of Triton run; its interpreter, for tests, runs them on the CPU."""
 
 
 def pointwise(formula: Formula, x: Tensor, t: Targets) -> Tensor:
@@ -111,7 +114,7 @@ class _Slope(torch.autograd.Function):
         if (kernels := _gpu_kernels(formula, x, t, scale)) is not None:
             flatten, restore = _layout(x, t)
             by = flatten(scale) if scale.ndim else scale
-            return restore(kernels.value_grad(formula, flatten(x), flatten(t), by))
+            return restore(kernels.slope(formula, flatten(x), flatten(t), by))
         run = None if _is_batched(scale) else _cpu_pass(formula, x, t)
 
         def block(xb: Tensor, tb: Targets, out: Tensor | None, sb: Tensor = scale) -> Tensor:
@@ -206,8 +209,8 @@ class _Sum(torch.autograd.Function):
         slope, ctx.slope = ctx.slope, None
         if slope is not None and not (torch.is_grad_enabled() or _is_batched(grad)):
             # On a CPU it costs nothing to see that there is nothing to scale.
-            is_one = type(grad) is Tensor and grad.device.type == "cpu" and bool(grad == 1)
-            return slope if is_one else slope.mul_(grad), None, None, None
+            scaled = slope if grad.device.type == "cpu" and grad == 1 else slope.mul_(grad)
+            return scaled, None, None, None
         # A second pass through the graph, or one that is itself differentiated.
         x, t = _saved(ctx)
         return _Slope.apply(x, t, grad, ctx.formula), None, None, None
@@ -289,25 +292,55 @@ def _is_batched(a: Any) -> bool:
     return any(keys.has(torch._C._dispatch_key_parse(name)) for name in names)
 
 
+def _has_kernel(formula: Formula, x: Tensor, t: Targets, *more: Tensor) -> bool:
+    """Whether kernels know this formula, and may see the memory of these operands."""
+    return not (
+        torch.compiler.is_compiling()
+        or not isinstance(formula.formula if isinstance(formula, Sparse) else formula, SigmoidFocal)
+        or not isinstance(t, Tensor)
+        or x.numel() == 0
+        or any(map(_is_batched, (x, t, *more)))
+    )
+
+
 def _cpu_pass(formula: Formula, x: Tensor, t: Targets) -> torch_cpu.BlockPass | None:
     """The kernel for CPUs, where there is one for this formula and it may write in place."""
-    loss = formula.formula if isinstance(formula, Sparse) else formula
-    if (
-        # What is traced must not depend on values, and a subclass (fake, distributed, ...) may
-        # have none.
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or type(x) not in (Tensor, torch.nn.Parameter)
-        or not (isinstance(loss, SigmoidFocal) and isinstance(t, Tensor))
-        or x.device.type != "cpu"
-        or x.numel() == 0
-        or _is_batched(x)
-        or _is_batched(t)
-    ):
+    if x.device.type != "cpu" or not _has_kernel(formula, x, t):
         return None
-    classes = x.shape[-1] if t.shape != x.shape else 1
+    classes = x.shape[-1] if cast(Tensor, t).shape != x.shape else 1
     size = min(max(CPU_BLOCK, classes), x.numel())
     return torch_cpu.BlockPass(xp, formula, size, _wide(x))
+
+
+def _gpu_kernels(formula: Formula, x: Tensor, t: Targets, *more: Tensor) -> ModuleType | None:
+    """`focal.kernels.torch_triton`, where it takes these operands."""
+    if x.device.type != TRITON_DEVICE or not _has_kernel(formula, x, t, *more):
+        return None
+    # What traces operations, or computes them elsewhere, would not see a kernel.
+    operands = (x, cast(Tensor, t), *more)
+    plain = all(type(a) in (Tensor, Parameter) and a.device == x.device for a in operands)
+    if not plain or is_in_torch_dispatch_mode():
+        return None
+    kernels = _triton_on(x.device)
+    return kernels if kernels and kernels.takes(x, t) else None
+
+
+@functools.cache
+def _triton_on(device: torch.device) -> ModuleType | None:
+    """The kernels of Triton, where it is installed and able to compile for this device."""
+    try:
+        from focal.kernels import torch_triton
+    except ImportError:
+        return None
+    try:
+        one = torch.ones(1, device=device)
+        torch_triton.total(SigmoidFocal(None, 2.0), one, one)
+    except Exception as error:  # no C compiler, an unknown GPU: Triton has no common exception
+        warnings.warn(
+            f"Triton cannot compile for {device}, focal does without: {error}", stacklevel=2
+        )
+        return None
+    return torch_triton
 
 
 def _by_block(

@@ -1,0 +1,400 @@
+"""The kernels of Triton: on a GPU, or without one in Triton's interpreter.
+
+`make test-gpu` runs this file on a GPU, `tests/test_kernels_triton.py` in the interpreter.
+"""
+
+import gc
+import os
+
+import numpy as np
+import pytest
+import torch
+from precision import gradient_terms, promised_ulps, worst_ulps
+
+import focal.numpy as reference
+import focal.torch as F
+from focal.core.formulas import SigmoidFocal, Sparse
+from focal.kernels import torch_triton
+from focal.torch import _pointwise
+from focal.torch._namespace import xp
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+GAMMAS = [0.0, 0.5, 1.0, 2.0, 3.7]
+ALPHAS = [None, 0.25, 1.0]
+HALVES = [torch.float16, torch.bfloat16]
+EXTREMES = [s * e for e in (0.0, 1e-30, 1e-3, 1.0, 20.0, 87.0, 100.0, 1000.0) for s in (1, -1)]
+INFINITE = [float("inf"), -float("inf")]
+
+
+@pytest.fixture(autouse=True)
+def kernels_run(monkeypatch):
+    """Sends the losses to the kernels, and counts."""
+    calls = []
+    launch = torch_triton._launch
+    monkeypatch.setattr(_pointwise, "TRITON_DEVICE", DEVICE)
+    monkeypatch.setattr(
+        torch_triton, "_launch", lambda task, *more: (calls.append(task), launch(task, *more))[1]
+    )
+    _pointwise._triton_on(torch.ones(1, device=DEVICE).device)  # it tries a kernel, once
+    calls.clear()
+    return calls
+
+
+def logits(n: int = 1009) -> torch.Tensor:
+    """The extremes, then ordinary ones; 1009 is a prime, and less than a block."""
+    generator = torch.Generator().manual_seed(0)
+    ordinary = torch.randn(n, generator=generator) * 6
+    return torch.cat([torch.tensor(EXTREMES), ordinary])[:n].to(DEVICE)
+
+
+def targets(kind: str, like: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    soft = torch.rand(like.shape, generator=generator)
+    dtype = {"soft": torch.float32, "hard": torch.float32}.get(kind) or getattr(torch, kind)
+    return (soft if kind == "soft" else soft > 0.5).to(DEVICE, dtype)
+
+
+def labels(rows: int, classes: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    drawn = torch.randint(-2, classes, (rows,), generator=generator)
+    return drawn.to(DEVICE, dtype)
+
+
+def plain(formula, x, t):
+    """Loss and derivative by the formula of the core, in the precision of x."""
+    return formula.value_and_grad(xp, x, t.to(x.dtype) if t.shape == x.shape else t)
+
+
+def on_host(x: torch.Tensor) -> np.ndarray:
+    return x.detach().cpu().double().numpy()
+
+
+# ---------------------------------------------------------------- the formulas
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft", "bool", "int64"])
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_dense_kernels_keep_the_promised_precision(gamma, alpha, kind):
+    formula, x = SigmoidFocal(alpha, gamma), logits(2029)
+    t = targets(kind, x)
+    value = torch_triton.value(formula, x, t)
+    slope = torch_triton.slope(formula, x, t, torch.ones((), device=DEVICE))
+    x, y = on_host(x), on_host(t)
+    expected = reference.sigmoid_focal_loss(x, y, alpha, gamma)
+    assert worst_ulps(on_host(value), expected, "float32") <= promised_ulps(gamma)
+    expected = reference.sigmoid_focal_loss_grad(x, y, alpha, gamma)
+    terms = gradient_terms(x, y, alpha, gamma)
+    assert worst_ulps(on_host(slope), expected, "float32", terms) <= promised_ulps(gamma)
+
+
+@pytest.mark.parametrize("classes", [1, 7, 80])
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_sparse_kernels_keep_the_promised_precision(gamma, alpha, classes):
+    formula, rows = Sparse(SigmoidFocal(alpha, gamma)), 2029 // classes
+    x, t = logits(rows * classes).view(rows, classes), labels(rows, classes)
+    value = torch_triton.value(formula, x, t)
+    slope = torch_triton.slope(formula, x, t, torch.ones((), device=DEVICE))
+    counted = (t >= -1)[:, None].expand_as(x)
+    assert not value[~counted].any() and not slope[~counted].any()
+    y = on_host(t[:, None] == torch.arange(classes, device=DEVICE))
+    x = on_host(x)
+    keep = counted.cpu().numpy()
+    expected = reference.sigmoid_focal_loss(x, y, alpha, gamma) * keep
+    assert worst_ulps(on_host(value), expected, "float32") <= promised_ulps(gamma)
+    expected = reference.sigmoid_focal_loss_grad(x, y, alpha, gamma) * keep
+    assert worst_ulps(on_host(slope), expected, "float32") <= promised_ulps(gamma)
+
+
+def test_an_alpha_near_an_end_is_exact():
+    x = logits()
+    for alpha, t in ((1e-3, torch.ones_like(x)), (0.999, torch.zeros_like(x))):
+        value = torch_triton.value(SigmoidFocal(alpha, 1.0), x, t)
+        expected = reference.sigmoid_focal_loss(on_host(x), on_host(t), alpha, 1.0)
+        assert worst_ulps(on_host(value), expected, "float32") <= promised_ulps(1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("kind", ["hard", "soft", "labels"])
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_types_equal_the_formula_in_float32(gamma, kind, dtype):
+    """Half types are rounded once, at the end; at infinite logits it is the same limit."""
+    formula = SigmoidFocal(0.25, gamma)
+    x = torch.cat([logits(998), torch.tensor(INFINITE, device=DEVICE)]).to(dtype).view(200, 5)
+    if kind == "labels":
+        formula, t = Sparse(formula), labels(200, 5, torch.int32)
+    else:
+        t = targets(kind, x).to(dtype)
+    scale = torch.rand(x.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE, dtype)
+    value = torch_triton.value(formula, x, t)
+    slope = torch_triton.slope(formula, x, t, scale)
+    expected = plain(formula, x.float(), t)
+    assert value.dtype == slope.dtype == dtype
+    rtol = 3e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    tiny = torch.finfo(dtype).tiny
+    torch.testing.assert_close(value, expected[0].to(dtype), rtol=rtol, atol=tiny)
+    grown = (expected[1] * scale.float()).to(dtype)
+    torch.testing.assert_close(slope, grown, rtol=rtol, atol=tiny)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int8", "int16", "int32", "float64", "bfloat16"])
+def test_every_type_of_targets(kind):
+    x, hard = logits(), targets("hard", logits())
+    expected = torch_triton.value(SigmoidFocal(0.25, 2.0), x, hard)
+    t = targets(kind, x)
+    assert torch_triton.takes(x, t)
+    torch.testing.assert_close(
+        torch_triton.value(SigmoidFocal(0.25, 2.0), x, t), expected, rtol=2e-6, atol=0
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
+def test_every_type_of_labels(dtype):
+    x, t = logits(1000).view(200, 5), labels(200, 5).clamp(min=0)
+    formula = Sparse(SigmoidFocal(0.25, 2.0))
+    expected = torch_triton.value(formula, x, t)
+    assert torch.equal(torch_triton.value(formula, x, t.to(dtype)), expected)
+
+
+@pytest.mark.parametrize("n", [1, 2, 1009, 1024, 1025, 5003])
+def test_any_number_of_logits(n):
+    formula, x = SigmoidFocal(0.25, 2.0), logits(n)
+    t = targets("soft", x)
+    value = torch_triton.value(formula, x, t)
+    total = torch_triton.total(formula, x, t)
+    assert (value.shape, total.shape, total.dtype) == (x.shape, (), torch.float32)
+    torch.testing.assert_close(total.double(), value.double().sum(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_a_nan_stays_one(gamma):
+    x, t = torch.tensor([float("nan"), 1.0], device=DEVICE), torch.ones(2, device=DEVICE)
+    formula, one = SigmoidFocal(0.25, gamma), torch.ones((), device=DEVICE)
+    with np.errstate(invalid="ignore"):
+        for a, b in ((x, t), (x.flip(0), t.flip(0) * x)):
+            assert torch_triton.value(formula, a, b).isnan().any()
+            assert torch_triton.slope(formula, a, b, one).isnan().any()
+
+
+# ---------------------------------------------------------------- through the losses
+
+
+def gradients(loss, x):
+    leaf = x.detach().requires_grad_()
+    value = loss(leaf)
+    return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "positives"])
+def test_losses_use_the_kernels_and_equal_those_without(monkeypatch, kernels_run, reduction, dtype):
+    x = logits(1200).to(dtype).view(20, 12, 5)
+    t, y = labels(240, 5).view(20, 12), targets("hard", x)
+    cases = [lambda x: F.sparse_sigmoid_focal_loss(x, t, reduction=reduction)]
+    if reduction != "positives":
+        cases.append(lambda x: F.sigmoid_focal_loss(x, y, reduction=reduction))
+    rtol = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+    for case in cases:
+        kernels_run.clear()
+        got = gradients(case, x)
+        assert kernels_run == ["value" if reduction == "none" else "sum", "slope"]
+        with monkeypatch.context() as patch:
+            patch.setattr(_pointwise, "TRITON_DEVICE", "none")
+            expected = gradients(case, x)
+        for a, b in zip(got, expected, strict=True):
+            assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
+            torch.testing.assert_close(a, b, rtol=rtol, atol=torch.finfo(dtype).tiny)
+
+
+def layouts():
+    base = torch.randn(2, 3, 8, 6, generator=torch.Generator().manual_seed(0))
+    yield "channels last", base.contiguous(memory_format=torch.channels_last)
+    yield "permuted", base.permute(3, 1, 0, 2)
+    yield "sliced", torch.randn(4, 6, 8, 12)[::2, ::2, :, ::2]
+    yield "strided", torch.randn(40)[::2]
+    yield "expanded", torch.randn(1, 3, 1, 6).expand(2, 3, 8, 6)
+    yield "one number", torch.randn(1, 1).expand(4, 5)
+    yield "scalar", base[0, 0, 0, 0]
+    yield "empty", base[:0]
+
+
+@pytest.mark.parametrize(("name", "x"), list(layouts()), ids=[name for name, _ in layouts()])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_memory_layouts(name, x, reduction):
+    x = x.to(DEVICE)
+    y = torch.rand(x.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    scale = torch.rand(x.shape if reduction == "none" else (), device=DEVICE)
+    got = gradients(lambda x: F.sigmoid_focal_loss(x, y, reduction=reduction) * scale, x)
+    expected = gradients(
+        lambda x: F.sigmoid_focal_loss(x, y, reduction=reduction) * scale, x.contiguous()
+    )
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+    rows = F.sparse_sigmoid_focal_loss(x, y[..., 0].long()) if x.ndim else None
+    if rows is not None:
+        same = F.sparse_sigmoid_focal_loss(x.contiguous(), y[..., 0].long())
+        torch.testing.assert_close(rows, same, rtol=0, atol=0)
+
+
+def test_the_seed_of_a_sum_is_not_spread_out(monkeypatch):
+    """loss.sum() hands backward one number for all logits; no array is made of it."""
+    seen = []
+    launch = torch_triton._launch
+
+    def spy(task, *more):
+        seen.append((task, more[-1].data_ptr() if more[-1] is True else None))
+        launch(task, *more)
+
+    monkeypatch.setattr(torch_triton, "_launch", spy)
+    x = logits().requires_grad_()
+    F.sigmoid_focal_loss(x, targets("hard", x)).sum().backward()
+    assert seen == [("value", None), ("slope", None)]
+
+
+def test_second_derivatives_and_transforms_equal_the_closed_forms():
+    from torch.func import grad, hessian, jvp, vmap
+
+    x = logits(60)[16:] / 6
+    y = targets("soft", x)
+    host = on_host(x), on_host(y)
+    slope = torch.from_numpy(reference.sigmoid_focal_loss_grad(*host)).float().to(DEVICE)
+    bend = torch.from_numpy(reference.sigmoid_focal_loss_hess(*host)).float().to(DEVICE)
+
+    def total(x, y):
+        return F.sigmoid_focal_loss(x, y, reduction="sum")
+
+    near = {"rtol": 1e-4, "atol": 1e-6}
+    torch.testing.assert_close(grad(total)(x, y), slope, **near)
+    torch.testing.assert_close(vmap(grad(total))(x, y), slope, **near)
+    torch.testing.assert_close(hessian(total)(x, y), bend.diag(), **near)
+    each = jvp(lambda x: F.sigmoid_focal_loss(x, y), (x,), (torch.ones_like(x),))[1]
+    torch.testing.assert_close(each, slope, **near)
+    leaf = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(total(leaf, y), leaf, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), leaf)
+    torch.testing.assert_close(first, slope, **near)
+    torch.testing.assert_close(second, bend, **near)
+    loss = total(leaf, y)
+    seeds = torch.tensor([1.0, 2.0], device=DEVICE)
+    (both,) = torch.autograd.grad(loss, leaf, seeds, is_grads_batched=True)
+    torch.testing.assert_close(both, torch.stack([slope, 2 * slope]), **near)
+
+
+def test_the_gradient_in_learned_targets(monkeypatch):
+    x, y = logits(60)[16:], targets("soft", logits(60)[16:])
+    got = gradients(lambda y: F.sigmoid_focal_loss(x, y, reduction="sum"), y)
+    monkeypatch.setattr(_pointwise, "TRITON_DEVICE", "none")
+    expected = gradients(lambda y: F.sigmoid_focal_loss(x, y, reduction="sum"), y)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_the_kernels_leave_to_the_formula(kernels_run):
+    x, y = logits(), targets("hard", logits())
+    assert F.sigmoid_focal_loss(x.double(), y).dtype == torch.float64
+    F.sigmoid_focal_loss_star(x, y)
+    F.softmax_focal_loss(x.view(1, -1), torch.zeros(1, dtype=torch.int64, device=DEVICE))
+    F.sigmoid_focal_loss(x[:0], y[:0])
+    assert kernels_run == []
+
+
+def test_a_traced_graph_has_the_formula_in_it(kernels_run):
+    """A kernel that a tracer does not see would be missing from the graph."""
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x, y = logits(), targets("hard", logits())
+    graph = make_fx(lambda x: F.sigmoid_focal_loss(x, y, reduction="sum"))(x)
+    with FakeTensorMode() as mode:
+        fake = F.sigmoid_focal_loss(mode.from_tensor(x), mode.from_tensor(y))
+    assert kernels_run == [] and fake.shape == x.shape
+    got, expected = graph(2 * x), F.sigmoid_focal_loss(2 * x, y, reduction="sum")
+    torch.testing.assert_close(got, expected)
+
+
+def test_the_same_each_time():
+    x, y = logits(100_003).requires_grad_(), targets("soft", logits(100_003))
+    losses = [F.sigmoid_focal_loss(x, y, reduction="sum") for _ in range(3)]
+    slopes = [torch.autograd.grad(loss, x)[0] for loss in losses]
+    assert all(torch.equal(losses[0], loss) for loss in losses)
+    assert all(torch.equal(slopes[0], slope) for slope in slopes)
+
+
+# ---------------------------------------------------------------- on a GPU only
+
+needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+
+
+@needs_gpu
+def test_compiled_without_a_break():
+    x, y, t = logits(1000).view(200, 5), targets("hard", logits(1000).view(200, 5)), labels(200, 5)
+
+    def both(x):
+        dense = F.sigmoid_focal_loss(x, y, reduction="mean")
+        return dense + F.sparse_sigmoid_focal_loss(x, t, reduction="positives")
+
+    got, expected = gradients(torch.compile(both, fullgraph=True), x), gradients(both, x)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+
+
+@needs_gpu
+def test_in_a_cuda_graph():
+    x = logits(1000).view(200, 5).requires_grad_()
+    y, t = targets("hard", x), labels(200, 5)
+
+    def step():
+        loss = F.sigmoid_focal_loss(x, y, reduction="mean")
+        loss = loss + F.sparse_sigmoid_focal_loss(x, t, reduction="positives")
+        return loss, torch.autograd.grad(loss, x)[0]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.mul_(0.5)
+    graph.replay()
+    torch.testing.assert_close(captured, step(), rtol=0, atol=0)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_extra_memory_is_that_of_the_gradient(dtype, sparse):
+    x = torch.randn(100_000, 80, device=DEVICE, dtype=dtype).requires_grad_()
+    t = labels(100_000, 80) if sparse else targets("int8", x)
+    loss = F.sparse_sigmoid_focal_loss if sparse else F.sigmoid_focal_loss
+    loss(x, t, reduction="sum").backward()
+    x.grad = None
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss(x, t, reduction="sum").backward()
+    extra = torch.cuda.max_memory_allocated() - before
+    assert extra <= 1.01 * x.nbytes  # one partial sum per 1024 logits, and rounding
+
+
+@needs_gpu
+def test_more_logits_than_32_bits_count():
+    n = 2**31 + 4096
+    if torch.cuda.mem_get_info()[0] < 4 * n:
+        pytest.skip("needs 8 GiB")
+    x = torch.zeros(n, device=DEVICE, dtype=torch.bfloat16)
+    t = torch.zeros(n, device=DEVICE, dtype=torch.int8)
+    x[-1] = 1000.0
+    total = torch_triton.total(SigmoidFocal(None, 0.0), x, t)
+    assert total.item() == pytest.approx((n - 1) * np.log(2) + 1000.0, rel=1e-6)
+
+
+@needs_gpu
+def test_on_a_device_that_is_not_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    x, y = logits().to("cuda:1"), targets("hard", logits()).to("cuda:1")
+    torch.testing.assert_close(
+        F.sigmoid_focal_loss(x, y).cpu(), F.sigmoid_focal_loss(x.cpu(), y.cpu()), rtol=1e-5, atol=0
+    )
