@@ -11,7 +11,6 @@ What the tests find in the interpreter then holds on a GPU, but for fused multip
 round once less.
 """
 
-
 import torch
 import triton
 import triton.language as tl
@@ -31,9 +30,10 @@ OWN_KERNEL = (0.0, 0.5, 1.0, 2.0)
 """Exponents that have a kernel each; all others share one."""
 
 
-def takes(x: Tensor, t: Tensor) -> bool:
-    """Whether the types are among those that the kernels are for."""
-    return x.dtype in LOGITS and t.dtype in TARGETS
+def takes(x: Tensor, t: Tensor, *more: Tensor) -> bool:
+    """Whether the kernels are for operands of these types, all on the device of x."""
+    here = all(a.device == x.device for a in (t, *more))
+    return here and x.dtype in LOGITS and t.dtype in TARGETS
 
 
 def value(formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor) -> Tensor:

@@ -293,13 +293,17 @@ def _is_batched(a: Any) -> bool:
 
 
 def _has_kernel(formula: Formula, x: Tensor, t: Targets, *more: Tensor) -> bool:
-    """Whether kernels know this formula, and may see the memory of these operands."""
+    """Whether kernels know this formula, and may go at the memory of these operands.
+
+    What traces operations, or computes them elsewhere, must be given the formula instead.
+    """
+    loss = formula.formula if isinstance(formula, Sparse) else formula
     return not (
         torch.compiler.is_compiling()
-        or not isinstance(formula.formula if isinstance(formula, Sparse) else formula, SigmoidFocal)
-        or not isinstance(t, Tensor)
+        or not (isinstance(loss, SigmoidFocal) and isinstance(t, Tensor))
         or x.numel() == 0
-        or any(map(_is_batched, (x, t, *more)))
+        or is_in_torch_dispatch_mode()
+        or any(type(a) not in (Tensor, Parameter) or _is_batched(a) for a in (x, t, *more))
     )
 
 
@@ -316,13 +320,8 @@ def _gpu_kernels(formula: Formula, x: Tensor, t: Targets, *more: Tensor) -> Modu
     """`focal.kernels.torch_triton`, where it takes these operands."""
     if x.device.type != TRITON_DEVICE or not _has_kernel(formula, x, t, *more):
         return None
-    # What traces operations, or computes them elsewhere, would not see a kernel.
-    operands = (x, cast(Tensor, t), *more)
-    plain = all(type(a) in (Tensor, Parameter) and a.device == x.device for a in operands)
-    if not plain or is_in_torch_dispatch_mode():
-        return None
     kernels = _triton_on(x.device)
-    return kernels if kernels and kernels.takes(x, t) else None
+    return kernels if kernels and kernels.takes(x, t, *more) else None
 
 
 @functools.cache

@@ -23,7 +23,6 @@ GAMMAS = [0.0, 0.5, 1.0, 2.0, 3.7]
 ALPHAS = [None, 0.25, 1.0]
 HALVES = [torch.float16, torch.bfloat16]
 EXTREMES = [s * e for e in (0.0, 1e-30, 1e-3, 1.0, 20.0, 87.0, 100.0, 1000.0) for s in (1, -1)]
-INFINITE = [float("inf"), -float("inf")]
 
 
 @pytest.fixture(autouse=True)
@@ -31,10 +30,14 @@ def kernels_run(monkeypatch):
     """Sends the losses to the kernels, and counts."""
     calls = []
     launch = torch_triton._launch
+
+    def spy(task, *more, **options):
+        calls.append((task, *options))
+        with np.errstate(all="ignore"):  # a GPU does not warn; the interpreter does, by NumPy
+            launch(task, *more, **options)
+
     monkeypatch.setattr(_pointwise, "TRITON_DEVICE", DEVICE)
-    monkeypatch.setattr(
-        torch_triton, "_launch", lambda task, *more: (calls.append(task), launch(task, *more))[1]
-    )
+    monkeypatch.setattr(torch_triton, "_launch", spy)
     _pointwise._triton_on(torch.ones(1, device=DEVICE).device)  # it tries a kernel, once
     calls.clear()
     return calls
@@ -115,27 +118,44 @@ def test_an_alpha_near_an_end_is_exact():
         assert worst_ulps(on_host(value), expected, "float32") <= promised_ulps(1.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-@pytest.mark.parametrize("kind", ["hard", "soft", "labels"])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("kind", ["hard", "soft"])
 @pytest.mark.parametrize("gamma", GAMMAS)
-def test_types_equal_the_formula_in_float32(gamma, kind, dtype):
-    """Half types are rounded once, at the end; at infinite logits it is the same limit."""
-    formula = SigmoidFocal(0.25, gamma)
-    x = torch.cat([logits(998), torch.tensor(INFINITE, device=DEVICE)]).to(dtype).view(200, 5)
-    if kind == "labels":
-        formula, t = Sparse(formula), labels(200, 5, torch.int32)
-    else:
-        t = targets(kind, x).to(dtype)
+def test_half_types_are_rounded_once_at_the_end(gamma, kind, dtype):
+    formula, x = SigmoidFocal(0.25, gamma), logits().to(dtype)
+    t = targets(kind, x).to(dtype)
     scale = torch.rand(x.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE, dtype)
     value = torch_triton.value(formula, x, t)
     slope = torch_triton.slope(formula, x, t, scale)
-    expected = plain(formula, x.float(), t)
     assert value.dtype == slope.dtype == dtype
-    rtol = 3e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
-    tiny = torch.finfo(dtype).tiny
-    torch.testing.assert_close(value, expected[0].to(dtype), rtol=rtol, atol=tiny)
-    grown = (expected[1] * scale.float()).to(dtype)
-    torch.testing.assert_close(slope, grown, rtol=rtol, atol=tiny)
+    x, y, factor = on_host(x), on_host(t), on_host(scale)
+    name = str(dtype).removeprefix("torch.")
+    # The interpreter cuts bfloat16 off where a GPU rounds it.
+    bound = 1.01 if DEVICE == "cpu" and dtype == torch.bfloat16 else 0.51
+    expected = reference.sigmoid_focal_loss(x, y, 0.25, gamma)
+    assert worst_ulps(on_host(value), expected, name) <= bound
+    expected = reference.sigmoid_focal_loss_grad(x, y, 0.25, gamma) * factor
+    terms = gradient_terms(x, y, 0.25, gamma) * factor
+    assert worst_ulps(on_host(slope), expected, name, terms) <= bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_infinite_logits_have_the_limits_of_the_formula(gamma, dtype):
+    infinity = float("inf")
+    x = torch.tensor([[infinity, -infinity]] * 3, device=DEVICE, dtype=dtype)
+    cases = [
+        (SigmoidFocal(0.25, gamma), torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.3, 0.3]])),
+        (Sparse(SigmoidFocal(0.25, gamma)), torch.tensor([-1, 0, 1])),
+    ]
+    for formula, t in cases:
+        t = t.to(DEVICE)
+        value = torch_triton.value(formula, x, t)
+        slope = torch_triton.slope(formula, x, t, torch.ones((), device=DEVICE))
+        expected = plain(formula, x.float(), t)
+        for a, b in zip((value, slope), expected, strict=True):
+            rtol = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+            torch.testing.assert_close(a, b.to(dtype), rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["uint8", "int8", "int16", "int32", "float64", "bfloat16"])
@@ -171,10 +191,9 @@ def test_any_number_of_logits(n):
 def test_a_nan_stays_one(gamma):
     x, t = torch.tensor([float("nan"), 1.0], device=DEVICE), torch.ones(2, device=DEVICE)
     formula, one = SigmoidFocal(0.25, gamma), torch.ones((), device=DEVICE)
-    with np.errstate(invalid="ignore"):
-        for a, b in ((x, t), (x.flip(0), t.flip(0) * x)):
-            assert torch_triton.value(formula, a, b).isnan().any()
-            assert torch_triton.slope(formula, a, b, one).isnan().any()
+    for a, b in ((x, t), (t, x)):
+        assert torch_triton.value(formula, a, b).isnan().tolist() == [True, False]
+        assert torch_triton.slope(formula, a, b, one).isnan().tolist() == [True, False]
 
 
 # ---------------------------------------------------------------- through the losses
@@ -198,7 +217,7 @@ def test_losses_use_the_kernels_and_equal_those_without(monkeypatch, kernels_run
     for case in cases:
         kernels_run.clear()
         got = gradients(case, x)
-        assert kernels_run == ["value" if reduction == "none" else "sum", "slope"]
+        assert kernels_run == [("value" if reduction == "none" else "sum",), ("slope",)]
         with monkeypatch.context() as patch:
             patch.setattr(_pointwise, "TRITON_DEVICE", "none")
             expected = gradients(case, x)
@@ -237,19 +256,15 @@ def test_memory_layouts(name, x, reduction):
         torch.testing.assert_close(rows, same, rtol=0, atol=0)
 
 
-def test_the_seed_of_a_sum_is_not_spread_out(monkeypatch):
-    """loss.sum() hands backward one number for all logits; no array is made of it."""
-    seen = []
-    launch = torch_triton._launch
-
-    def spy(task, *more):
-        seen.append((task, more[-1].data_ptr() if more[-1] is True else None))
-        launch(task, *more)
-
-    monkeypatch.setattr(torch_triton, "_launch", spy)
-    x = logits().requires_grad_()
-    F.sigmoid_focal_loss(x, targets("hard", x)).sum().backward()
-    assert seen == [("value", None), ("slope", None)]
+def test_one_number_for_all_logits_is_not_spread_out(kernels_run):
+    """The gradient that `loss.sum()` hands back is such a number, in the shape of the logits."""
+    for x in (logits(), logits(1000).view(2, 5, 100).permute(2, 0, 1)):
+        x.requires_grad_()
+        F.sigmoid_focal_loss(x, targets("hard", x)).sum().backward()
+        F.sparse_sigmoid_focal_loss(
+            x[None], labels(1, 5).expand(x[None].shape[:-1])
+        ).sum().backward()
+    assert kernels_run == [("value",), ("slope",)] * 4
 
 
 def test_second_derivatives_and_transforms_equal_the_closed_forms():
