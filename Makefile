@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ALL := $(VENV)/.all
 WORKERS ?= 2
 
-.PHONY: setup test test-gpu demo lint bench docs clean
+.PHONY: setup test test-gpu demo lint bench bench-gpu docs clean
 
 setup: $(ALL)
 
@@ -41,6 +41,9 @@ lint: $(ALL)
 
 bench: $(ALL)
 	$(RUN) -m benchmarks
+
+bench-gpu: $(ALL)
+	$(RUN) -m benchmarks.bench_gpu
 
 docs: $(ALL)
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
