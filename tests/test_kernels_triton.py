@@ -56,13 +56,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from focal.kernels.torch_triton import BLOCK, _kernel
 
-types = {"n": "i32", "gamma": "fp64", "alpha": "fp32", "alpha_rest": "fp32"}
+# A float is passed in 32 bits unless its annotation says otherwise.
+gamma = next(p for p in _kernel.params if p.name == "gamma").annotation_type
+assert gamma == "fp64"
+types = {"n": "i32", "gamma": gamma, "alpha": "fp32", "alpha_rest": "fp32"}
 tasks = {"value": "*bf16", "sum": "*fp32", "slope": "*bf16"}
-for (task, out), t, gamma in itertools.product(tasks.items(), ("fp32", "i64"), (None, 0.5, 2.0)):
+for (task, out), t, power in itertools.product(tasks.items(), ("fp32", "i64"), (None, 0.5, 2.0)):
     sparse = t == "i64"
     scale = {"scale": "*fp32"} if task == "slope" else {}
     signature = {"x": "*bf16", "t": f"*{t}", "out": out, **scale, **types}
-    constants = {"TASK": task, "GAMMA": gamma, "BALANCED": True, "HARD": sparse, "BLOCK": BLOCK}
+    constants = {"TASK": task, "GAMMA": power, "BALANCED": True, "HARD": sparse, "BLOCK": BLOCK}
     constants |= {"CLASSES": 80 if sparse else 0, "SCALES": not sparse, "scale": None}
     names = _kernel.arg_names
     source = ASTSource(

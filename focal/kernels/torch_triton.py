@@ -8,7 +8,10 @@ adds up one number per program, in an order that does not depend on timing.
 Triton's `exp` and `log` become the GPU's approximate instructions or a library that the
 interpreter lacks, so both functions are spelled out below in additions and multiplications.
 What the tests find in the interpreter then holds on a GPU, but for fused multiply-adds, which
-round once less.
+round once less, and the division `/`, which is exact to 2 ULP there.
+
+A kernel is compiled when it is first launched, which cannot be while a CUDA graph is captured:
+run a step before, as PyTorch asks for anyway.
 """
 
 import torch
