@@ -209,7 +209,11 @@ def _weighted_power(xp: Namespace, loss: SigmoidFocal, m: Array, y: Array) -> Ar
 
 def _alpha_factor(xp: Namespace, alpha: float | None, y: Array) -> Array | None:
     """The factor a: alpha for y = 1, 1 - alpha for y = 0, linear between; None if it is off."""
-    return None if alpha is None else xp.addcmul(1 - alpha, y, 2 * alpha - 1)
+    if alpha is None:
+        return None
+    if alpha < 0.25:  # 1 - alpha + (2 alpha - 1) would lose the digits of a small alpha
+        return xp.addcmul(alpha, 1 - y, 1 - 2 * alpha)
+    return xp.addcmul(1 - alpha, y, 2 * alpha - 1)
 
 
 def _times(factor: Array | None, values: Array) -> Array:

@@ -116,6 +116,9 @@ def _factors(
         return power
     if y is None:
         share: Tensor | float = 1 - loss.alpha
+    elif loss.alpha < 0.25:  # from the end where nothing cancels
+        torch.sub(m.new_ones(()), y, out=spare)
+        share = torch.add(m.new_tensor(loss.alpha), spare, alpha=1 - 2 * loss.alpha, out=spare)
     else:
         share = torch.add(m.new_tensor(1 - loss.alpha), y, alpha=2 * loss.alpha - 1, out=spare)
     return [m.mul_(share)] if power else [share]

@@ -9,7 +9,7 @@ Differentiable twice, on any device, in eager mode, under `torch.compile(fullgra
     >>> loss = sigmoid_focal_loss(logits, torch.ones(3), alpha=None, gamma=0.5, reduction="sum")
     >>> loss.backward()
     >>> loss.item(), logits.grad.tolist()
-    (100.49012756347656, [-1.0, -0.4760856628417969, 0.0])
+    (100.49012756347656, [-1.0, -0.4760856628417969, -0.0])
 """
 
 from focal.core import anchors as _anchors

@@ -209,8 +209,8 @@ class _Sum(torch.autograd.Function):
         slope, ctx.slope = ctx.slope, None
         if slope is not None and not (torch.is_grad_enabled() or _is_batched(grad)):
             # On a CPU it costs nothing to see that there is nothing to scale.
-            scaled = slope if grad.device.type == "cpu" and grad == 1 else slope.mul_(grad)
-            return scaled, None, None, None
+            is_one = type(grad) is Tensor and grad.device.type == "cpu" and bool(grad == 1)
+            return slope if is_one else slope.mul_(grad), None, None, None
         # A second pass through the graph, or one that is itself differentiated.
         x, t = _saved(ctx)
         return _Slope.apply(x, t, grad, ctx.formula), None, None, None
@@ -300,6 +300,7 @@ def _has_kernel(formula: Formula, x: Tensor, t: Targets, *more: Tensor) -> bool:
     loss = formula.formula if isinstance(formula, Sparse) else formula
     return not (
         torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or not (isinstance(loss, SigmoidFocal) and isinstance(t, Tensor))
         or x.numel() == 0
         or is_in_torch_dispatch_mode()
