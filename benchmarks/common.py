@@ -57,7 +57,7 @@ def record(name: str, command: str, **measured: Any) -> dict[str, Any]:
 
 
 def interleaved(
-    sides: Mapping[str, Case], repetitions: int = 21, warm_up: int = 4
+    sides: Mapping[str, Case], repetitions: int = 41, warm_up: int = 4
 ) -> dict[str, Summary]:
     """Wall-clock milliseconds of each side.
 
