@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # the helper modules beside this file
 
-from backends import AUTODIFF, BACKENDS, CLOSED_FORM, Backend, load
+from backends import AUTODIFF, BACKENDS, CLOSED_FORM, REQUIRE_ALL, Backend, load
 
 settings.register_profile(
     "ci",
@@ -22,6 +23,30 @@ settings.register_profile(
 )
 settings.register_profile("thorough", deadline=None, max_examples=2000)
 settings.load_profile("ci")  # `pytest --hypothesis-profile=thorough` searches further
+
+
+def not_skipped(report: pytest.CollectReport | pytest.TestReport) -> None:
+    """Where everything must be installed, a missing import is a failure and not a skip."""
+    if REQUIRE_ALL and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, although FOCAL_REQUIRE_ALL is set: {report.longrepr}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+    """A module that skips itself."""
+    report = yield
+    not_skipped(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """A test that skips itself; a condition declared as `skipif` (a GPU, a data set) may."""
+    report = yield
+    if item.get_closest_marker("skipif") is None:
+        not_skipped(report)
+    return report
 
 
 @pytest.fixture(params=tuple(BACKENDS), scope="session")

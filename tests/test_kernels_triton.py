@@ -48,6 +48,8 @@ def test_the_kernels_in_the_interpreter() -> None:
         PYTEST_ADDOPTS="",
     )
     assert " passed" in printed
+    skipped = [line for line in printed.splitlines() if line.startswith("SKIPPED")]
+    assert all(line.endswith("needs a GPU") for line in skipped)
 
 
 COMPILE = """
