@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -14,13 +15,16 @@ from benchmarks.common import (
     GAMMA,
     SETTING,
     Case,
+    add_share_of_copy,
     compare,
+    copy_bandwidth,
     example,
     record,
     times_table,
 )
 from focal.tensorflow import sigmoid_focal_loss, sparse_sigmoid_focal_loss
 
+Loss = Callable[[tf.Tensor, tf.Tensor], Any]
 keras_loss = keras.losses.BinaryFocalCrossentropy(
     apply_class_balancing=True, alpha=ALPHA, gamma=GAMMA, from_logits=True, reduction="sum"
 )
@@ -46,17 +50,29 @@ def keras_from_labels(x: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
     return keras_dense(x, tf.one_hot(labels, CLASSES))
 
 
-def forward_backward(
-    loss: Callable[..., tf.Tensor], x: tf.Tensor, t: tf.Tensor, jit_compile: bool
-) -> Case:
-    @tf.function(jit_compile=jit_compile)
-    def run(x: tf.Tensor, t: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+def one_pass(x: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
+    """The least that any of the losses needs: an exponential, a logarithm, one array written."""
+    return tf.math.log1p(tf.exp(-tf.abs(x))) + t
+
+
+def in_graph(function: Loss, x: tf.Tensor, t: tf.Tensor, jit_compile: bool) -> Case:
+    run = tf.function(function, jit_compile=jit_compile)
+    return lambda: [result.numpy() for result in tf.nest.flatten(run(x, t))]
+
+
+def value_and_grad(loss: Loss) -> Loss:
+    def both(x: tf.Tensor, t: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         with tf.GradientTape() as tape:
             tape.watch(x)
             value = loss(x, t)
         return value, tape.gradient(value, x)
 
-    return lambda: [result.numpy() for result in run(x, t)]
+    return both
+
+
+def grad(loss: Loss) -> Loss:
+    both = value_and_grad(loss)
+    return lambda x, t: both(x, t)[1]
 
 
 def main() -> None:
@@ -67,19 +83,31 @@ def main() -> None:
         "sparse, sum": (sparse, keras_from_labels, labels),
         "sparse against our dense": (sparse, dense_from_labels, labels),
     }
-    losses = {}
-    for compiled in (False, True):
-        for name, (own, other, t) in pairs.items():
-            sides = {
-                "focal": forward_backward(own, x, t, compiled),
-                "other": forward_backward(other, x, t, compiled),
-            }
-            slopes = [run()[1] for run in sides.values()]  # type: ignore[index]
-            np.testing.assert_allclose(*slopes, rtol=1e-3, atol=1e-6)
-            losses[name + (", jit_compile" if compiled else "")] = compare(sides)
+    bandwidth = copy_bandwidth(x.numpy().nbytes)
+    losses: dict[str, Any] = {"copy_gb_per_s": round(bandwidth / 1e9, 1)}
+    phases = {"both": value_and_grad, "forward": lambda loss: loss, "backward": grad}
+    for phase, timed in phases.items():
+        losses[phase] = {}
+        for compiled in (False, True):
+            for name, (own, other, t) in pairs.items():
+                sides = {
+                    "focal": in_graph(timed(own), x, t, compiled),
+                    "other": in_graph(timed(other), x, t, compiled),
+                }
+                if phase == "both":
+                    slopes = [run()[1] for run in sides.values()]  # type: ignore[index]
+                    np.testing.assert_allclose(*slopes, rtol=1e-3, atol=1e-6)
+                if name == "dense, sum" and phase == "both":
+                    sides["exp and log1p alone"] = in_graph(one_pass, x, t, compiled)
+                case = compare(sides)
+                if phase == "both":
+                    nbytes = 2 * x.numpy().nbytes + t.numpy().nbytes
+                    add_share_of_copy(case, nbytes, bandwidth)
+                losses[phase][name + (", jit_compile" if compiled else "")] = case
     record("tensorflow_cpu", "python -m benchmarks", setting=SETTING, losses=losses)
     print(f"TensorFlow and Keras, {SETTING}; tf.function, median (least) in ms\n")
-    print(times_table(losses))
+    for phase in phases:
+        print(f"{phase}\n{times_table(losses[phase])}\n")
 
 
 if __name__ == "__main__":

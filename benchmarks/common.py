@@ -9,7 +9,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,19 @@ import numpy as np
 
 Case = Callable[[], object]
 Summary = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A case of which only the second half is timed."""
+
+    prepare: Callable[[], Any]
+    run: Callable[[Any], object]
+
+    def __call__(self) -> object:
+        """Both halves."""
+        return self.run(self.prepare())
+
 
 ROWS, CLASSES, POSITIVES = 40_000, 80, 0.01
 ALPHA, GAMMA = 0.25, 2.0
@@ -35,10 +51,26 @@ def example() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def compare(sides: Mapping[str, Case]) -> dict[str, Any]:
-    """Times of both sides, ours first, and how many times as long the other takes."""
+    """Times of all sides, ours first, and how many times as long the second takes."""
     times = interleaved(sides)
-    ours, other = times.values()
+    ours, other, *_ = times.values()
     return {**times, "ratio_of_medians": round(other["median_ms"] / ours["median_ms"], 2)}
+
+
+def copy_bandwidth(nbytes: int) -> float:
+    """Bytes read and written per second by a copy of that many bytes, on all cores."""
+    cores = os.cpu_count() or 1
+    source, target = np.ones((2, cores, nbytes // cores), np.uint8)
+    with ThreadPoolExecutor(cores) as pool:
+        pairs = list(zip(target, source, strict=True))
+        copy = interleaved({"copy": lambda: list(pool.map(lambda p: np.copyto(*p), pairs))})
+    return 2 * nbytes / copy["copy"]["median_ms"] * 1e3
+
+
+def add_share_of_copy(case: dict[str, Any], nbytes: int, bandwidth: float) -> None:
+    """Note how near each side comes to the time a copy would need for that many bytes."""
+    for side in sides_of(case):
+        side["share_of_copy"] = round(nbytes / bandwidth * 1e3 / side["median_ms"], 3)
 
 
 def record(name: str, command: str, **measured: Any) -> dict[str, Any]:
@@ -69,7 +101,10 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in sides}
     order = list(sides.items())
     for _ in range(repetitions):
-        for name, run in order:
+        for name, case in order:
+            run: Case = case
+            if isinstance(case, Staged):
+                run = partial(case.run, case.prepare())
             start = time.perf_counter()
             run()
             times[name].append((time.perf_counter() - start) * 1e3)
@@ -117,10 +152,14 @@ def times_table(cases: Mapping[str, Mapping[str, Any]]) -> str:
     """Median (least) milliseconds of both sides, and the ratio."""
     rows = [("case", "focal", "other", "ratio")]
     for name, case in cases.items():
-        sides = [value for value in case.values() if isinstance(value, dict) and "min_ms" in value]
-        cells = (f"{side['median_ms']:.1f} ({side['min_ms']:.1f})" for side in sides)
+        cells = (f"{side['median_ms']:.1f} ({side['min_ms']:.1f})" for side in sides_of(case)[:2])
         rows.append((name, *cells, f"{case['ratio_of_medians']:.2f}"))
     return table(rows)
+
+
+def sides_of(case: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The timed sides of a comparison, ours first."""
+    return [value for value in case.values() if isinstance(value, dict) and "min_ms" in value]
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
