@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: all measurements on the CPU, printed and written as JSON.
+"""`python -m benchmarks`: all measurements on the CPU, printed, written as JSON, and shown.
 
 One process for each, so that their threads do not meet.
 """
@@ -6,5 +6,5 @@ One process for each, so that their threads do not meet.
 import subprocess
 import sys
 
-for name in ("torch", "jax", "tensorflow", "targets"):
-    subprocess.run([sys.executable, "-m", f"benchmarks.bench_{name}"], check=True)
+for name in ("bench_torch", "bench_jax", "bench_tensorflow", "bench_targets", "page"):
+    subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)

@@ -6,11 +6,11 @@ import statistics
 import time
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from benchmarks.common import summary
 from focal.retinanet import backend_torch
+from focal.retinanet.config import RetinaNetConfig, TrainConfig
 from focal.retinanet.data import train_batches
 from focal.retinanet.data.shapes import ShapesDataset
 from focal.retinanet.presets import PRESETS
@@ -22,8 +22,9 @@ class SplitTrainer(backend_torch.Trainer):
     def watch(self) -> dict[str, float]:
         """Start measuring; the seconds of network forward and optimiser add up in the result.
 
-        The network's backward runs from the moment the gradient reaches its outputs to the end
-        of `backward`, which is where clipping, the optimiser's first part, begins.
+        Autograd takes the latest operations first, so both losses are through when the gradient
+        reaches the first of the network's outputs; from there to the end of `backward`, where
+        the optimiser's part begins, it is the network's.
         """
         spent = dict.fromkeys(("forward", "backward", "optimiser"), 0.0)
         marks: dict[str, float] = {}
@@ -32,7 +33,7 @@ class SplitTrainer(backend_torch.Trainer):
             marks[name] = time.perf_counter()
 
         def reached(grad: Tensor) -> None:
-            now("backward")  # of the last output to be reached
+            marks.setdefault("backward", time.perf_counter())
 
         def after_forward(_module: Any, _args: Any, outputs: tuple[Tensor, ...]) -> None:
             spent["forward"] += time.perf_counter() - marks["forward"]
@@ -41,33 +42,55 @@ class SplitTrainer(backend_torch.Trainer):
 
         self.model.register_forward_pre_hook(lambda *_: now("forward"))
         self.model.register_forward_hook(after_forward)
-        clip, update = torch.nn.utils.clip_grad_norm_, self._update_average
+        backward, update = Tensor.backward, self._update_average
 
-        def clip_grad_norm_(*args: Any, **kwargs: Any) -> Tensor:
+        def whole_backward(*args: Any, **kwargs: Any) -> None:
+            backward(*args, **kwargs)
             now("optimiser")
-            spent["backward"] += marks["optimiser"] - marks["backward"]
-            return clip(*args, **kwargs)
+            spent["backward"] += marks["optimiser"] - marks.pop("backward")
 
         def update_average(number: int) -> None:
             update(number)
             spent["optimiser"] += time.perf_counter() - marks["optimiser"]
 
-        torch.nn.utils.clip_grad_norm_ = clip_grad_norm_
+        Tensor.backward = whole_backward  # type: ignore[method-assign]
         self._update_average = update_average  # type: ignore[method-assign]
         return spent
 
 
-def training_step(repetitions: int = 30, warm_up: int = 12) -> dict[str, Any]:
-    """Median milliseconds of the parts of a step of the preset `tiny`, 240x240, batch of 8."""
-    preset = PRESETS["tiny"]
-    assert preset.train.crop == (240, 240) and preset.train.batch_size == 8
+def training_steps() -> dict[str, Any]:
+    """Steps of the preset `tiny` as it is, and of the paper's network on half its canvas."""
+    tiny, r50 = PRESETS["tiny"], PRESETS["r50"]
+    assert tiny.train.crop == (240, 240) and tiny.train.batch_size == 8
+    small = tiny.detector.canvas
+    half = tuple(side // 2 for side in r50.detector.canvas)
+    return {
+        "tiny, 240x240, batch of 8": training_step(tiny.detector, tiny.train, small, 30, 12),
+        f"r50, {half[0]}x{half[1]}, batch of 2": training_step(
+            r50.detector.replace(canvas=half),
+            r50.train.replace(batch_size=2, crop=None),
+            half,
+            repetitions=5,
+            warm_up=2,
+        ),
+    }
+
+
+def training_step(
+    config: RetinaNetConfig,
+    train: TrainConfig,
+    size: tuple[int, ...],
+    repetitions: int,
+    warm_up: int,
+) -> dict[str, Any]:
+    """Median milliseconds of the parts of a step."""
     # As many objects an image as the blood cells have, few enough images that the loader keeps
     # them all decoded after the warm-up, as it does in a run of several epochs.
-    dataset = ShapesDataset("train", size=preset.detector.canvas, num_images=32, num_objects=14)
-    model = backend_torch.build(preset.detector.replace(classes=dataset.classes), 0, "cpu")
-    trainer = SplitTrainer(model, preset.train)
-    batches = train_batches(dataset, model.config, preset.train)
-    clip = torch.nn.utils.clip_grad_norm_
+    dataset = ShapesDataset("train", size=size, num_images=4 * train.batch_size, num_objects=14)
+    model = backend_torch.build(config.replace(classes=dataset.classes), 0, "cpu")
+    trainer = SplitTrainer(model, train)
+    batches = train_batches(dataset, model.config, train)
+    backward = Tensor.backward
     steps: list[dict[str, float]] = []
     try:
         spent = trainer.watch()
@@ -78,7 +101,7 @@ def training_step(repetitions: int = 30, warm_up: int = 12) -> dict[str, Any]:
             whole = time.perf_counter() - start
             steps.append({**spent, "the rest": whole - sum(spent.values()), "step": whole})
     finally:
-        torch.nn.utils.clip_grad_norm_ = clip
+        Tensor.backward = backward  # type: ignore[method-assign]
         batches.close()  # type: ignore[attr-defined]
     parts = {name: [step[name] * 1e3 for step in steps[warm_up:]] for name in steps[0]}
     shares = [step["the rest"] / step["step"] for step in steps[warm_up:]]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.bench_step import training_step
+from benchmarks.bench_step import training_steps
 from benchmarks.common import (
     ALPHA,
     CLASSES,
@@ -174,7 +174,7 @@ def main() -> None:
         threads=torch.get_num_threads(),
         import_focal=import_time(),
         losses=compare_losses(),
-        training_step=training_step(),
+        training_step=training_steps(),
     )
     print(f"PyTorch, {SETTING}; median (least) in ms\n")
     for phase in ("both", "forward", "backward"):
@@ -186,11 +186,11 @@ def main() -> None:
     print(f"\n{table(memory)}")
     loading = report["import_focal"]["median_ms"]
     print(f"\nimport focal beyond NumPy: {loading:.1f} ms, no framework")
-    step = report["training_step"]
-    print(f"\nTraining step of the preset tiny, 240x240, batch of 8, {step['precision']}, in ms\n")
     names = ("forward", "backward", "optimiser", "the rest", "step")
-    print(table([(n, f"{step[n]['median_ms']:.1f} ({step[n]['min_ms']:.1f})") for n in names]))
-    print(f"Data, targets and losses are {step['share_of_the_rest']:.1%} of a step.")
+    for setting, step in report["training_step"].items():
+        print(f"\nTraining step of the preset {setting}, {step['precision']}, in ms\n")
+        print(table([(n, f"{step[n]['median_ms']:.1f} ({step[n]['min_ms']:.1f})") for n in names]))
+        print(f"Data, targets and losses are {step['share_of_the_rest']:.1%} of a step.")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,146 @@
+"""The tables and the plot of docs/benchmarks.md, from results/*.json.
+
+A table stands between `<!-- name -->` and `<!-- end -->` and is written anew.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from benchmarks.common import RESULTS, sides_of
+from focal.retinanet.draw import PALETTE
+from focal.retinanet.weights import write_atomically
+
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+PLOT = PAGE.parent / "pictures" / "benchmarks_cpu.png"
+FRAMEWORKS = {
+    "torch": "PyTorch and the textbook",
+    "jax": "JAX and optax",
+    "tensorflow": "TensorFlow and Keras",
+}
+Cases = Mapping[str, Mapping[str, Any]]
+
+
+def main() -> None:
+    """Read what was measured, write page and plot."""
+    found = {name: _read(f"{name}_cpu") for name in (*FRAMEWORKS, "targets")}
+    tables = {name: losses_table(found[name]["losses"]) for name in FRAMEWORKS}
+    tables |= {
+        "provenance": provenance(found),
+        "memory": memory_table(found["torch"]["losses"]["both"]),
+        "targets": times_table(found["targets"]["times"]),
+        "step": step_table(found["torch"]["training_step"]),
+    }
+    text = PAGE.read_text(encoding="utf-8")
+    for name, lines in tables.items():
+        place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        body = "\n" + "\n".join(lines) + "\n\n"
+        text, count = place.subn(lambda match, body=body: match[1] + body + match[2], text)
+        assert count == 1, f"{PAGE}: needs one place for the table {name}, has {count}"
+    write_atomically(PAGE, text.encode())
+    plot(found).savefig(PLOT)
+
+
+def provenance(found: Cases) -> list[str]:
+    """Where, when and with which versions."""
+    machine = found["torch"]["machine"]
+    versions = {k: v for name in FRAMEWORKS for k, v in found[name]["versions"].items()}
+    named = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "focal")
+    dates = sorted(report["date"][:16] for report in found.values())
+    copies = ", ".join(f"{found[name]['losses']['copy_gb_per_s']:.0f}" for name in FRAMEWORKS)
+    return [
+        f"{machine['cores']} cores of an {machine['processor']}, {dates[0]} to {dates[-1]} UTC; "
+        f"{named}. A copy on all cores moved {copies} GB/s."
+    ]
+
+
+def losses_table(losses: Mapping[str, Any]) -> list[str]:
+    """Every case, forward and backward together, then each alone."""
+    lines = ["| case | focal, ms | other, ms | ratio | share of a copy |", "|---|---|---|---|---|"]
+    for phase in ("both", "forward", "backward"):
+        for name, case in losses[phase].items():
+            ours, other, *floor = sides_of(case)
+            label = name if phase == "both" else f"{name}; {phase}"
+            share = f"{ours['share_of_copy']:.0%}" if phase == "both" else ""
+            ratio = f"{case['ratio_of_medians']:.2f}"
+            lines.append(f"| {label} | {_cell(ours)} | {_cell(other)} | {ratio} | {share} |")
+            for side in floor:
+                lines.append(f"| ... exponential and logarithm alone | {_cell(side)} | | | |")
+    return lines
+
+
+def times_table(cases: Cases) -> list[str]:
+    """Both sides and their ratio."""
+    lines = ["| case | focal, ms | other, ms | ratio |", "|---|---|---|---|"]
+    for name, case in cases.items():
+        ours, other = sides_of(case)
+        ratio = f"{case['ratio_of_medians']:.2f}"
+        lines.append(f"| {name} | {_cell(ours)} | {_cell(other)} | {ratio} |")
+    return lines
+
+
+def memory_table(cases: Cases) -> list[str]:
+    """Peak memory beyond the arguments."""
+    lines = ["| case | focal | textbook |", "|---|---|---|"]
+    for name, case in cases.items():
+        ours, other, *_ = case["peak_memory_in_logits"].values()
+        lines.append(f"| {name} | {ours:.2f} | {other:.2f} |")
+    return lines
+
+
+def step_table(settings: Cases) -> list[str]:
+    """The parts of a training step."""
+    names = ("forward", "backward", "optimiser", "the rest", "step")
+    lines = [f"| preset | {' | '.join(names)} | share of the rest |", "|---" * 7 + "|"]
+    for setting, parts in settings.items():
+        cells = " | ".join(_cell(parts[name]) for name in names)
+        lines.append(f"| {setting} | {cells} | {parts['share_of_the_rest']:.1%} |")
+    return lines
+
+
+def plot(found: Cases) -> Figure:
+    """Milliseconds of both sides of every loss, forward and backward."""
+    cases = {name: found[name]["losses"]["both"] for name in FRAMEWORKS}
+    heights = [len(c) for c in cases.values()]
+    figure = Figure(figsize=(8, 1.2 + 0.42 * sum(heights)), layout="constrained", dpi=110)
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(cases), 1, sharex=True, height_ratios=heights)
+    for axes, (framework, losses) in zip(panels, cases.items(), strict=True):
+        places = range(len(losses))
+        for offset, colour, label, index in (
+            (0.2, PALETTE[0], "focal", 0),
+            (-0.2, "#bbbbbb", "other", 1),
+        ):
+            widths = [sides_of(case)[index]["median_ms"] for case in losses.values()]
+            rows = [-place + offset for place in places]
+            axes.barh(rows, widths, 0.38, color=colour, label=label)
+        for place, case in enumerate(losses.values()):
+            end = max(side["median_ms"] for side in sides_of(case)[:2])
+            axes.text(end, -place, f"  {case['ratio_of_medians']:.1f}x", va="center", fontsize=9)
+        axes.set_yticks([-place for place in places], list(losses), fontsize=9)
+        axes.set_title(FRAMEWORKS[framework], loc="left", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.1)
+    panels[0].legend(frameon=False, fontsize=9, loc="lower right")
+    panels[-1].set_xlabel("median ms, forward and backward of 40,000 x 80 logits in float32")
+    return figure
+
+
+def _cell(side: Mapping[str, Any]) -> str:
+    return f"{side['median_ms']:.1f} ({side['min_ms']:.1f})"
+
+
+def _read(name: str) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return report
+
+
+if __name__ == "__main__":
+    main()
