@@ -203,6 +203,15 @@ def test_reductions_weights_types_and_nothing(backend: Backend, name: str) -> No
     assert_array_equal(np.isnan(wrong), [True, True, False])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_gradient_in_the_targets(autodiff: Backend, name: str) -> None:
+    x, y, h = np.array([-3.0, -0.5, 0.2, 2.0]), np.array([0.1, 0.3, 0.6, 0.9]), 1e-6
+    loss, inputs = getattr(autodiff.F, name), autodiff.asarray(x)
+    got = autodiff.grad(lambda t: loss(inputs, t), autodiff.asarray(y))
+    up, down = (getattr(reference, name)(x, y + step) for step in (h, -h))
+    assert_allclose(got, (up - down) / (2 * h), rtol=1e-7, atol=1e-9)
+
+
 def test_formulas_of_equal_numbers_stay_apart(autodiff: Backend) -> None:
     """They are the static arguments of one compiled function."""
     x, y = np.array([0.3, -0.7]), np.array([0.2, 1.0])
@@ -217,8 +226,9 @@ def test_formulas_of_equal_numbers_stay_apart(autodiff: Backend) -> None:
 # ---------------------------------------------------------------- one alpha per class
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 5.0])
-@pytest.mark.parametrize("smoothing", [0.0, 0.125])
+@pytest.mark.parametrize(
+    ("gamma", "smoothing"), [(0.0, 0.125), (0.5, 0.0), (2.0, 0.125), (5.0, 0.0)]
+)
 def test_alpha_per_class_is_one_alpha_in_each_column(
     backend: Backend, gamma: float, smoothing: float
 ) -> None:
@@ -308,7 +318,7 @@ def test_smoothing_moves_targets_to_a_half(backend: Backend, smoothing: float, d
 SMOOTHED = golden("softmax_focal_smoothed")
 
 
-@pytest.mark.parametrize("classes", [1, 2, 3, 4])
+@pytest.mark.parametrize("classes", [1, 3, 4])
 def test_smoothed_softmax_is_the_mixture_of_all_labels(backend: Backend, classes: int) -> None:
     table = [c for c in SMOOTHED if len(c["logits"]) == classes]
     x, labels, value, slope = (
@@ -346,9 +356,8 @@ def test_smoothed_softmax_on_another_axis_and_at_extremes(autodiff: Backend) -> 
     x, labels = rows()
     labels, loss = labels.clip(min=0), autodiff.F.softmax_focal_loss
     options, t = {"gamma": 0.5, "label_smoothing": 0.1}, autodiff.asarray(labels)
-    for dtype in ("float16", "float32"):
-        inputs = autodiff.asarray(x, dtype)
-        assert np.isfinite(autodiff.numpy(loss(inputs, t, **options))).all()
-        assert np.isfinite(autodiff.grad(lambda a: loss(a, t, **options), inputs)).all()
+    inputs = autodiff.asarray(x, "float16")
+    assert np.isfinite(autodiff.numpy(loss(inputs, t, **options))).all()
+    assert np.isfinite(autodiff.grad(lambda a: loss(a, t, **options), inputs)).all()
     moved = autodiff(SOFTMAX, x.T, labels, axis=0, label_smoothing=0.1)
     assert_array_equal(moved, autodiff(SOFTMAX, x, labels, label_smoothing=0.1))
