@@ -19,10 +19,20 @@ import pytest
 
 import focal
 import focal.numpy
-from focal.core import anchors, box_losses, boxes, derivatives, losses, nms, softmax, targets
+from focal.core import (
+    anchors,
+    box_losses,
+    boxes,
+    derivatives,
+    losses,
+    nms,
+    softmax,
+    targets,
+    variants,
+)
 from focal.core.bind import bind
 
-CORE = (losses, softmax, box_losses, derivatives, boxes, anchors, nms, targets)
+CORE = (losses, softmax, variants, box_losses, derivatives, boxes, anchors, nms, targets)
 REQUIRE_ALL = os.environ.get("FOCAL_REQUIRE_ALL") == "1"
 
 

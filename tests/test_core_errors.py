@@ -26,8 +26,15 @@ DENSE = {"sigmoid_focal_loss": (X, Y), "sigmoid_focal_loss_star": (X, Y)}
 DENSE_AND_CE = {**DENSE, "balanced_cross_entropy": (X, Y)}
 SPARSE = {"sparse_sigmoid_focal_loss": (X, LABELS)}
 SOFTMAX = {"softmax_focal_loss": (X, LABELS)}
+VARIANTS = {
+    "quality_focal_loss": (X, Y),
+    "varifocal_loss": (X, Y),
+    "heatmap_focal_loss": (X, Y),
+    "asymmetric_focal_loss": (X, Y),
+}
 REDUCED = {
     **DENSE_AND_CE,
+    **VARIANTS,
     **SPARSE,
     **SOFTMAX,
     "smooth_l1_loss": (X, Y),
@@ -66,8 +73,44 @@ def numbers() -> list[Case]:
         ]
         cases += [
             case(T, name, args, f"alpha must be a number or None; got {got}", alpha=alpha)
-            for alpha, got in (("0.5", "'0.5'"), (True, "True"), ([0.5], "list"), (1j, "1j"))
+            for alpha, got in (("0.5", "'0.5'"), (True, "True"), (1j, "1j"))
         ]
+    for name in ("sigmoid_focal_loss_star", "balanced_cross_entropy"):
+        message = "alpha must be a number or None; got list"
+        cases.append(case(T, name, (X, Y), message, alpha=[0.5]))
+    for name, args in {"sigmoid_focal_loss": (X, Y), **SPARSE}.items():
+        bad = "must be a finite number in [0, 1]; got"
+        cases += [
+            case(V, name, args, "alpha must have shape (K,) = (3,); got (1,)", alpha=[0.5]),
+            case(V, name, args, "alpha must have shape (K,) = (3,); got (3, 1)", alpha=X[:3, :1]),
+            case(V, name, args, f"alpha {bad} 2", alpha=[0.5, 2, 0.5]),
+            case(V, name, args, f"alpha {bad} -1", alpha=(0.5, -1, 0.5)),
+            case(T, name, args, "alpha must be a number; got '1'", alpha=[0.5, "1", 0.5]),
+            case(V, name, args, f"label_smoothing {bad} 1.5", label_smoothing=1.5),
+            case(T, name, args, "label_smoothing must be a number; got None", label_smoothing=None),
+        ]
+    message = "one alpha per class needs inputs with a class axis; got shape ()"
+    cases.append(case(V, "sigmoid_focal_loss", (np.zeros(()), np.ones(())), message, alpha=[0.5]))
+    for name, parameters in {
+        "quality_focal_loss": ["beta"],
+        "varifocal_loss": ["alpha", "gamma"],
+        "heatmap_focal_loss": ["gamma", "beta"],
+        "asymmetric_focal_loss": ["gamma_positive", "gamma_negative"],
+    }.items():
+        for parameter in parameters:
+            low = f"{parameter} must be a finite number >= 0; got"
+            cases += [
+                case(V, name, (X, Y), f"{low} -1", **{parameter: -1}),
+                case(V, name, (X, Y), f"{low} nan", **{parameter: math.nan}),
+                case(
+                    T, name, (X, Y), f"{parameter} must be a number; got None", **{parameter: None}
+                ),
+            ]
+    name = "asymmetric_focal_loss"
+    cases += [
+        case(V, name, (X, Y), "margin must be a finite number in [0, 1]; got -0.1", margin=-0.1),
+        case(V, name, (X, Y), "margin must be < 1; got 1", margin=1),
+    ]
     for name, args in {**DENSE, **SPARSE, **SOFTMAX}.items():
         cases += [
             case(V, name, args, f"gamma must be a finite number >= 0; got {gamma}", gamma=gamma)
@@ -90,6 +133,13 @@ def numbers() -> list[Case]:
         case(V, name, args, "alpha must be a finite number >= 0; got -3", alpha=[1, -3, 1]),
         case(V, name, args, "alpha must have shape (K,) = (3,); got (2,)", alpha=[1, 2]),
         case(T, name, args, "alpha must be a number; got '1'", alpha="1"),
+        case(
+            V,
+            name,
+            args,
+            "label_smoothing must be a finite number in [0, 1]; got -1",
+            label_smoothing=-1,
+        ),
         case(T, name, args, "ignore_index must be an integer; got None", ignore_index=None),
         case(T, name, args, "ignore_index must be an integer; got 1.5", ignore_index=1.5),
         case(T, name, args, "axis must be an integer; got 1.0", axis=1.0),
@@ -196,7 +246,9 @@ def words() -> list[Case]:
     """reduction."""
     cases = []
     for name, args in REDUCED.items():
-        choices = "'none', 'mean', 'sum'" + (", 'positives'" if name in SPARSE else "")
+        choices = "'none', 'mean', 'sum'" + (
+            ", 'positives'" if name in {**SPARSE, "heatmap_focal_loss": ()} else ""
+        )
         cases += [
             case(
                 ValueError,
@@ -218,7 +270,7 @@ def types() -> list[Case]:
     floating, labels = "must have a floating-point type; got int64", "must have an integer type"
     real = "must have a real or boolean type; got complex128"
     cases = []
-    for name in DENSE_AND_CE:
+    for name in {**DENSE_AND_CE, **VARIANTS}:
         cases += [
             case(T, name, (INTEGERS, Y), f"inputs {floating}"),
             case(T, name, (X, COMPLEX), f"targets {real}"),
@@ -272,7 +324,7 @@ def shapes() -> list[Case]:
     """Nothing broadcasts unless the documentation says so."""
     V = ValueError
     cases = []
-    for name in (*DENSE_AND_CE, "smooth_l1_loss"):
+    for name in (*DENSE_AND_CE, *VARIANTS, "smooth_l1_loss"):
         same = "targets must have the shape of inputs; got inputs"
         cases += [
             case(V, name, (X[:, :1], Y[:, 0]), f"{same} (4, 1), targets (4,)"),

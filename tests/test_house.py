@@ -29,6 +29,7 @@ PRESENT = [name for name in ADAPTERS if (ROOT / name).is_dir()]
 
 PUBLIC = """
     sigmoid_focal_loss sparse_sigmoid_focal_loss softmax_focal_loss sigmoid_focal_loss_star
+    quality_focal_loss varifocal_loss heatmap_focal_loss asymmetric_focal_loss
     balanced_cross_entropy smooth_l1_loss giou_loss hard_example_mask
     box_area box_iou generalized_box_iou encode_boxes decode_boxes clip_boxes nms batched_nms
     anchors match_anchors assign_targets subsample

@@ -59,6 +59,24 @@ def every_loss(x, labels=LABELS):
     )
 
 
+def relatives(x, labels=LABELS):
+    """The same for what is rarer."""
+    y = jnp.asarray(soft(6, 3), x.dtype)
+    return (
+        F.quality_focal_loss(x, y, reduction="sum")
+        + F.varifocal_loss(x, y, reduction="sum")
+        + F.heatmap_focal_loss(x, y, reduction="positives")
+        + F.asymmetric_focal_loss(x, y, reduction="sum")
+        + F.sigmoid_focal_loss(x, y, [0.1, 0.5, 0.9], reduction="sum", label_smoothing=0.1)
+        + F.sparse_sigmoid_focal_loss(
+            x, labels, [0.1, 0.5, 0.9], reduction="sum", label_smoothing=0.1
+        )
+        + F.softmax_focal_loss(
+            x, labels, [1, 2, 3], reduction="sum", ignore_index=-2, label_smoothing=0.1
+        )
+    )
+
+
 @pytest.mark.parametrize("gamma", GAMMAS)
 @pytest.mark.parametrize("target", [0.0, 0.3, 1.0])
 def test_transformations_agree_with_the_closed_forms(gamma, target):
@@ -90,12 +108,13 @@ def test_transformations_agree_with_the_closed_forms(gamma, target):
         assert_allclose(jax.jacrev(jax.jacfwd(total))(x), np.diag(bend), rtol=1e-10, atol=1e-300)
 
 
-def test_numeric_derivatives_of_every_loss():
+@pytest.mark.parametrize("losses", [every_loss, relatives])
+def test_numeric_derivatives_of_every_loss(losses):
     from jax.test_util import check_grads
 
     with jax.enable_x64(True):
         x = jnp.asarray(logits(6, 3), float)
-        check_grads(jax.jit(every_loss), (x,), 2, ["fwd", "rev"], atol=1e-6, rtol=1e-6)
+        check_grads(jax.jit(losses), (x,), 2, ["fwd", "rev"], atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)
@@ -183,6 +202,10 @@ EVERY_FUNCTION = {
     "sigmoid_focal_loss": ("x y", {"gamma": 0.5}),
     "sigmoid_focal_loss_star": ("x y", {"reduction": "mean"}),
     "balanced_cross_entropy": ("x y", {"reduction": "sum"}),
+    "quality_focal_loss": ("x y", {"beta": 0.5}),
+    "varifocal_loss": ("x y", {"reduction": "mean"}),
+    "heatmap_focal_loss": ("x y", {"reduction": "positives"}),
+    "asymmetric_focal_loss": ("x y", {"margin": 0.1}),
     "sparse_sigmoid_focal_loss": ("x labels", {"reduction": "positives"}),
     "softmax_focal_loss": ("x labels", {"alpha": [1, 2, 3], "ignore_index": -2}),
     "smooth_l1_loss": ("x y", {"beta": 0.1}),

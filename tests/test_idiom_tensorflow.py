@@ -57,6 +57,24 @@ def every_loss(gamma, reduction):
     }
 
 
+def relatives(gamma, reduction):
+    """The same for what is rarer."""
+    y, labels = soft(6, 3), tf.constant([0, 1, -1, -2, 2, 0])
+    chosen = tf.constant([0, 1, 2, -100, 2, 0])
+    return {
+        "quality": lambda x: F.quality_focal_loss(x, y, gamma, reduction),
+        "varifocal": lambda x: F.varifocal_loss(x, y, 0.75, gamma, reduction),
+        "heatmap": lambda x: F.heatmap_focal_loss(x, y, gamma, 4.0, reduction),
+        "asymmetric": lambda x: F.asymmetric_focal_loss(x, y, 1.0, gamma, 0.05, reduction),
+        "per class": lambda x: F.sparse_sigmoid_focal_loss(
+            x, labels, [0.1, 0.5, 0.9], gamma, reduction, label_smoothing=0.1
+        ),
+        "smoothed": lambda x: F.softmax_focal_loss(
+            x, chosen, [1, 2, 3], gamma, reduction, label_smoothing=0.1
+        ),
+    }
+
+
 # ---------------------------------------------------------------- derivatives
 
 
@@ -77,11 +95,11 @@ def test_tape_once_and_twice_is_the_closed_form(gamma, dtype):
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)
-@pytest.mark.parametrize("name", ["dense", "sparse", "softmax", "star", "balanced"])
+@pytest.mark.parametrize("name", [*every_loss(2.0, "none"), *relatives(2.0, "none")])
 def test_derivatives_at_extremes_are_finite(name, gamma):
     x = tf.constant(EXTREMES * 2, shape=(6, 3))
     for reduction in REDUCTIONS:
-        loss = every_loss(gamma, reduction)[name]
+        loss = {**every_loss(gamma, reduction), **relatives(gamma, reduction)}[name]
         assert np.isfinite(loss(x)).all()
         assert np.isfinite(gradient(loss, x)).all()
         assert np.isfinite(second(loss, x)).all()
@@ -186,6 +204,20 @@ def test_graphs_equal_eager(gamma, reduction, jit_compile):
     for a, b in zip(eager, traced, strict=True):
         for name in a:
             close(b[name], a[name], 2e-5, 1e-36)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_graphs_of_the_relatives(jit_compile):
+    x = tf.constant(EXTREMES * 2, shape=(6, 3))
+
+    def both(x):
+        losses = relatives(0.5, "sum")
+        return {k: (f(x), gradient(f, x)) for k, f in losses.items()}
+
+    eager, traced = both(x), tf.function(both, jit_compile=jit_compile)(x)
+    for name in eager:
+        for a, b in zip(eager[name], traced[name], strict=True):
+            close(b, a, 2e-5, 1e-36)
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
@@ -371,13 +403,19 @@ def keras_losses():
         "dense": (F.SigmoidFocalLoss(0.5, 1.0), F.sigmoid_focal_loss, y, (0.5, 1.0)),
         "sparse": (F.SparseSigmoidFocalLoss(), F.sparse_sigmoid_focal_loss, labels, ()),
         "softmax": (F.SoftmaxFocalLoss((1, 2, 3)), F.softmax_focal_loss, chosen, ((1, 2, 3),)),
+        "per class": (
+            F.SigmoidFocalLoss((0.1, 0.5, 0.9)),
+            F.sigmoid_focal_loss,
+            y,
+            ([0.1, 0.5, 0.9],),
+        ),
     }
 
 
 KINDS = ["dense", "sparse", "softmax"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "per class"])
 def test_keras_mean_is_the_mean_of_the_function(kind):
     loss, function, target, arguments = keras_losses()[kind]
     x = logits(6, 3)

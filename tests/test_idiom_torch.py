@@ -35,11 +35,15 @@ def dense_losses(gamma: float):
         "focal": lambda x, y, r="none": F.sigmoid_focal_loss(x, y, 0.25, gamma, r),
         "star": lambda x, y, r="none": F.sigmoid_focal_loss_star(x, y, 0.25, gamma + 0.5, 1.0, r),
         "balanced": lambda x, y, r="none": F.balanced_cross_entropy(x, y, 0.75, r),
+        "quality": lambda x, y, r="none": F.quality_focal_loss(x, y, gamma, r),
+        "varifocal": lambda x, y, r="none": F.varifocal_loss(x, y, 0.75, gamma, r),
+        "heatmap": lambda x, y, r="none": F.heatmap_focal_loss(x, y, gamma, 4.0, r),
+        "asymmetric": lambda x, y, r="none": F.asymmetric_focal_loss(x, y, 1.0, gamma, 0.05, r),
     }
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)
-@pytest.mark.parametrize("name", ["focal", "star", "balanced"])
+@pytest.mark.parametrize("name", dense_losses(2.0))
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_gradcheck_and_gradgradcheck(name, gamma, reduction):
     loss = dense_losses(gamma)[name]
@@ -121,6 +125,17 @@ def test_vmap_of_the_sparse_loss_is_a_loop_of_it():
         )
 
 
+def assert_compiled_equals_eager(function, x):
+    torch._dynamo.reset()
+    eager, compiled = x.clone().requires_grad_(), x.clone().requires_grad_()
+    a = function(eager)
+    b = torch.compile(function, fullgraph=True)(compiled)
+    a.backward()
+    b.backward()
+    torch.testing.assert_close(b, a, rtol=1e-5, atol=0)
+    torch.testing.assert_close(compiled.grad, eager.grad, rtol=1e-5, atol=1e-37)
+
+
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_compile_fullgraph_equals_eager(reduction, gamma):
@@ -133,14 +148,29 @@ def test_compile_fullgraph_equals_eager(reduction, gamma):
         choice = F.softmax_focal_loss(x.view(6, 3), labels.clamp(min=0), None, gamma, reduction)
         return dense.sum() + sparse.sum() + choice.sum()
 
-    torch._dynamo.reset()
-    eager, compiled = x.clone().requires_grad_(), x.clone().requires_grad_()
-    a = both(eager)
-    b = torch.compile(both, fullgraph=True)(compiled)
-    a.backward()
-    b.backward()
-    torch.testing.assert_close(b, a, rtol=1e-5, atol=0)
-    torch.testing.assert_close(compiled.grad, eager.grad, rtol=1e-5, atol=1e-37)
+    assert_compiled_equals_eager(both, x)
+
+
+def test_compile_fullgraph_of_the_relatives():
+    x, y = torch.tensor(EXTREMES * 2), torch.tensor([0.0] * 9 + [1.0] * 9)
+    labels = torch.tensor([0, 1, -1, -2, 1, 0])
+
+    def all_of_them(x):
+        losses = (
+            F.quality_focal_loss(x, y, 0.5, "sum"),
+            F.varifocal_loss(x, y, 0.75, 0.5, "sum"),
+            F.heatmap_focal_loss(x, y, 0.5, 4.0, "sum"),
+            F.asymmetric_focal_loss(x, y, 1.0, 0.5, 0.05, "sum"),
+            F.sparse_sigmoid_focal_loss(
+                x.view(6, 3), labels, [0.1, 0.5, 0.9], 0.5, "sum", label_smoothing=0.1
+            ),
+            F.softmax_focal_loss(
+                x.view(6, 3), labels.clamp(min=0), None, 0.5, "sum", label_smoothing=0.1
+            ),
+        )
+        return sum(losses)
+
+    assert_compiled_equals_eager(all_of_them, x)
 
 
 def test_export_equals_eager():
@@ -340,6 +370,21 @@ def modules():
         ),
         (F.SoftmaxFocalLoss([1, 2, 3]), F.softmax_focal_loss, ([1, 2, 3], 2.0, "mean"), "class"),
         (F.SigmoidFocalLossStar(), F.sigmoid_focal_loss_star, (0.25, 2.0, 1.0, "mean"), "dense"),
+        (F.QualityFocalLoss(1.5), F.quality_focal_loss, (1.5, "mean"), "dense"),
+        (F.VarifocalLoss(0.5, 1.0), F.varifocal_loss, (0.5, 1.0, "mean"), "dense"),
+        (F.HeatmapFocalLoss(1.0, 3.0), F.heatmap_focal_loss, (1.0, 3.0, "positives"), "dense"),
+        (
+            F.AsymmetricFocalLoss(0.5, 2.0, 0.1),
+            F.asymmetric_focal_loss,
+            (0.5, 2.0, 0.1, "mean"),
+            "dense",
+        ),
+        (
+            F.SigmoidFocalLoss([0.1, 0.2, 0.9]),
+            F.sigmoid_focal_loss,
+            ([0.1, 0.2, 0.9], 2.0, "mean"),
+            "dense",
+        ),
         (F.BalancedCrossEntropyLoss(), F.balanced_cross_entropy, (0.75, "mean"), "dense"),
     ]
 
@@ -354,7 +399,7 @@ def test_modules_equal_their_functions(module, function, arguments, kind):
     assert torch.equal(module(x, t), expected)
     assert torch.equal(pickle.loads(pickle.dumps(module))(x, t), expected)
     assert not list(module.parameters()) and not module.state_dict()
-    assert "gamma" in repr(module) or "alpha" in repr(module)
+    assert any(parameter in repr(module) for parameter in ("alpha", "beta", "gamma"))
 
 
 def test_module_checks_its_parameters_when_made():

@@ -11,6 +11,8 @@ import math
 import numbers
 from typing import Any
 
+import numpy as np
+
 from focal.core.namespace import Array, Namespace
 
 INFINITY = math.inf
@@ -53,6 +55,25 @@ def check_alpha(function: str, alpha: Any) -> float | None:
             f"{function}: alpha must lie in [0, 1], or be None or -1 to turn it off; got {alpha!r}"
         )
     return float(alpha)
+
+
+def is_sequence(value: object) -> bool:
+    """Whether a parameter is a list, tuple or array rather than one number."""
+    is_array = hasattr(value, "shape") and not isinstance(value, numbers.Number)
+    return is_array or isinstance(value, (list, tuple))
+
+
+def check_class_alphas(
+    xp: Namespace, function: str, alpha: Any, classes: int, like: Array, high: float = INFINITY
+) -> Array:
+    """One number in [0, high] per class, in the type to compute in; only a list's are looked at."""
+    if isinstance(alpha, (list, tuple)):
+        alpha = np.array([check_number(function, "alpha", a, 0, high) for a in alpha], np.float64)
+    if isinstance(alpha, np.ndarray):
+        alpha = xp.constant(alpha, like)
+    alpha = check_real(xp, function, "alpha", alpha)
+    check_shape(function, "alpha", alpha, (classes,), "(K,)")
+    return xp.astype(alpha, wide_type(xp, like))
 
 
 def check_gamma(function: str, gamma: Any) -> float:

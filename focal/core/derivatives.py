@@ -5,11 +5,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from focal.core import checks
-from focal.core.formulas import SigmoidFocal
-from focal.core.losses import checked_weight, dense_arguments, star_formula
+from focal.core.losses import (
+    checked_weight,
+    class_balance,
+    dense_arguments,
+    focal_formula,
+    star_formula,
+)
 from focal.core.namespace import Array, Formula, Namespace
 
 __all__ = ["sigmoid_focal_loss_grad", "sigmoid_focal_loss_hess", "sigmoid_focal_loss_star_grad"]
@@ -19,10 +25,11 @@ def sigmoid_focal_loss_grad(
     xp: Namespace,
     inputs: Array,
     targets: Array,
-    alpha: float | None = 0.25,
+    alpha: float | Sequence[float] | Array | None = 0.25,
     gamma: float = 2.0,
     *,
     weight: Array | None = None,
+    label_smoothing: float = 0.0,
 ) -> Array:
     r"""First derivative of :func:`sigmoid_focal_loss` in its logits, elementwise.
 
@@ -35,6 +42,7 @@ def sigmoid_focal_loss_grad(
         alpha: As in :func:`sigmoid_focal_loss`.
         gamma: As in :func:`sigmoid_focal_loss`.
         weight: Factors that broadcast to the shape of `inputs`.
+        label_smoothing: As in :func:`sigmoid_focal_loss`.
 
     Returns:
         The derivative, with the shape and type of `inputs`.
@@ -52,18 +60,18 @@ def sigmoid_focal_loss_grad(
     Source: Lin et al. 2017, appendix B, equation 10, extended to soft targets.
     """
     name = "sigmoid_focal_loss_grad"
-    formula = SigmoidFocal(checks.check_alpha(name, alpha), checks.check_gamma(name, gamma))
-    return _dense_derivative(xp, name, formula, 1, inputs, targets, weight)
+    return _focal_derivative(xp, name, 1, inputs, targets, alpha, gamma, weight, label_smoothing)
 
 
 def sigmoid_focal_loss_hess(
     xp: Namespace,
     inputs: Array,
     targets: Array,
-    alpha: float | None = 0.25,
+    alpha: float | Sequence[float] | Array | None = 0.25,
     gamma: float = 2.0,
     *,
     weight: Array | None = None,
+    label_smoothing: float = 0.0,
 ) -> Array:
     r"""Second derivative of :func:`sigmoid_focal_loss` in its logits, elementwise.
 
@@ -81,6 +89,7 @@ def sigmoid_focal_loss_hess(
         alpha: As in :func:`sigmoid_focal_loss`.
         gamma: As in :func:`sigmoid_focal_loss`.
         weight: Factors that broadcast to the shape of `inputs`.
+        label_smoothing: As in :func:`sigmoid_focal_loss`.
 
     Returns:
         The second derivative, with the shape and type of `inputs`.
@@ -98,8 +107,7 @@ def sigmoid_focal_loss_hess(
     Source: differentiation of equation 10 of Lin et al. 2017; docs/math.md derives it.
     """
     name = "sigmoid_focal_loss_hess"
-    formula = SigmoidFocal(checks.check_alpha(name, alpha), checks.check_gamma(name, gamma))
-    return _dense_derivative(xp, name, formula, 2, inputs, targets, weight)
+    return _focal_derivative(xp, name, 2, inputs, targets, alpha, gamma, weight, label_smoothing)
 
 
 def sigmoid_focal_loss_star_grad(
@@ -141,12 +149,29 @@ def sigmoid_focal_loss_star_grad(
     Source: Lin et al. 2017, appendix B, equation 11.
     """
     name = "sigmoid_focal_loss_star_grad"
-    return _dense_derivative(
-        xp, name, star_formula(name, alpha, gamma, beta), 1, inputs, targets, weight
-    )
+    formula = star_formula(name, alpha, gamma, beta)
+    inputs, targets = dense_arguments(xp, name, inputs, targets)
+    return _derivative(xp, name, formula, 1, inputs, targets, weight)
 
 
-def _dense_derivative(
+def _focal_derivative(
+    xp: Namespace,
+    name: str,
+    order: Literal[1, 2],
+    inputs: Array,
+    targets: Array,
+    alpha: object,
+    gamma: float,
+    weight: Array | None,
+    label_smoothing: float,
+) -> Array:
+    inputs, targets = dense_arguments(xp, name, inputs, targets, label_smoothing)
+    formula, alphas = focal_formula(xp, name, alpha, gamma, inputs)
+    balance = None if alphas is None else class_balance(alphas, xp.astype(targets, alphas.dtype))
+    return _derivative(xp, name, formula, order, inputs, targets, weight, balance)
+
+
+def _derivative(
     xp: Namespace,
     name: str,
     formula: Formula,
@@ -154,11 +179,13 @@ def _dense_derivative(
     inputs: Array,
     targets: Array,
     weight: Array | None,
+    balance: Array | None = None,
 ) -> Array:
-    inputs, targets = dense_arguments(xp, name, inputs, targets)
     wide = checks.wide_type(xp, inputs)
     x, y = xp.astype(inputs, wide), xp.astype(targets, wide)
     result = formula.value_and_grad(xp, x, y)[1] if order == 1 else formula.hess(xp, x, y)
+    if balance is not None:
+        result = result * balance
     if weight is not None:
         result = result * checked_weight(xp, name, weight, inputs, wide)
     return xp.astype(result, inputs.dtype)

@@ -80,8 +80,7 @@ class SigmoidFocal(NamedTuple):
         d = (1 - y) * p - y * q
         k = (1 - 2 * y) * (p * q / m)
         g = self.gamma
-        curvature = g * k * (ce * (g * k + q - p - k) + 2 * d) + p * q
-        return _weighted_power(xp, self, m, y) * curvature
+        return _weighted_power(xp, self, m, y) * curvature(g, k, ce, d, p * q, q - p)
 
 
 class SigmoidFocalStar(NamedTuple):
@@ -123,21 +122,29 @@ class Sparse(NamedTuple):
     """A formula for integer labels: class in [0, K), -1 background, -2 ignored.
 
     All logits are background but one a row, so the row's one positive is computed apart and
-    written over; a one-hot tensor never exists.
+    written over; a one-hot tensor never exists. Targets are 1 and 0, or `1 - smoothing / 2` and
+    `smoothing / 2`.
     """
 
     formula: SigmoidFocal
+    smoothing: float = 0.0
 
     def value(self, xp: Namespace, x: Array, labels: Array) -> Array:
         """The loss of every logit."""
         at, x_at, y_at = self._labelled(xp, x, labels)
-        background = self.formula.background(xp, x)
+        if self.smoothing:
+            background = self.formula.value(xp, x, self.smoothing / 2)
+        else:
+            background = self.formula.background(xp, x)
         return self._merge(xp, background, at, self.formula.value(xp, x_at, y_at), labels)
 
     def value_and_grad(self, xp: Namespace, x: Array, labels: Array) -> tuple[Array, Array]:
         """The loss of every logit and its derivative."""
         at, x_at, y_at = self._labelled(xp, x, labels)
-        background = self.formula.background_and_grad(xp, x)
+        if self.smoothing:
+            background = self.formula.value_and_grad(xp, x, self.smoothing / 2)
+        else:
+            background = self.formula.background_and_grad(xp, x)
         labelled = self.formula.value_and_grad(xp, x_at, y_at)
         value, grad = (
             self._merge(xp, b, at, v, labels) for b, v in zip(background, labelled, strict=True)
@@ -147,18 +154,39 @@ class Sparse(NamedTuple):
     def hess(self, xp: Namespace, x: Array, labels: Array) -> Array:
         """The second derivative at every logit."""
         at, x_at, y_at = self._labelled(xp, x, labels)
-        background = self.formula.hess(xp, x, 0.0)
+        background = self.formula.hess(xp, x, self.smoothing / 2)
         return self._merge(xp, background, at, self.formula.hess(xp, x_at, y_at), labels)
 
     def _labelled(self, xp: Namespace, x: Array, labels: Array) -> tuple[Array, Array, Array]:
-        """Per row one index, its logit, and whether it is a positive (else it is class 0)."""
+        """Per row one index, its logit and its target: that of the label, or else of class 0."""
         at = xp.maximum(labels, xp.zeros_like(labels))[..., None]
-        return at, xp.take_along_axis(x, at, axis=-1), xp.astype(labels >= 0, x.dtype)[..., None]
+        y_at = xp.astype(labels >= 0, x.dtype)[..., None]
+        if self.smoothing:
+            y_at = y_at * (1 - self.smoothing) + self.smoothing / 2
+        return at, xp.take_along_axis(x, at, axis=-1), y_at
 
     def _merge(
         self, xp: Namespace, background: Array, at: Array, labelled: Array, labels: Array
     ) -> Array:
         return xp.keep_rows(xp.put_along_axis(background, at, labelled), labels >= -1)
+
+
+def power(xp: Namespace, m: Array, gamma: float) -> Array | float:
+    """m^gamma; the usual exponents in cheaper, more accurate operations."""
+    if gamma == 0:
+        return 1.0
+    if gamma == 0.5:
+        return xp.sqrt(m)
+    if gamma == 1:
+        return m
+    if gamma == 2:
+        return m * m
+    return m**gamma
+
+
+def curvature(gamma: float, k: Array, ce: Array, d: Array, bend: Array, tilt: Array) -> Array:
+    """(m^gamma ce)'' / m^gamma; k = m' / m, d = ce', bend = ce'', tilt = q - p = m'' / m'."""
+    return gamma * k * (ce * (gamma * k + tilt - k) + 2 * d) + bend
 
 
 def _parts(xp: Namespace, x: Array, y: Array) -> tuple[Array, Array, Array, Array, Array]:
@@ -193,18 +221,8 @@ def _at_least_tiny(xp: Namespace, m: Array) -> Array:
 
 
 def _weighted_power(xp: Namespace, loss: SigmoidFocal, m: Array, y: Array) -> Array:
-    """The factor a m^gamma; the usual exponents in cheaper, more accurate operations."""
-    if loss.gamma == 0:
-        power = 1.0
-    elif loss.gamma == 0.5:
-        power = xp.sqrt(m)
-    elif loss.gamma == 1:
-        power = m
-    elif loss.gamma == 2:
-        power = m * m
-    else:
-        power = m**loss.gamma
-    return _times(_alpha_factor(xp, loss.alpha, y), power)
+    """The factor a m^gamma."""
+    return _times(_alpha_factor(xp, loss.alpha, y), power(xp, m, loss.gamma))
 
 
 def _alpha_factor(xp: Namespace, alpha: float | None, y: Array) -> Array | None:

@@ -6,6 +6,8 @@ that users see only what follows it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from focal.core import checks
 from focal.core.formulas import SigmoidFocal, SigmoidFocalStar, Sparse
 from focal.core.namespace import Array, Formula, Namespace, Reduction, SparseReduction
@@ -22,11 +24,12 @@ def sigmoid_focal_loss(
     xp: Namespace,
     inputs: Array,
     targets: Array,
-    alpha: float | None = 0.25,
+    alpha: float | Sequence[float] | Array | None = 0.25,
     gamma: float = 2.0,
     reduction: Reduction = "none",
     *,
     weight: Array | None = None,
+    label_smoothing: float = 0.0,
 ) -> Array:
     r"""Focal loss of independent binary classifications, from logits.
 
@@ -42,11 +45,14 @@ def sigmoid_focal_loss(
             in float32.
         targets: Same shape as `inputs` (nothing broadcasts), values in [0, 1], any real or
             boolean type. Soft targets blend inside :math:`p_t` and CE, as in torchvision.
-        alpha: Weight of positives, `1 - alpha` for negatives, in [0, 1]. None or -1 turns it
-            off. Default 0.25.
+        alpha: Weight of positives, `1 - alpha` for negatives, in [0, 1]: a number, or one per
+            class, K numbers for the K classes on the last axis. None or -1 turns it off.
+            Default 0.25.
         gamma: Focusing parameter, finite, >= 0; 0 is cross entropy. Default 2.
         reduction: "none" (default), "mean" over all elements, or "sum".
         weight: Factors that broadcast to the shape of `inputs`, multiplied into the loss.
+        label_smoothing: s in [0, 1]: each target y becomes `y (1 - s) + s / 2`, as in
+            `keras.losses.BinaryFocalCrossentropy`. Default 0.
 
     Returns:
         The loss: the shape and type of `inputs` for "none", else a scalar (float32 where
@@ -66,8 +72,10 @@ def sigmoid_focal_loss(
     `torchvision.ops.sigmoid_focal_loss`.
     """
     name = "sigmoid_focal_loss"
-    formula = SigmoidFocal(checks.check_alpha(name, alpha), checks.check_gamma(name, gamma))
-    return _dense_loss(xp, name, formula, inputs, targets, reduction, weight)
+    inputs, targets = dense_arguments(xp, name, inputs, targets, label_smoothing)
+    formula, alphas = focal_formula(xp, name, alpha, gamma, inputs)
+    balance = None if alphas is None else class_balance(alphas, xp.astype(targets, alphas.dtype))
+    return dense_loss(xp, name, formula, inputs, targets, reduction, weight, balance)
 
 
 def balanced_cross_entropy(
@@ -108,7 +116,7 @@ def balanced_cross_entropy(
     """
     name = "balanced_cross_entropy"
     formula = SigmoidFocal(checks.check_alpha(name, alpha), 0.0)
-    return _dense_loss(xp, name, formula, inputs, targets, reduction, weight)
+    return dense_loss(xp, name, formula, inputs, targets, reduction, weight)
 
 
 def sigmoid_focal_loss_star(
@@ -159,18 +167,19 @@ def sigmoid_focal_loss_star(
     """
     name = "sigmoid_focal_loss_star"
     formula = star_formula(name, alpha, gamma, beta)
-    return _dense_loss(xp, name, formula, inputs, targets, reduction, weight)
+    return dense_loss(xp, name, formula, inputs, targets, reduction, weight)
 
 
 def sparse_sigmoid_focal_loss(
     xp: Namespace,
     inputs: Array,
     labels: Array,
-    alpha: float | None = 0.25,
+    alpha: float | Sequence[float] | Array | None = 0.25,
     gamma: float = 2.0,
     reduction: SparseReduction = "none",
     *,
     weight: Array | None = None,
+    label_smoothing: float = 0.0,
 ) -> Array:
     r"""Sigmoid focal loss with class labels instead of dense targets: a detector's loss.
 
@@ -181,12 +190,13 @@ def sparse_sigmoid_focal_loss(
         labels: Integers of shape `inputs.shape[:-1]`: the class in [0, K), -1 for background
             (all K targets are 0), -2 for ignored (no loss, no gradient, not counted). Values
             are not checked: below -2 is ignored, K and above is an error or undefined.
-        alpha: Weight of positives, `1 - alpha` for negatives, in [0, 1]. None or -1 turns it
-            off. Default 0.25.
+        alpha: Weight of positives, `1 - alpha` for negatives, in [0, 1]: a number, or one per
+            class. None or -1 turns it off. Default 0.25.
         gamma: Focusing parameter, finite, >= 0. Default 2.
         reduction: "none" (default), "mean" over the logits of rows not ignored, "sum", or
             "positives": the sum over max(1, number of labels >= 0), the paper's normaliser.
         weight: Factors that broadcast to the shape of `inputs`, multiplied into the loss.
+        label_smoothing: s in [0, 1]: the targets are `1 - s / 2` and `s / 2`. Default 0.
 
     Returns:
         The loss: the shape and type of `inputs` for "none", else a scalar (float32 where
@@ -210,7 +220,7 @@ def sparse_sigmoid_focal_loss(
     """
     name = "sparse_sigmoid_focal_loss"
     checks.check_choice(name, "reduction", reduction, (*checks.REDUCTIONS, "positives"))
-    formula = SigmoidFocal(checks.check_alpha(name, alpha), checks.check_gamma(name, gamma))
+    smoothing = checks.check_number(name, "label_smoothing", label_smoothing, 0, 1)
     inputs = checks.check_floating(xp, name, "inputs", inputs)
     labels = checks.check_labels(xp, name, "labels", labels)
     if len(inputs.shape) == 0 or not inputs.shape[-1]:
@@ -219,6 +229,7 @@ def sparse_sigmoid_focal_loss(
             f"got shape {tuple(inputs.shape)}"
         )
     checks.check_shape(name, "labels", labels, tuple(inputs.shape[:-1]), "inputs.shape[:-1]")
+    formula, alphas = focal_formula(xp, name, alpha, gamma, inputs)
 
     wide = checks.wide_type(xp, inputs)
     count: Array | int = 1
@@ -227,10 +238,18 @@ def sparse_sigmoid_focal_loss(
     elif reduction == "mean":
         rows = xp.sum(xp.astype(labels >= -1, wide))
         count = xp.maximum(rows * inputs.shape[-1], 1)
-    return _reduced(xp, name, Sparse(formula), inputs, labels, reduction, weight, count)
+    balance = None
+    if alphas is not None:
+        at = xp.maximum(labels, xp.zeros_like(labels))
+        y_at = xp.astype(labels >= 0, wide)[..., None] * (1 - smoothing) + smoothing / 2
+        own = xp.reshape(xp.take(alphas, xp.reshape(at, (-1,)), axis=0), xp.shape(at))[..., None]
+        background = xp.zeros_like(xp.astype(inputs, wide)) + class_balance(alphas, smoothing / 2)
+        balance = xp.put_along_axis(background, at[..., None], class_balance(own, y_at))
+    sparse = Sparse(formula, smoothing)
+    return _reduced(xp, name, sparse, inputs, labels, reduction, weight, count, balance)
 
 
-def _dense_loss(
+def dense_loss(
     xp: Namespace,
     name: str,
     formula: Formula,
@@ -238,12 +257,14 @@ def _dense_loss(
     targets: Array,
     reduction: str,
     weight: Array | None,
+    balance: Array | None = None,
 ) -> Array:
+    """A loss with targets like the logits; `balance` are factors of its elements."""
     checks.check_choice(name, "reduction", reduction, checks.REDUCTIONS)
     inputs, targets = dense_arguments(xp, name, inputs, targets)
     mean = reduction == "mean"
     count = checks.count(xp, inputs, checks.wide_type(xp, inputs)) if mean else 1
-    return _reduced(xp, name, formula, inputs, targets, reduction, weight, count)
+    return _reduced(xp, name, formula, inputs, targets, reduction, weight, count, balance)
 
 
 def _reduced(
@@ -255,12 +276,15 @@ def _reduced(
     reduction: str,
     weight: Array | None,
     count: Array | int,
+    balance: Array | None,
 ) -> Array:
     """The loss reduced as asked; `count` is what a sum is divided by."""
+    wide = checks.wide_type(xp, inputs)
     if weight is not None:
-        wide = checks.wide_type(xp, inputs)
-        losses = xp.pointwise(formula, xp.astype(inputs, wide), targets)
-        losses = losses * checked_weight(xp, name, weight, inputs, wide)
+        weight = checked_weight(xp, name, weight, inputs, wide)
+        balance = weight if balance is None else balance * weight
+    if balance is not None:
+        losses = xp.pointwise(formula, xp.astype(inputs, wide), targets) * balance
         if reduction == "none":
             return xp.astype(losses, inputs.dtype)
         total = xp.sum(losses)
@@ -271,11 +295,37 @@ def _reduced(
     return total if reduction == "sum" else total / count
 
 
-def dense_arguments(xp: Namespace, name: str, inputs: Array, targets: Array) -> tuple[Array, Array]:
+def dense_arguments(
+    xp: Namespace, name: str, inputs: Array, targets: Array, label_smoothing: float = 0.0
+) -> tuple[Array, Array]:
     inputs = checks.check_floating(xp, name, "inputs", inputs)
     targets = checks.check_real(xp, name, "targets", targets)
     checks.check_same_shape(name, "targets", targets, "inputs", inputs)
+    smoothing = checks.check_number(name, "label_smoothing", label_smoothing, 0, 1)
+    if smoothing:
+        wide = checks.wide_type(xp, inputs)
+        targets = xp.astype(targets, wide) * (1 - smoothing) + smoothing / 2
     return inputs, targets
+
+
+def focal_formula(
+    xp: Namespace, name: str, alpha: object, gamma: float, inputs: Array
+) -> tuple[SigmoidFocal, Array | None]:
+    """The formula, and one alpha per class where alpha is that: factors of a loss without alpha."""
+    gamma = checks.check_gamma(name, gamma)
+    if not checks.is_sequence(alpha):
+        return SigmoidFocal(checks.check_alpha(name, alpha), gamma), None
+    if not len(inputs.shape):
+        raise ValueError(
+            f"{name}: one alpha per class needs inputs with a class axis; got shape ()"
+        )
+    alphas = checks.check_class_alphas(xp, name, alpha, inputs.shape[-1], inputs, high=1)
+    return SigmoidFocal(None, gamma), alphas
+
+
+def class_balance(alphas: Array, y: Array | float) -> Array:
+    """The factor a for targets y, with alphas that broadcast."""
+    return alphas * y + (1 - alphas) * (1 - y)
 
 
 def checked_weight(xp: Namespace, name: str, weight: Array, inputs: Array, wide: object) -> Array:

@@ -6,8 +6,6 @@ import numbers
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from focal.core import checks
 from focal.core.formulas import SigmoidFocal
 from focal.core.namespace import Array, Namespace, Reduction
@@ -25,6 +23,7 @@ def softmax_focal_loss(
     *,
     ignore_index: int = -100,
     axis: int = -1,
+    label_smoothing: float = 0.0,
 ) -> Array:
     r"""Focal loss of one choice among K classes, from logits.
 
@@ -46,6 +45,9 @@ def softmax_focal_loss(
             by the alphas), or "sum".
         ignore_index: Label that has no loss, no gradient and does not count. Default -100.
         axis: The class axis. Default -1; image logits (N, K, H, W) have it at 1.
+        label_smoothing: s in [0, 1]: the loss is the mixture of `1 - s` times that of the label
+            and `s / K` times that of each class, as if it were the label, as in
+            `keras.losses.CategoricalFocalCrossentropy`. Default 0.
 
     Returns:
         The loss: the shape of `labels` and the type of `inputs` for "none", else a scalar
@@ -70,9 +72,16 @@ def softmax_focal_loss(
     x, labels, alphas = _softmax_arguments(xp, name, inputs, labels, alpha, ignore_index, axis)
     valid = labels != ignore_index
     at = xp.where(valid, labels, xp.zeros_like(labels))
-    z = -xp.logsumexp(_others(xp, x, at, valid))
-    losses = xp.where(valid, xp.pointwise(formula, z, 1.0), xp.zeros_like(z))
-    losses = _times_alphas(xp, losses, alphas, at)
+    smoothing = checks.check_number(name, "label_smoothing", label_smoothing, 0, 1)
+    if smoothing:
+        each = xp.pointwise(formula, _all_margins(xp, x, valid), 1.0)
+        each = each if alphas is None else each * alphas
+        own = xp.take_along_axis(each, at[..., None], axis=-1)[..., 0]
+        losses = (1 - smoothing) * own + smoothing / x.shape[-1] * xp.sum(each, axis=-1)
+    else:
+        z = -xp.logsumexp(_others(xp, x, at, valid))
+        losses = _times_alphas(xp, xp.pointwise(formula, z, 1.0), alphas, at)
+    losses = xp.where(valid, losses, xp.zeros_like(losses))
     if reduction == "none":
         return xp.astype(losses, inputs.dtype)
     total = xp.sum(losses)
@@ -91,7 +100,7 @@ def softmax_focal_loss_grad(
     ignore_index: int = -100,
     axis: int = -1,
 ) -> Array:
-    r"""Gradient of the unreduced :func:`softmax_focal_loss` in its logits.
+    r"""Gradient of the unreduced :func:`softmax_focal_loss`, unsmoothed, in its logits.
 
     With the margin z of the label c and FL' its derivative,
 
@@ -170,16 +179,9 @@ def _checked_alphas(
     """None, one number, or an array (K,)."""
     if alpha is None or (isinstance(alpha, numbers.Real) and alpha == -1):
         return None
-    if isinstance(alpha, (bool, str, numbers.Real)):
-        return checks.check_number(name, "alpha", alpha, low=0)
-    if isinstance(alpha, (list, tuple)):
-        checked = [checks.check_number(name, "alpha", a, low=0) for a in alpha]
-        alpha = xp.constant(np.array(checked, np.float64), like)
-    elif isinstance(alpha, np.ndarray):
-        alpha = xp.constant(alpha, like)
-    alpha = checks.check_real(xp, name, "alpha", alpha)
-    checks.check_shape(name, "alpha", alpha, (classes,), "(K,)")
-    return xp.astype(alpha, checks.wide_type(xp, like))
+    if checks.is_sequence(alpha):
+        return checks.check_class_alphas(xp, name, alpha, classes, like)
+    return checks.check_number(name, "alpha", alpha, low=0)
 
 
 def _others(xp: Namespace, x: Array, at: Array, valid: Array) -> Array:
@@ -192,6 +194,20 @@ def _others(xp: Namespace, x: Array, at: Array, valid: Array) -> Array:
     own = xp.take_along_axis(x, c, axis=-1)
     out = xp.zeros_like(own) + xp.finfo(x.dtype).min
     return xp.keep_rows(xp.put_along_axis(x - own, c, out), valid)
+
+
+def _all_margins(xp: Namespace, x: Array, valid: Array) -> Array:
+    """The margin of every class, as if it were the label: x_k - logsumexp_{j != k} x_j.
+
+    Relative to the greatest logit, whose own margin is computed without it; from the sum of the
+    others, which then contains a 1, each can be subtracted.
+    """
+    _, top = xp.top_k(x, 1)
+    others = _others(xp, x, top[..., 0], valid)
+    e = xp.exp(others)
+    rest = xp.log(1 + (xp.sum(e, axis=-1)[..., None] - e))
+    rest = xp.put_along_axis(rest, top, xp.logsumexp(others)[..., None])
+    return xp.put_along_axis(others, top, xp.zeros_like(rest[..., :1])) - rest
 
 
 def _times_alphas(xp: Namespace, values: Array, alphas: Array | float | None, at: Array) -> Array:

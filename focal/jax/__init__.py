@@ -15,7 +15,7 @@ number of times. float16 and bfloat16 logits are computed in float32.
 """
 
 from focal.core import anchors as _anchors
-from focal.core import box_losses, boxes, losses, softmax, targets
+from focal.core import box_losses, boxes, losses, softmax, targets, variants
 from focal.core import nms as _nms
 from focal.core.anchors import AnchorConfig
 from focal.core.bind import bind
@@ -28,6 +28,10 @@ sparse_sigmoid_focal_loss = bind(losses.sparse_sigmoid_focal_loss, _xp, __name__
 softmax_focal_loss = bind(softmax.softmax_focal_loss, _xp, __name__)
 sigmoid_focal_loss_star = bind(losses.sigmoid_focal_loss_star, _xp, __name__)
 balanced_cross_entropy = bind(losses.balanced_cross_entropy, _xp, __name__)
+quality_focal_loss = bind(variants.quality_focal_loss, _xp, __name__)
+varifocal_loss = bind(variants.varifocal_loss, _xp, __name__)
+heatmap_focal_loss = bind(variants.heatmap_focal_loss, _xp, __name__)
+asymmetric_focal_loss = bind(variants.asymmetric_focal_loss, _xp, __name__)
 smooth_l1_loss = bind(box_losses.smooth_l1_loss, _xp, __name__)
 giou_loss = bind(box_losses.giou_loss, _xp, __name__)
 
@@ -49,6 +53,7 @@ __all__ = [
     "AnchorConfig",
     "anchors",
     "assign_targets",
+    "asymmetric_focal_loss",
     "balanced_cross_entropy",
     "batched_nms",
     "box_area",
@@ -60,15 +65,18 @@ __all__ = [
     "generalized_box_iou",
     "giou_loss",
     "hard_example_mask",
+    "heatmap_focal_loss",
     "inverse_frequency_alpha",
     "match_anchors",
     "nms",
     "prior_bias",
     "prior_bias_init",
+    "quality_focal_loss",
     "sigmoid_focal_loss",
     "sigmoid_focal_loss_star",
     "smooth_l1_loss",
     "softmax_focal_loss",
     "sparse_sigmoid_focal_loss",
     "subsample",
+    "varifocal_loss",
 ]

@@ -10,7 +10,7 @@ so the closed-form derivatives are here too.
 """
 
 from focal.core import anchors as _anchors
-from focal.core import box_losses, boxes, derivatives, losses, softmax, targets
+from focal.core import box_losses, boxes, derivatives, losses, softmax, targets, variants
 from focal.core import nms as _nms
 from focal.core.anchors import AnchorConfig
 from focal.core.bind import bind
@@ -22,6 +22,10 @@ sparse_sigmoid_focal_loss = bind(losses.sparse_sigmoid_focal_loss, _xp, __name__
 softmax_focal_loss = bind(softmax.softmax_focal_loss, _xp, __name__)
 sigmoid_focal_loss_star = bind(losses.sigmoid_focal_loss_star, _xp, __name__)
 balanced_cross_entropy = bind(losses.balanced_cross_entropy, _xp, __name__)
+quality_focal_loss = bind(variants.quality_focal_loss, _xp, __name__)
+varifocal_loss = bind(variants.varifocal_loss, _xp, __name__)
+heatmap_focal_loss = bind(variants.heatmap_focal_loss, _xp, __name__)
+asymmetric_focal_loss = bind(variants.asymmetric_focal_loss, _xp, __name__)
 smooth_l1_loss = bind(box_losses.smooth_l1_loss, _xp, __name__)
 giou_loss = bind(box_losses.giou_loss, _xp, __name__)
 
@@ -48,6 +52,7 @@ __all__ = [
     "AnchorConfig",
     "anchors",
     "assign_targets",
+    "asymmetric_focal_loss",
     "balanced_cross_entropy",
     "batched_nms",
     "box_area",
@@ -59,10 +64,12 @@ __all__ = [
     "generalized_box_iou",
     "giou_loss",
     "hard_example_mask",
+    "heatmap_focal_loss",
     "inverse_frequency_alpha",
     "match_anchors",
     "nms",
     "prior_bias",
+    "quality_focal_loss",
     "sigmoid_focal_loss",
     "sigmoid_focal_loss_grad",
     "sigmoid_focal_loss_hess",
@@ -73,4 +80,5 @@ __all__ = [
     "softmax_focal_loss_grad",
     "sparse_sigmoid_focal_loss",
     "subsample",
+    "varifocal_loss",
 ]

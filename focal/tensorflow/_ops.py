@@ -63,6 +63,10 @@ class finfo(NamedTuple):
         return float(self.dtype.min)
 
     @property
+    def eps(self) -> float:
+        return float(np.finfo(self.dtype.as_numpy_dtype).eps)
+
+    @property
     def smallest_normal(self) -> float:
         return float(np.finfo(self.dtype.as_numpy_dtype).smallest_normal)
 

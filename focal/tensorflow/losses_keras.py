@@ -38,11 +38,13 @@ class SigmoidFocalLoss(_Loss):
     `keras.losses.BinaryFocalCrossentropy`.
 
     Args:
-        alpha: Weight of positives; None or -1 turns it off. Default 0.25.
+        alpha: Weight of positives, or a list of one per class; None or -1 turns it off.
+            Default 0.25.
         gamma: Focusing parameter >= 0. Default 2.
         reduction: A reduction of Keras. Default "sum_over_batch_size", the mean.
         name: Name of the loss.
         dtype: Type to compute in. Default: Keras's `floatx`, float32.
+        label_smoothing: s in [0, 1]: targets become `y (1 - s) + s / 2`. Default 0.
 
     Shape:
         y_true and y_pred: the same; y_true may lack a last axis of length 1.
@@ -57,23 +59,35 @@ class SigmoidFocalLoss(_Loss):
     Source: Lin et al. 2017, equation 5.
     """
 
+    _parameters = ("alpha", "gamma", "label_smoothing")
+
     def __init__(
         self,
-        alpha: float | None = 0.25,
+        alpha: float | Sequence[float] | None = 0.25,
         gamma: float = 2.0,
         reduction: str | None = REDUCTION,
         name: str | None = None,
         dtype: Any = None,
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
-        self.alpha = checks.check_alpha(type(self).__name__, alpha)
-        self.gamma = checks.check_gamma(type(self).__name__, gamma)
+        own = type(self).__name__
+        self.alpha = _alphas(alpha) if checks.is_sequence(alpha) else checks.check_alpha(own, alpha)
+        self.gamma = checks.check_gamma(own, gamma)
+        self.label_smoothing = checks.check_number(own, "label_smoothing", label_smoothing, 0, 1)
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """The loss of each sample."""
         if y_true.shape.rank == y_pred.shape.rank - 1 and y_pred.shape[-1] == 1:
             y_true = y_true[..., None]
-        each = losses.sigmoid_focal_loss(xp, y_pred, y_true, self.alpha, self.gamma)
+        each = losses.sigmoid_focal_loss(
+            xp,
+            y_pred,
+            y_true,
+            self.alpha,
+            self.gamma,
+            label_smoothing=self.label_smoothing,
+        )
         return tf.reduce_mean(each, axis=-1)
 
 
@@ -86,7 +100,8 @@ class SparseSigmoidFocalLoss(_Loss):
     function with `reduction="positives"` in a training step of your own.
 
     Args:
-        alpha: Weight of positives; None or -1 turns it off. Default 0.25.
+        alpha: Weight of positives, or a list of one per class; None or -1 turns it off.
+            Default 0.25.
         gamma: Focusing parameter >= 0. Default 2.
         reduction: A reduction of Keras. Default "sum_over_batch_size", the mean.
         name: Name of the loss.
@@ -108,15 +123,16 @@ class SparseSigmoidFocalLoss(_Loss):
 
     def __init__(
         self,
-        alpha: float | None = 0.25,
+        alpha: float | Sequence[float] | None = 0.25,
         gamma: float = 2.0,
         reduction: str | None = REDUCTION,
         name: str | None = None,
         dtype: Any = None,
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
-        self.alpha = checks.check_alpha(type(self).__name__, alpha)
-        self.gamma = checks.check_gamma(type(self).__name__, gamma)
+        own = type(self).__name__
+        self.alpha = _alphas(alpha) if checks.is_sequence(alpha) else checks.check_alpha(own, alpha)
+        self.gamma = checks.check_gamma(own, gamma)
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """The loss of each sample."""
@@ -140,6 +156,7 @@ class SoftmaxFocalLoss(_Loss):
         name: Name of the loss.
         dtype: Type to compute in and, in Keras, of the labels too. Default: Keras's `floatx`,
             float32.
+        label_smoothing: s in [0, 1], shared among the classes. Default 0.
 
     Shape:
         y_pred (..., K) with K on `axis`; y_true (...) or (..., 1), whole numbers.
@@ -154,7 +171,7 @@ class SoftmaxFocalLoss(_Loss):
     Source: Lin et al. 2017, equation 4.
     """
 
-    _parameters = ("alpha", "gamma", "ignore_index", "axis")
+    _parameters = ("alpha", "gamma", "ignore_index", "axis", "label_smoothing")
 
     def __init__(
         self,
@@ -165,10 +182,13 @@ class SoftmaxFocalLoss(_Loss):
         reduction: str | None = REDUCTION,
         name: str | None = None,
         dtype: Any = None,
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
-        self.alpha = list(alpha) if isinstance(alpha, (tuple, np.ndarray)) else alpha
-        self.gamma = checks.check_gamma(type(self).__name__, gamma)
+        own = type(self).__name__
+        self.alpha = _alphas(alpha) if checks.is_sequence(alpha) else alpha
+        self.gamma = checks.check_gamma(own, gamma)
+        self.label_smoothing = checks.check_number(own, "label_smoothing", label_smoothing, 0, 1)
         self.ignore_index = ignore_index
         self.axis = axis
 
@@ -183,6 +203,7 @@ class SoftmaxFocalLoss(_Loss):
             self.gamma,
             ignore_index=self.ignore_index,
             axis=self.axis,
+            label_smoothing=self.label_smoothing,
         )
         return _masked(each, labels != self.ignore_index)
 
@@ -232,6 +253,11 @@ class PriorBias(keras.initializers.Initializer):
     def get_config(self) -> dict[str, Any]:
         """The argument of the constructor."""
         return {"pi": self.pi}
+
+
+def _alphas(alpha: Any) -> list[float]:
+    """One per class, as a configuration can hold them."""
+    return np.asarray(alpha, np.float64).tolist()
 
 
 def _labels(y_true: Tensor, rank: int) -> Tensor:

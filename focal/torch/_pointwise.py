@@ -302,6 +302,7 @@ def _has_kernel(formula: Formula, x: Tensor, t: Targets, *more: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or not (isinstance(loss, SigmoidFocal) and isinstance(t, Tensor))
+        or (isinstance(formula, Sparse) and formula.smoothing != 0)
         or x.numel() == 0
         or is_in_torch_dispatch_mode()
         or any(type(a) not in (Tensor, Parameter) or _is_batched(a) for a in (x, t, *more))

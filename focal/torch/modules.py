@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 
-class _Loss(nn.Module):
+class Loss(nn.Module):
     """Parameters as attributes, shown in the repr."""
 
     def extra_repr(self) -> str:
@@ -34,13 +34,15 @@ class _Loss(nn.Module):
         return ", ".join(f"{k}={v!r}" for k, v in own.items())
 
 
-class SigmoidFocalLoss(_Loss):
+class SigmoidFocalLoss(Loss):
     """`focal.torch.sigmoid_focal_loss` as a module; the mean by default, as in `torch.nn`.
 
     Args:
-        alpha: Weight of positives; None or -1 turns it off. Default 0.25.
+        alpha: Weight of positives, or a list of one per class; None or -1 turns it off.
+            Default 0.25.
         gamma: Focusing parameter >= 0. Default 2.
         reduction: "none", "mean" (default) or "sum".
+        label_smoothing: s in [0, 1]: targets become `y (1 - s) + s / 2`. Default 0.
 
     Shape:
         inputs and targets: the same, any; the result is a scalar, or that shape for "none".
@@ -50,7 +52,7 @@ class SigmoidFocalLoss(_Loss):
         >>> from focal.torch import SigmoidFocalLoss
         >>> criterion = SigmoidFocalLoss(gamma=1.5)
         >>> criterion
-        SigmoidFocalLoss(alpha=0.25, gamma=1.5, reduction='mean')
+        SigmoidFocalLoss(alpha=0.25, gamma=1.5, reduction='mean', label_smoothing=0.0)
         >>> criterion(torch.zeros(2, 3), torch.zeros(2, 3))
         tensor(0.1838)
 
@@ -58,28 +60,42 @@ class SigmoidFocalLoss(_Loss):
     """
 
     def __init__(
-        self, alpha: float | None = 0.25, gamma: float = 2.0, reduction: Reduction = "mean"
+        self,
+        alpha: float | Sequence[float] | None = 0.25,
+        gamma: float = 2.0,
+        reduction: Reduction = "mean",
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        self.alpha = checks.check_alpha(name, alpha)
+        self.alpha = alpha if checks.is_sequence(alpha) else checks.check_alpha(name, alpha)
         self.gamma = checks.check_gamma(name, gamma)
         self.reduction = checks.check_choice(name, "reduction", reduction, checks.REDUCTIONS)
+        self.label_smoothing = checks.check_number(name, "label_smoothing", label_smoothing, 0, 1)
 
     def forward(self, inputs: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
         """The loss of logits `inputs` and `targets` in [0, 1]."""
         return losses.sigmoid_focal_loss(
-            xp, inputs, targets, self.alpha, self.gamma, self.reduction, weight=weight
+            xp,
+            inputs,
+            targets,
+            self.alpha,
+            self.gamma,
+            self.reduction,
+            weight=weight,
+            label_smoothing=self.label_smoothing,
         )
 
 
-class SparseSigmoidFocalLoss(_Loss):
+class SparseSigmoidFocalLoss(Loss):
     """`focal.torch.sparse_sigmoid_focal_loss` as a module, for class labels.
 
     Args:
-        alpha: Weight of positives; None or -1 turns it off. Default 0.25.
+        alpha: Weight of positives, or a list of one per class; None or -1 turns it off.
+            Default 0.25.
         gamma: Focusing parameter >= 0. Default 2.
         reduction: "none", "mean", "sum" or "positives" (default): the paper's normaliser.
+        label_smoothing: s in [0, 1]: the targets are `1 - s / 2` and `s / 2`. Default 0.
 
     Shape:
         inputs (..., K), labels (...) integers in [-2, K); the result is a scalar, or the shape
@@ -97,26 +113,35 @@ class SparseSigmoidFocalLoss(_Loss):
 
     def __init__(
         self,
-        alpha: float | None = 0.25,
+        alpha: float | Sequence[float] | None = 0.25,
         gamma: float = 2.0,
         reduction: SparseReduction = "positives",
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        self.alpha = checks.check_alpha(name, alpha)
+        self.alpha = alpha if checks.is_sequence(alpha) else checks.check_alpha(name, alpha)
         self.gamma = checks.check_gamma(name, gamma)
         self.reduction = checks.check_choice(
             name, "reduction", reduction, (*checks.REDUCTIONS, "positives")
         )
+        self.label_smoothing = checks.check_number(name, "label_smoothing", label_smoothing, 0, 1)
 
     def forward(self, inputs: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
         """The loss of logits `inputs` (..., K) and `labels` (...)."""
         return losses.sparse_sigmoid_focal_loss(
-            xp, inputs, labels, self.alpha, self.gamma, self.reduction, weight=weight
+            xp,
+            inputs,
+            labels,
+            self.alpha,
+            self.gamma,
+            self.reduction,
+            weight=weight,
+            label_smoothing=self.label_smoothing,
         )
 
 
-class SoftmaxFocalLoss(_Loss):
+class SoftmaxFocalLoss(Loss):
     """`focal.torch.softmax_focal_loss` as a module.
 
     Args:
@@ -125,6 +150,7 @@ class SoftmaxFocalLoss(_Loss):
         reduction: "none", "mean" (default, over labels not ignored) or "sum".
         ignore_index: Label without loss. Default -100.
         axis: The class axis. Default -1; pass 1 for the layout of `nn.CrossEntropyLoss`.
+        label_smoothing: s in [0, 1], shared among the classes. Default 0.
 
     Shape:
         inputs (..., K) with K on `axis`, labels (...); the result is a scalar, or the shape of
@@ -146,6 +172,7 @@ class SoftmaxFocalLoss(_Loss):
         reduction: Reduction = "mean",
         ignore_index: int = -100,
         axis: int = -1,
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -154,6 +181,7 @@ class SoftmaxFocalLoss(_Loss):
         self.reduction = checks.check_choice(name, "reduction", reduction, checks.REDUCTIONS)
         self.ignore_index = ignore_index
         self.axis = axis
+        self.label_smoothing = checks.check_number(name, "label_smoothing", label_smoothing, 0, 1)
 
     def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """The loss of logits `inputs` and class indices `labels`."""
@@ -166,10 +194,11 @@ class SoftmaxFocalLoss(_Loss):
             self.reduction,
             ignore_index=self.ignore_index,
             axis=self.axis,
+            label_smoothing=self.label_smoothing,
         )
 
 
-class SigmoidFocalLossStar(_Loss):
+class SigmoidFocalLossStar(Loss):
     """`focal.torch.sigmoid_focal_loss_star` as a module.
 
     Args:
@@ -218,7 +247,7 @@ class SigmoidFocalLossStar(_Loss):
         )
 
 
-class BalancedCrossEntropyLoss(_Loss):
+class BalancedCrossEntropyLoss(Loss):
     """`focal.torch.balanced_cross_entropy` as a module.
 
     Args:
@@ -250,7 +279,7 @@ class BalancedCrossEntropyLoss(_Loss):
         )
 
 
-class GIoULoss(_Loss):
+class GIoULoss(Loss):
     """`focal.torch.giou_loss` as a module.
 
     Args:

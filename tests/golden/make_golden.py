@@ -31,6 +31,13 @@ TARGETS = [0.0, 1.0, 0.3, 1e-6, 1 - 1e-6]
 GAMMAS = [0.0, 0.5, 1.0, 1.7, 2.0, 3.0, 5.0]
 ALPHAS = [None, 0.25]
 STAR = [(2.0, 1.0), (4.0, 0.0), (1.0, 0.0), (0.5, -3.0)]
+VARIANT_LOGITS = [x for x in LOGITS if abs(x) in (0, 0.5, 2, 10, 20, 88, 100, 1000)]
+VARIANTS = {
+    "quality_focal_loss": [[0.0], [0.5], [1.0], [2.0], [5.0]],
+    "varifocal_loss": [[0.75, 2.0], [0.75, 0.5], [1.0, 0.0], [0.25, 5.0]],
+    "heatmap_focal_loss": [[2.0, 4.0], [0.5, 0.0], [0.0, 1.0], [5.0, 0.5]],
+    "asymmetric_focal_loss": [[1.0, 4.0, 0.05], [0.5, 0.5, 0.05], [2.0, 2.0, 0.0], [5.0, 0.0, 0.3]],
+}
 ROWS = [
     ([2.0, 0.5, -1.0], 0),
     ([2.0, 0.5, -1.0], 2),
@@ -45,6 +52,7 @@ ROWS = [
     ([0.0, 200.0], 1),
     ([1e-3], 0),
 ]
+SMOOTHING = 0.125
 PRIORS = [1e-12, 1e-6, 0.001, 0.01, 0.1, 0.3, 0.5, 0.9, 0.99, 1 - 1e-6]
 BOXES = [
     [0.0, 0.0, 10.0, 10.0],
@@ -79,6 +87,26 @@ def focal_star(x: mpf, y: mpf, gamma: float, beta: float) -> mpf:
         return -mpmath.log(sigmoid(gamma * margin + beta)) / gamma
 
     return y * loss(x) + (1 - y) * loss(-x)
+
+
+def quality_focal(x: mpf, y: mpf, beta: float) -> mpf:
+    return abs(y - sigmoid(x)) ** beta * focal(x, y, None, 0)
+
+
+def varifocal(x: mpf, y: mpf, alpha: float, gamma: float) -> mpf:
+    return y * focal(x, y, None, 0) if y > 0 else alpha * focal(x, y, None, gamma)
+
+
+def heatmap_focal(x: mpf, y: mpf, gamma: float, beta: float) -> mpf:
+    return focal(x, y, None, gamma) if y == 1 else (1 - y) ** beta * focal(x, mpf(0), None, gamma)
+
+
+def asymmetric_focal(
+    x: mpf, y: mpf, gamma_positive: float, gamma_negative: float, margin: float
+) -> mpf:
+    shifted = max(sigmoid(x) - margin, mpf(0))
+    negative = shifted**gamma_negative * -mpmath.log(1 - shifted)
+    return y * focal(x, mpf(1), None, gamma_positive) + (1 - y) * negative
 
 
 def softmax_focal(row: Sequence[mpf], label: int, gamma: float) -> mpf:
@@ -159,6 +187,50 @@ def star_table() -> dict[str, Any]:
     }
 
 
+def variant_table() -> dict[str, Any]:
+    table: dict[str, Any] = {
+        "order": "settings, targets, logits; the last varies fastest",
+        "targets": TARGETS,
+        "logits": VARIANT_LOGITS,
+    }
+    functions = (quality_focal, varifocal, heatmap_focal, asymmetric_focal)
+    for (name, settings), function in zip(VARIANTS.items(), functions, strict=True):
+        rows = [
+            derivatives(lambda x, f=function, s=s, y=y: f(x, mpf(y), *s), mpf(x), 3)
+            for s, y, x in itertools.product(settings, TARGETS, VARIANT_LOGITS)
+        ]
+        value, grad, hess = zip(*rows, strict=True)
+        table[name] = {"settings": settings, "value": value, "grad": grad, "hess": hess}
+    return table
+
+
+def smoothed_softmax_table() -> list[dict[str, Any]]:
+    table = []
+    for row, label in ROWS:
+
+        def loss(x: mpf, j: int, row: Any = row, label: int = label) -> mpf:
+            logits = [*row[:j], x, *row[j + 1 :]]
+            each = [softmax_focal(logits, k, 0.5) for k in range(len(row))]
+            return (1 - mpf(SMOOTHING)) * each[label] + mpf(SMOOTHING) * sum(each) / len(row)
+
+        logits = exact(row)
+        grad = [
+            derivatives(lambda x, j=j, loss=loss: loss(x, j), logits[j], 2)[1]
+            for j in range(len(row))
+        ]
+        table.append(
+            {
+                "logits": row,
+                "label": label,
+                "gamma": 0.5,
+                "smoothing": SMOOTHING,
+                "value": float(loss(logits[0], 0)),
+                "grad": grad,
+            }
+        )
+    return table
+
+
 def softmax_table() -> list[dict[str, Any]]:
     table = []
     for (row, label), gamma in itertools.product(ROWS, GAMMAS):
@@ -194,7 +266,9 @@ def main() -> None:
     tables = {
         "sigmoid_focal": sigmoid_table(),
         "sigmoid_focal_star": star_table(),
+        "variants": variant_table(),
         "softmax_focal": softmax_table(),
+        "softmax_focal_smoothed": smoothed_softmax_table(),
         "prior_bias": [[p, float(-mpmath.log((1 - mpf(p)) / mpf(p)))] for p in PRIORS],
         "boxes": box_tables(),
     }
