@@ -9,7 +9,8 @@ it, then by `focal check`, and the two must agree on whether there is an error. 
     skip    the data is read, and a line of the log counts what was left out
     fine    the data is read and sound: boxes inside their images, labels that are classes,
             batches and an evaluation can be made
-    other   anything else: another exception, a hang, a program started, a file opened outside
+    other   anything else: another exception, a hang, a program started, a connection made, a file
+            opened that is not of the data set
 
 A kind of damage has the outcomes that are allowed for it; any other is unexplained.
 """
@@ -623,8 +624,14 @@ class Outcome(NamedTuple):
     text: str
 
 
+FORBIDDEN = {
+    *("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork"),
+    *("socket.connect", "socket.getaddrinfo", "urllib.Request"),
+}
+
+
 class _Watch:
-    """Sees every file that is opened and every program that is started, while it is told to."""
+    """Sees, while it is told to, which files are opened, programs started, connections made."""
 
     opened: list[str] | None = None
     installed = False
@@ -634,8 +641,8 @@ class _Watch:
         if cls.opened is not None:
             if event == "open" and isinstance(arguments[0], str | bytes):
                 cls.opened.append(os.fsdecode(arguments[0]))
-            elif event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"):
-                cls.opened.append(f"program {arguments[0]}")
+            elif event in FORBIDDEN:
+                cls.opened.append(f"{event} {arguments[0]}")
 
     @classmethod
     @contextlib.contextmanager

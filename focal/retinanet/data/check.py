@@ -201,7 +201,7 @@ def _read(root: Path, name: str, findings: list[Finding]) -> Iterable[Split]:
             image = raw[number]["image_id"]
             text = f"{file}: annotation {number} of image id {image}: "
             text += reprlib.repr(raw[number]["bbox"])
-            findings.append(Finding("warning", f"{kind} box, dropped", name, text))
+            findings.append(Finding("warning", f"box dropped: {kind}", name, text))
     yield Split(name, file, folder, names, images, usable, objects, raw, len(entries))
 
 
