@@ -1,10 +1,9 @@
 """Which file a name in a dataset is: one inside the data folder, or none.
 
 A dataset may come from a stranger, so no name and no link in it may make the loader read what lies
-elsewhere. The rule is one sentence: folders may be links, files may not lead out. The folder that
-is asked for, and the image folder in it, can be links to another disk, since whoever uses them sets
-them up by hand. A link in place of a file must end inside the data folder or the image folder,
-since archives can hold links to anywhere.
+elsewhere. The folder that is asked for, its image folder and its annotation folder may be links to
+another disk, since whoever uses them sets them up by hand. All else must end, links followed, inside
+the data folder or the image folder, since archives can hold links to anywhere.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from pathlib import Path, PureWindowsPath
 
 __all__ = ["LINK_FAULT", "PathRule", "is_file", "leads_out"]
 
-LINK_FAULT = "a link that leads out of the data folder (linked folders may, files may not)"
+LINK_FAULT = "a link that leads out of the data folder, as only a whole image folder may"
 
 
 class PathRule:
