@@ -333,9 +333,9 @@ def _files(splits: Sequence[Split], progress: bool) -> Iterable[Finding]:
                 yield Finding("warning", "image that is in two splits", split.name, text)
             elif at != index and first.images[at].file != split.images[index].file:
                 yield Finding("warning", "image that is in a split twice", split.name, text)
-            elif thumbnail is not None and at == index:
+            elif thumbnail is not None and at == index and len(work) <= MANY:
                 kept.append((split, index, thumbnail))
-    if not 1 < len(kept) <= MANY:
+    if not kept:
         return
     thumbnails = np.stack([thumbnail for _, _, thumbnail in kept])
     owner = np.array([splits.index(split) for split, _, _ in kept])

@@ -2,8 +2,8 @@
 
 A dataset may come from a stranger, so no name and no link in it may make the loader read what lies
 elsewhere. The folder that is asked for, its image folder and its annotation folder may be links to
-another disk, since whoever uses them sets them up by hand. All else must end, links followed, inside
-the data folder or the image folder, since archives can hold links to anywhere.
+another disk, since whoever uses them sets them up by hand. All else must end, links followed,
+inside the data folder or the image folder, since archives can hold links to anywhere.
 """
 
 from __future__ import annotations
