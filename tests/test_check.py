@@ -150,6 +150,23 @@ def test_missing_splits_and_files(tmp_path, data, capsys):
     assert capsys.readouterr().err.endswith("no split 'train'; found no instances_*.json\n")
 
 
+def test_classes_are_told_apart_by_name_where_their_order_differs(tmp_path, data):
+    for entry, name in zip(data["val"]["categories"], ("class 1", "class 0"), strict=True):
+        entry["name"] = name
+    data["test"] = copy.deepcopy(data["val"])
+    findings, splits = check_data(write(tmp_path, data))
+    sentences = [f.sentence for f in findings if f.level == "error"]
+    assert sentences == [
+        f"instances_{split}.json: its classes are not those of instances_train.json "
+        "(their order by id differs)"
+        for split in ("val", "test")
+    ]
+    record = check_record(findings, splits, read_boxes(splits, TINY), TINY, {})
+    assert record["classes"] == ["class 0", "class 1"]
+    widths = record["boxes by class"]["class 0"]["height/width"]  # 10 / 20, then 16 / 12
+    assert widths["5%"] == 0.5 and widths["median"] == widths["95%"] == 1.33
+
+
 def only(findings):
     (finding,) = findings
     return finding

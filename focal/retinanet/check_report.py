@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from focal.retinanet.config import RetinaNetConfig
-from focal.retinanet.data.check import Boxes, Finding, Split
+from focal.retinanet.data.check import Boxes, Finding, Split, all_classes
 from focal.retinanet.data.images import printable
 
 __all__ = ["BUCKETS", "check_record", "check_text"]
@@ -39,7 +39,7 @@ def check_record(
         config: the detector whose anchors and canvas are meant.
         notes: what to put in front, such as the command.
     """
-    classes = next((split.classes for split in splits if split.names), ())
+    classes = all_classes(splits)
     groups: dict[tuple[str, str], list[Finding]] = {}
     for finding in findings:
         groups.setdefault((finding.level, finding.kind), []).append(finding)
@@ -48,7 +48,7 @@ def check_record(
         "canvas": list(config.canvas),
         "foreground": config.foreground,
         "anchors": {"sizes": config.anchors.sizes, "strides": config.anchors.strides},
-        "classes": list(classes),
+        "classes": classes,
         "splits": {split.name: _counts(split) for split in splits},
         "errors": _grouped(groups, "error"),
         "warnings": _grouped(groups, "warning"),

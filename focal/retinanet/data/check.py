@@ -31,7 +31,7 @@ from focal.retinanet.data.coverage import best_iou, scales
 from focal.retinanet.data.images import DataError, printable, resize
 from focal.retinanet.data.paths import PathRule
 
-__all__ = ["Boxes", "Finding", "Split", "check_data", "read_boxes"]
+__all__ = ["Boxes", "Finding", "Split", "all_classes", "check_data", "read_boxes"]
 
 NEEDED = ("train", "val")
 """The splits that training asks for."""
@@ -107,7 +107,7 @@ class Boxes(NamedTuple):
 
     Attributes:
         split: (N,) index into the splits.
-        label: (N,) class index.
+        label: (N,) index into `all_classes`.
         size: (N, 2) width and height in pixels of the image.
         scale: (N,) canvas pixels per pixel of the image.
         area: (N,) as COCO's evaluation takes it for small, medium and large.
@@ -156,18 +156,26 @@ def check_data(
     return sorted(findings, key=lambda f: f.level), splits
 
 
+def all_classes(splits: Sequence[Split]) -> list[str]:
+    """The class names of all splits, which should be those of the first."""
+    return list(dict.fromkeys(name for split in splits for name in split.classes))
+
+
 def read_boxes(splits: Sequence[Split], config: RetinaNetConfig) -> Boxes:
     """The boxes of the splits, on the canvas and with the anchors of a detector."""
     columns = []
-    for number, (_, _, _, _, images, _, objects, _, _) in enumerate(splits):
+    classes = all_classes(splits)
+    for number, split in enumerate(splits):
+        images, objects = split.images, split.objects
         own = ~objects.crowd
         image, box = objects.image[own], objects.box[own]
         sizes = np.array([(i.height, i.width) for i in images], np.float64).reshape(-1, 2)[image]
         scale = scales(sizes, config.canvas)
         iou = best_iou(box * scale[:, None], config)
         size = box[:, 2:] - box[:, :2]
-        split = np.full(len(box), number)
-        columns.append((split, objects.label[own], size, scale, objects.area[own], iou))
+        label = np.array([classes.index(name) for name in split.classes], int)[objects.label[own]]
+        owner = np.full(len(box), number)
+        columns.append((owner, label, size, scale, objects.area[own], iou))
     empty = [(np.zeros(0, int),) * 2 + (np.zeros((0, 2)),) + (np.zeros(0),) * 3]
     return Boxes(*(np.concatenate(column) for column in zip(*(columns or empty), strict=True)))
 
@@ -279,9 +287,8 @@ def _between(splits: Sequence[Split]) -> Iterable[Finding]:
             ]
             text += f" ({'; '.join(extra) or 'their order by id differs'})"
             yield Finding("error", "classes that differ between splits", split.name, text)
-            return  # labels of the splits are not comparable
-    if not named:
-        return
+    if len({split.classes for split in named}) != 1:
+        return  # there are none, or labels of one split are others in the next
     owner = np.concatenate([np.full(len(s.objects.id), n) for n, s in enumerate(named)])
     row = np.concatenate([np.arange(len(s.objects.id)) for s in named])
     columns = zip(*(s.objects for s in named), strict=True)
