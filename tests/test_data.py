@@ -306,7 +306,7 @@ def test_missing_folder_and_split(tmp_path):
 
 def test_dropped_boxes_are_counted_in_one_line(tmp_path, caplog):
     data = copy.deepcopy(GOOD)
-    more = [[5, 5, 0, 3], [5, 5, 3, 0], [30, 2, 4, 4], [2, 2, 3, 3], [4, 4, 1e-9, 3]]
+    more = [[5, 5, 0, 3], [5, 5, 3, 0], [30, 2, 4, 4], [2, 2, 3, 3], [0, 0, 1e-30, 3]]
     for number, bbox in enumerate(more, 10):
         annotation = {"id": number, "image_id": 7, "category_id": 4, "bbox": bbox}
         data["annotations"].append({**annotation, "iscrowd": int(number == 13)})

@@ -30,6 +30,8 @@ __all__ = [
     "stop",
 ]
 
+THINNEST = 1e-3
+"""Boxes of a width or height below this many pixels are taken for empty: 1e-30 is above 0, too."""
 _log = logging.getLogger("focal")
 _KINDS = {"images": "image id", "annotations": "annotation", "categories": "category"}
 
@@ -277,7 +279,8 @@ def _box(bbox: list[float], image: ImageRecord) -> tuple[tuple[float, ...], str]
     y1, y2 = (float(min(max(v, 0), image.height)) for v in (y, y + height))
     if width > 0 and height > 0 and not (x1 < x2 and y1 < y2):
         return (), "outside the image"
-    if not (np.float32(x1) < np.float32(x2) and np.float32(y1) < np.float32(y2)):
+    thin = min(x2 - x1, y2 - y1) < THINNEST
+    if thin or not (np.float32(x1) < np.float32(x2) and np.float32(y1) < np.float32(y2)):
         return (), "zero-area"
     return (x1, y1, x2, y2), ""
 
