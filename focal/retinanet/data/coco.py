@@ -32,9 +32,9 @@ class CocoDataset:
         root/annotations/instances_{split}2017.json   root/{split}2017/
 
     Classes are the file's categories, sorted by id. Boxes are clipped to their image; those
-    without area (a side below 1/1000 pixel), or wholly outside, are dropped, from the ground truth as well, and counted in
-    one line of the log. Crowd boxes are in the ground truth (where they excuse detections), but
-    not in the examples.
+    without area (a side below a thousandth of a pixel), or wholly outside, are dropped, from the
+    ground truth as well, and counted in one line of the log. Crowd boxes are in the ground truth
+    (where they excuse detections), but not in the examples.
 
     Raises:
         DataError: a folder, split, file, key, id or number is missing or wrong.
