@@ -843,7 +843,7 @@ def main() -> int:
         "date": datetime.date.today().isoformat(),
         "machine": {
             "architecture": platform.machine(),
-            "system": f"{platform.system()} {platform.release()}",
+            "system": platform.system(),
             "cores": os.cpu_count(),
         },
         "versions": {
