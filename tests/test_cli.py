@@ -442,6 +442,8 @@ def test_classes_that_do_not_fit(capsys, coco, run, tmp_path):
     error = fails(capsys, "evaluate", weights, "--data", root, "--split", "val")
     assert "classes are ('circle', 'square', 'triangle')" in error
     assert "those of set/val are ('disc', 'square', 'triangle')" in error
+    error = fails(capsys, "train", "--data", root, "--out", tmp_path / "run", *QUICK)
+    assert error.startswith("set/val: its classes are ('disc', 'square', 'triangle'), those of")
 
 
 def test_nowhere_to_write(capsys, coco, run, tmp_path):

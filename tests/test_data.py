@@ -306,7 +306,7 @@ def test_missing_folder_and_split(tmp_path):
 
 def test_dropped_boxes_are_counted_in_one_line(tmp_path, caplog):
     data = copy.deepcopy(GOOD)
-    more = [[5, 5, 0, 3], [5, 5, 3, 0], [30, 2, 4, 4], [2, 2, 3, 3], [4, 4, 1e-9, 3]]
+    more = [[5, 5, 0, 3], [5, 5, 3, 0], [30, 2, 4, 4], [2, 2, 3, 3], [0, 0, 1e-30, 3]]
     for number, bbox in enumerate(more, 10):
         annotation = {"id": number, "image_id": 7, "category_id": 4, "bbox": bbox}
         data["annotations"].append({**annotation, "iscrowd": int(number == 13)})
@@ -349,7 +349,7 @@ BROKEN = [
     ("images.0.file_name", "..\\a", "image id 7 (..\\a): file_name leads out of images/"),
     ("images.0.file_name", "C:\\a", "image id 7 (C:\\a): file_name leads out of images/"),
     ("images.0.file_name", "sub", "image id 7 (sub): file not found in images/"),
-    ("images.0.file_name", "a\0", "image id 7 (a\0): file not found in images/"),
+    ("images.0.file_name", "a\0", "image id 7 (a\\x00): file not found in images/"),
     ("images.0.file_name", 5, "image id 7: file_name must be text, got 5"),
     ("images.0.file_name", None, "image id 7: missing key 'file_name'"),
     ("images.0.width", 0, "image id 7 (a.png): width must be a positive integer, got 0"),
@@ -371,7 +371,11 @@ BROKEN = [
     ("annotations.0.category_id", 5, "annotation 5: unknown category_id 5"),
     ("annotations.0.category_id", None, "annotation 5: missing key 'category_id'"),
     ("annotations.0.iscrowd", 2, "annotation 5: iscrowd must be 0 or 1, got 2"),
-    ("annotations.0.area", "big", "annotation 5: area must be a finite number, got 'big'"),
+    (
+        "annotations.0.area",
+        "big",
+        "annotation 5: area must be a finite number of 0 or more, got 'big'",
+    ),
     ("annotations.0.bbox", None, "annotation 5: missing key 'bbox'"),
     (
         "annotations.0.bbox",
@@ -399,7 +403,7 @@ BROKEN = [
     ("categories.1.id", 90, "duplicate category 90"),
     ("categories.1.name", "cat", "category 4: duplicate name 'cat'"),
     ("categories.1.name", None, "category 4: missing key 'name'"),
-    ("categories.1.name", "", "category 4: name must be text, got ''"),
+    ("categories.1.name", "", "category 4: name must be text without control characters, got ''"),
 ]
 
 

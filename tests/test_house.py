@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -155,6 +156,26 @@ def test_importing_an_adapter_loads_no_other_framework(name: str) -> None:
     # A framework may load others by itself: TensorFlow does JAX, and Keras does matplotlib.
     itself = set().union(*(loaded_by(own) for own in OWN_IMPORTS[name]))
     assert loaded_by(f"focal.{name}") & HEAVY <= FRAMEWORKS[name] | itself
+
+
+def test_nothing_is_downloaded_and_no_pickle_is_run() -> None:
+    """No module that can reach a network; PyTorch's files are read as tensors only."""
+    network = {"urllib", "http", "ftplib", "socket", "ssl", "requests", "httpx", "huggingface_hub"}
+    wrong = []
+    for path in ROOT.rglob("*.py"):
+        heads = {name.split(".")[0] for name in imports(path)}
+        text = path.read_text()
+        wrong += [f"{path.relative_to(ROOT)}: {name}" for name in heads & network]
+        if text.count("torch.load(") != len(
+            re.findall(r"torch\.load\([^)]*weights_only=True", text)
+        ):
+            wrong.append(f"{path.relative_to(ROOT)}: torch.load without weights_only=True")
+        wrong += [
+            f"{path.relative_to(ROOT)}: {word}"
+            for word in ("torch.hub", "pickle.load", "eval(", "exec(")
+            if re.search(rf"(?<![\w.]){re.escape(word)}", text)
+        ]
+    assert wrong == []
 
 
 # ---------------------------------------------------------------- one interface

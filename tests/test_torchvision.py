@@ -1,5 +1,8 @@
 """torchvision's weights in every framework."""
 
+import os
+import pickle
+
 import numpy as np
 import pytest
 from backends import RETINANETS
@@ -17,6 +20,7 @@ from focal.retinanet.network_torch import (  # noqa: E402
 )
 from focal.retinanet.presets import CONVENTIONS  # noqa: E402
 from focal.retinanet.torchvision import from_torchvision, read_torchvision  # noqa: E402
+from focal.retinanet.weights import load_weights  # noqa: E402
 
 TINY = RetinaNetConfig(
     classes=("a", "b", "c"),
@@ -103,6 +107,43 @@ def test_what_is_no_detector_of_torchvision(tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"1234567890")
     with pytest.raises(ValueError, match="expected a whole safetensors file"):
         load_torchvision(tmp_path / "broken.safetensors")
+
+
+class Program:
+    """What a pickle from a stranger may hold: loading it would call `callable(*arguments)`."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
+def test_no_code_in_a_file_of_weights_is_run(tmp_path):
+    trap = tmp_path / "trap"
+    torch.save({"backbone.body.conv1.weight": Program(trap)}, tmp_path / "new.pth")
+    (tmp_path / "old.pth").write_bytes(pickle.dumps({"conv1.weight": Program(trap)}))
+    (tmp_path / "pickle.safetensors").write_bytes(pickle.dumps(Program(trap)))
+    for name in ("new.pth", "old.pth", "pickle.safetensors"):
+        with pytest.raises(ValueError, match=rf"{name}: expected a "):
+            read_torchvision(tmp_path / name)
+        with pytest.raises(ValueError, match=rf"{name}: expected a whole safetensors file"):
+            load_weights(tmp_path / name)
+        assert not trap.exists()
+    pickle.loads((tmp_path / "old.pth").read_bytes())
+    assert trap.exists()  # it is a trap
+
+
+@pytest.mark.parametrize("content", [b"", b"no pickle", [1, 2], {"a": "text"}, torch.zeros(3)])
+def test_a_pth_file_of_other_things(tmp_path, content):
+    path = tmp_path / "model.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=r"model.pth: expected a state dict of torchvision; "):
+        read_torchvision(path)
 
 
 def older_names(tensors):

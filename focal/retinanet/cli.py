@@ -1,4 +1,4 @@
-"""The command line: `focal train`, `focal evaluate`, `focal predict`, `focal prior-bias`."""
+"""The command line: `focal train`, `evaluate`, `predict`, `check` and `prior-bias`."""
 
 from __future__ import annotations
 
@@ -33,6 +33,21 @@ The run folder holds config.json, metrics.jsonl, weights.safetensors, checkpoint
 loss.png, detections.png and report.html.
 """
 
+CHECK_EPILOG = """\
+All splits are read, each image is decoded once, and every problem is listed with file and record.
+Errors are what training or evaluation would stop on: files that are missing, broken, of another
+size than the JSON says or outside the folder; records with a missing, wrong, unknown or repeated
+value; a missing train or val split; classes that differ between splits. Warnings are the rest:
+boxes that are dropped or clipped, images, boxes and files that are there twice, in two splits,
+without a class or of an unusual size, and more.
+
+The sizes of the boxes and the share that the anchors reach are those of --preset, --convention
+and --canvas, on whole images without augmentation.
+
+exit status: 0 if there are no errors, whatever the warnings; 1 if there are errors;
+             2 if there is nothing to check, or the command is wrong
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
@@ -41,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     command = shlex.join(["focal", *(sys.argv[1:] if arguments is None else arguments)])
     try:
-        options.run(options, command)
+        status: int = options.run(options, command) or 0
     except (ValueError, TypeError, OSError, ImportError) as error:
         # Everything a person can mend ends in one sentence; the rest keeps its traceback.
         print(f"focal: {error}", file=sys.stderr)
@@ -50,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         resume = "; --resume goes on from the last checkpoint" if options.run is _train else ""
         print(f"focal: stopped{resume}", file=sys.stderr)
         return 130
-    return 0
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,20 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_data(train)
     _add_backend(train)
-    train.add_argument(
-        "--preset",
-        default="tiny",
-        help="tiny (0.9 M parameters, for a CPU; default) or r50 (the paper's RetinaNet-50)",
-    )
-    train.add_argument(
-        "--convention",
-        default="paper",
-        help="whose anchors, matching and box loss: paper (default), torchvision, "
-        "torchvision_v2, detectron2",
-    )
+    _add_detector(train)
     train.add_argument("--out", type=Path, default=Path("runs/latest"), help="the run folder")
     train.add_argument("--steps", type=int, help="optimiser steps (default: the preset's)")
-    train.add_argument("--canvas", metavar="HxW", help="canvas in pixels, such as 256x320")
     train.add_argument("--seed", type=int, help="of weights, order and augmentation (default: 0)")
     train.add_argument("--weights", type=Path, help="start from this weights file")
     train.add_argument("--resume", action="store_true", help="go on from the run's checkpoint")
@@ -111,6 +115,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     predict.set_defaults(run=_predict)
 
+    check = commands.add_parser(
+        "check", help="find what is wrong with a data set", epilog=CHECK_EPILOG, formatter_class=raw
+    )
+    check.add_argument("data", type=Path, help="a COCO folder, as train reads it")
+    _add_detector(check)
+    check.add_argument("--out", type=Path, help="also write check.json and check.png here")
+    check.set_defaults(run=_check, set=[], steps=None, seed=None)
+
     bias = commands.add_parser("prior-bias", help="the bias that makes first scores PI")
     bias.add_argument("pi", type=float, nargs="?", default=0.01, help="default 0.01")
     bias.set_defaults(run=lambda options, _: print(focal.prior_bias(options.pi)))
@@ -119,6 +131,21 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="a COCO folder, or 'shapes' (generated)")
+
+
+def _add_detector(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--preset",
+        default="tiny",
+        help="tiny (0.9 M parameters, for a CPU; default) or r50 (the paper's RetinaNet-50)",
+    )
+    parser.add_argument(
+        "--convention",
+        default="paper",
+        help="whose anchors, matching and box loss: paper (default), torchvision, "
+        "torchvision_v2, detectron2",
+    )
+    parser.add_argument("--canvas", metavar="HxW", help="canvas in pixels, such as 256x320")
 
 
 def _add_backend(parser: argparse.ArgumentParser) -> None:
@@ -136,6 +163,11 @@ def _train(options: argparse.Namespace, command: str) -> None:
     detector, run = _configs(options)
     dataset = _dataset(options.data, "train", detector)
     validation = _dataset(options.data, "val", detector)
+    if validation.classes != dataset.classes:
+        raise ValueError(
+            f"{validation.name}: its classes are {validation.classes}, "
+            f"those of {dataset.name} are {dataset.classes}"
+        )
     detector = detector.replace(classes=dataset.classes)
     initial = None
     if options.weights is not None:
@@ -226,6 +258,27 @@ def _predict(options: argparse.Namespace, _: str) -> None:
         target = options.out / f"{path.stem}.json"
         write_atomically(target, json.dumps(record, indent=1).encode())
         print(f"{path}: {int(shown.sum())} objects -> {options.out / path.stem}.png, {target.name}")
+
+
+def _check(options: argparse.Namespace, command: str) -> int:
+    from focal.retinanet.check_picture import check_picture
+    from focal.retinanet.check_report import check_record, check_text
+    from focal.retinanet.data.check import check_data, read_boxes
+    from focal.retinanet.weights import write_atomically
+
+    detector, _ = _configs(options)
+    findings, splits = check_data(options.data, progress=True)
+    boxes = read_boxes(splits, detector)
+    notes = {"command": command, "data": str(options.data), "focal": focal.__version__}
+    record = check_record(findings, splits, boxes, detector, notes)
+    print(check_text(record))
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(record, indent=1, allow_nan=False)
+        write_atomically(options.out / "check.json", text.encode())
+        picture = check_picture(boxes, record, detector, options.out / "check.png")
+        print(f"\nwritten: {options.out / 'check.json'}, {picture.name}")
+    return 1 if record["errors"] else 0
 
 
 def _configs(options: argparse.Namespace) -> tuple[Any, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -99,11 +100,27 @@ def read_torchvision(source: Source, *, norm_eps: float = NORM_EPS) -> dict[str,
         except SafetensorError as error:
             raise ValueError(f"{source}: expected a whole safetensors file; {error}") from error
     else:
-        import torch  # the format is PyTorch's own
-
-        tensors = torch.load(source, map_location="cpu", weights_only=True)
+        tensors = _read_pth(source)
     arrays = {name: _array(x) for name, x in tensors.items()}
     return from_torchvision(arrays, norm_eps=norm_eps)
+
+
+def _read_pth(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The tensors of a file in PyTorch's own format, which is a pickle: no code in it is run."""
+    import torch
+
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: expected a state dict of torchvision; "
+            "it is damaged, or holds other things than tensors, which are not loaded"
+        ) from error
+    except (EOFError, KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path}: expected a state dict of torchvision; it is damaged") from error
+    if not isinstance(tensors, Mapping) or not all(torch.is_tensor(x) for x in tensors.values()):
+        raise ValueError(f"{path}: expected a state dict of torchvision; found other things")
+    return dict(tensors)
 
 
 def _array(x: Any) -> np.ndarray:

@@ -10,15 +10,17 @@ import numpy as np
 
 from focal.retinanet.data.coco_json import (
     ImageRecord,
+    log_dropped,
     read_categories,
     read_images,
     read_json,
     read_objects,
 )
 from focal.retinanet.data.dataset import Example, coco_annotation
-from focal.retinanet.data.images import DataError, exif_turns, read_image
+from focal.retinanet.data.images import DataError, exif_turns, printable, read_image
+from focal.retinanet.data.paths import LINK_FAULT, PathRule, leads_out
 
-__all__ = ["CocoDataset"]
+__all__ = ["CocoDataset", "find_split", "find_splits", "read_record"]
 
 
 class CocoDataset:
@@ -30,9 +32,9 @@ class CocoDataset:
         root/annotations/instances_{split}2017.json   root/{split}2017/
 
     Classes are the file's categories, sorted by id. Boxes are clipped to their image; those
-    without area, or wholly outside, are dropped, from the ground truth as well, and counted in
-    one line of the log. Crowd boxes are in the ground truth (where they excuse detections), but
-    not in the examples.
+    without area (a side below a thousandth of a pixel), or wholly outside, are dropped, from the
+    ground truth as well, and counted in one line of the log. Crowd boxes are in the ground truth
+    (where they excuse detections), but not in the examples.
 
     Raises:
         DataError: a folder, split, file, key, id or number is missing or wrong.
@@ -40,15 +42,16 @@ class CocoDataset:
 
     def __init__(self, root: str | os.PathLike[str], split: str) -> None:
         root = Path(root)
-        path, self._folder = _find(root, split)
+        path, self._folder = find_split(root, split)
         data = read_json(path)
         self._file = path.name
         self.name = f"{root.resolve().name}/{split}"
         categories = read_categories(data, path.name)
         self.category_ids = tuple(sorted(categories))
         self.classes = tuple(categories[c] for c in self.category_ids)
-        self._images = read_images(data, path.name, self._folder)
-        self._objects = read_objects(data, path.name, self._images, self.category_ids)
+        self._images = read_images(data, path.name, PathRule(root, self._folder))
+        self._objects, dropped = read_objects(data, path.name, self._images, self.category_ids)
+        log_dropped(path.name, self._objects, dropped)
         rows = np.arange(len(self._images) + 1)
         self._first = np.searchsorted(self._objects.image, rows)
         seen = self._objects.image[~self._objects.crowd]
@@ -65,9 +68,7 @@ class CocoDataset:
         """
         index = range(len(self))[index]
         record = self._images[index]
-        image = read_image(self._folder / record.file)
-        if image.shape[:2] != (record.height, record.width):
-            raise DataError(self._wrong_size(record, image))
+        image = read_record(record, self._file, self._folder)
         rows = np.arange(self._first[index], self._first[index + 1])
         rows = rows[~self._objects.crowd[rows]]
         boxes = self._objects.box[rows].astype(np.float32)
@@ -92,32 +93,49 @@ class CocoDataset:
             ],
         }
 
-    def _wrong_size(self, record: ImageRecord, image: np.ndarray) -> str:
-        height, width = image.shape[:2]
-        text = (
-            f"{self._file}: image id {record.id} ({record.file}): width x height is "
-            f"{record.width}x{record.height} in the JSON but {width}x{height} in the file"
-        )
-        swapped = (height, width) == (record.width, record.height)
-        if swapped and exif_turns(self._folder / record.file):
-            text += ", swapped by the EXIF orientation, which is applied"
-        return text
+
+def read_record(record: ImageRecord, file: str, folder: Path) -> np.ndarray:
+    """Decode an image, which must have the size that the JSON `file` says."""
+    where = f"{file}: image id {record.id} ({printable(record.file)})"
+    path = folder / record.file
+    try:
+        image = read_image(path)
+    except DataError as error:
+        raise DataError(f"{file}: image id {record.id}: {error}", error.kind) from error
+    height, width = image.shape[:2]
+    if (height, width) == (record.height, record.width):
+        return image
+    text = (
+        f"{where}: width x height is {record.width}x{record.height} in the JSON but "
+        f"{width}x{height} in the file"
+    )
+    if (height, width) == (record.width, record.height) and exif_turns(path):
+        text += ", swapped by the EXIF orientation, which is applied"
+    raise DataError(text, "wrong size")
 
 
-def _find(root: Path, split: str) -> tuple[Path, Path]:
-    """The annotation file and the image folder of a split."""
+def find_splits(root: Path) -> dict[str, tuple[Path, Path]]:
+    """The annotation file and the image folder of each split."""
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder")
+        raise DataError(f"{root}: no such folder", "no data")
     found = {}
-    for path in root.glob("annotations/instances_*2017.json"):
+    for path in sorted(root.glob("annotations/instances_*2017.json")):
         year = path.stem.removeprefix("instances_")
         found[year.removesuffix("2017")] = (path, root / year)
-    for path in root.glob("instances_*.json"):
+    for path in sorted(root.glob("instances_*.json")):
         found[path.stem.removeprefix("instances_")] = (path, root / "images")
+    return found
+
+
+def find_split(root: Path, split: str) -> tuple[Path, Path]:
+    """The annotation file and the image folder of a split."""
+    found = find_splits(root)
     if split not in found:
-        splits = ", ".join(sorted(found)) or "no instances_*.json"
-        raise DataError(f"{root}: no split {split!r}; found {splits}")
+        splits = printable(", ".join(sorted(found))) or "no instances_*.json"
+        raise DataError(f"{root}: no split {split!r}; found {splits}", "no data")
     path, folder = found[split]
+    if leads_out(path, root, path.parent):
+        raise DataError(f"{path.name}: {LINK_FAULT}", "path leads out")
     if not folder.is_dir():
-        raise DataError(f"{path.name}: its image folder {folder} does not exist")
+        raise DataError(f"{path.name}: its image folder {folder} does not exist", "no data")
     return path, folder

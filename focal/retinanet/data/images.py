@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-__all__ = ["DataError", "exif_turns", "read_image", "resize"]
+from focal.retinanet.data.paths import is_file
+
+__all__ = ["DataError", "exif_turns", "printable", "read_image", "resize"]
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _UPRIGHT = {  # what undoes each orientation; 5 to 8 swap width and height
@@ -22,8 +24,19 @@ _UPRIGHT = {  # what undoes each orientation; 5 to 8 swap width and height
 }
 
 
+_FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "JPEG2000", "PPM")
+
+
 class DataError(ValueError):
-    """A file of a dataset cannot be used; one sentence says which record and why."""
+    """A file of a dataset cannot be used; one sentence says which record and why.
+
+    Attributes:
+        kind: The sort of fault, in a few words, the same for all of its sort.
+    """
+
+    def __init__(self, sentence: str, kind: str = "broken image") -> None:
+        super().__init__(sentence)
+        self.kind = kind
 
 
 def read_image(path: str | os.PathLike[str], max_size: tuple[int, int] | None = None) -> np.ndarray:
@@ -34,8 +47,12 @@ def read_image(path: str | os.PathLike[str], max_size: tuple[int, int] | None = 
     own: values within [0, 255] (floats: [0, 1]) are taken to be that range, integers up to 65535
     to be 16 bits, and anything else is stretched from its minimum to its maximum.
 
+    Only formats that Pillow decodes by itself are read: it would hand an EPS file, whatever its
+    name, to Ghostscript. Images of more than 179 million pixels, Pillow's limit, are refused.
+
     Args:
-        path: the file, in any format that Pillow reads.
+        path: a JPEG, PNG, TIFF, WebP, BMP, GIF, JPEG 2000 or PPM file; the name's ending is no
+            matter.
         max_size: (height, width) beyond which the caller has no use for the pixels. A JPEG may
             then be decoded at 1/2, 1/4 or 1/8, never below this size, which is several times
             faster. None decodes every pixel.
@@ -44,11 +61,11 @@ def read_image(path: str | os.PathLike[str], max_size: tuple[int, int] | None = 
         (H, W, 3) uint8, RGB.
 
     Raises:
-        DataError: the file is missing, empty, truncated, or no image.
+        DataError: the file is missing, empty, truncated, too large, or no image.
     """
     path = Path(path)
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             if max_size is not None:
                 height, width = max_size[::-1] if _orientation(image) >= 5 else max_size
                 image.draft(None, (width, height))
@@ -56,7 +73,8 @@ def read_image(path: str | os.PathLike[str], max_size: tuple[int, int] | None = 
             upright = _UPRIGHT.get(_orientation(image))  # asked after load, which turns a TIFF
             return np.array(_to_rgb(image.transpose(upright) if upright is not None else image))
     except Exception as error:  # Pillow's decoders raise many kinds on bad bytes
-        raise DataError(f"{path}: not a readable image ({_reason(path, error)})") from error
+        sentence = f"{printable(str(path), 200)}: not a readable image ({_reason(path, error)})"
+        raise DataError(sentence) from error
 
 
 def resize(
@@ -82,8 +100,15 @@ def resize(
 
 def exif_turns(path: str | os.PathLike[str]) -> bool:
     """Whether EXIF has the file shown on its side, so that width and height change places."""
-    with Image.open(path) as image:
+    with Image.open(path, formats=_FORMATS) as image:
         return _orientation(image) >= 5
+
+
+def printable(text: str, limit: int = 80) -> str:
+    """Text from a file as a part of a message: one line, no control characters, no novel."""
+    if len(text) > limit:
+        text = f"{text[: limit // 2]}...{text[-limit // 2 :]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -125,10 +150,12 @@ def _guess_scale(values: np.ndarray) -> np.ndarray:
 
 def _reason(path: Path, error: Exception) -> str:
     """One line on why a file could not be read, without repeating its path."""
-    if not path.is_file():
+    if not is_file(path):
         return "no such file"
     if path.stat().st_size == 0:
         return "the file is empty"
     if isinstance(error, UnidentifiedImageError):
         return "unknown or damaged format"
-    return " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return printable(" ".join(str(error).split()), 200) or type(error).__name__
