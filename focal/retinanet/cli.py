@@ -1,4 +1,4 @@
-"""The command line: `focal train`, `focal evaluate`, `focal predict`, `focal prior-bias`."""
+"""The command line: `focal train`, `evaluate`, `predict`, `figures`, `prior-bias`."""
 
 from __future__ import annotations
 
@@ -110,6 +110,14 @@ def _parser() -> argparse.ArgumentParser:
         "--score", type=float, default=0.3, help="least score drawn (default 0.3); JSON has all"
     )
     predict.set_defaults(run=_predict)
+
+    figures = commands.add_parser("figures", help="draw the figures of the paper, and our own")
+    figures.add_argument("--out", type=Path, default=Path("figures"), help="folder to write")
+    figures.add_argument("--weights", type=Path, help="a trained detector, for figure 4")
+    figures.add_argument("--data", help="images for it: a COCO folder, or 'shapes' (generated)")
+    figures.add_argument("--split", default="test", help="train, val or test (default)")
+    _add_backend(figures)
+    figures.set_defaults(run=_figures)
 
     bias = commands.add_parser("prior-bias", help="the bias that makes first scores PI")
     bias.add_argument("pi", type=float, nargs="?", default=0.01, help="default 0.01")
@@ -226,6 +234,21 @@ def _predict(options: argparse.Namespace, _: str) -> None:
         target = options.out / f"{path.stem}.json"
         write_atomically(target, json.dumps(record, indent=1).encode())
         print(f"{path}: {int(shown.sum())} objects -> {options.out / path.stem}.png, {target.name}")
+
+
+def _figures(options: argparse.Namespace, _: str) -> None:
+    from focal.retinanet.detector import load
+    from focal.retinanet.figures import write_figures
+
+    if (options.weights is None) != (options.data is None):
+        raise ValueError("--weights and --data: figure 4 needs both; got one")
+    model = dataset = None
+    if options.weights is not None:
+        model = load(options.weights, options.backend, options.device)
+        dataset = _dataset(options.data, options.split, model.config)
+    for name in write_figures(options.out, model, dataset):
+        print(options.out / name)
+    print(options.out / "figures.md")
 
 
 def _configs(options: argparse.Namespace) -> tuple[Any, Any]:
