@@ -33,6 +33,7 @@ from focal.retinanet.weights import write_atomically
 __all__ = [
     "FIGURES",
     "anchor_logits",
+    "blank",
     "cumulative_share",
     "textbook",
     "ulp_errors",
@@ -161,7 +162,7 @@ def loss_figure() -> Plot:
     """Figure 1."""
     p = np.linspace(0.002, 0.998, 500)
     logits = np.log(p) - np.log1p(-p)
-    plot, (axis,) = _plot()
+    plot, (axis,) = blank()
     for gamma, colour in zip(GAMMAS, COLOURS, strict=True):
         loss = sigmoid_focal_loss(logits, np.ones_like(p), None, gamma)
         name = r"$\gamma$ = 0, cross entropy" if gamma == 0 else rf"$\gamma$ = {gamma:g}"
@@ -189,7 +190,7 @@ def _variants() -> list[tuple[str, str, np.ndarray, np.ndarray]]:
 
 def star_figure() -> Plot:
     """Figure 5."""
-    plot, (axis,) = _plot()
+    plot, (axis,) = blank()
     for name, colour, loss, _ in _variants():
         axis.plot(X_T, loss, color=colour, label=name)
     axis.set(xlabel="signed logit, $x_t = yx$", ylabel="loss", xlim=(-5, 5), ylim=(0, 5))
@@ -199,7 +200,7 @@ def star_figure() -> Plot:
 
 def derivative_figure() -> Plot:
     """Figure 6."""
-    plot, (axis,) = _plot()
+    plot, (axis,) = blank()
     for name, colour, _, slope in _variants():
         axis.plot(X_T, slope, color=colour, label=name)
     axis.axhline(-1, color="#bbbbbb", linewidth=0.8, zorder=0)
@@ -211,7 +212,7 @@ def derivative_figure() -> Plot:
 
 def cumulative_figure(positives: np.ndarray, negatives: np.ndarray) -> Plot:
     """Figure 4."""
-    plot, axes = _plot(2)
+    plot, axes = blank(2)
     sides = (("positives", positives, 1.0), ("negatives", negatives, 0.0))
     for axis, (name, logits, y) in zip(axes, sides, strict=True):
         for gamma, colour in zip(GAMMAS[:4], COLOURS, strict=False):
@@ -227,7 +228,7 @@ def ulp_figure() -> Plot:
     """Errors of float32 over the logit axis."""
     x = np.linspace(-28, 28, 2801).astype(np.float32)
     y = np.ones_like(x)
-    plot, axes = _plot(2)
+    plot, axes = blank(2)
     for axis, order, name in zip(axes, (0, 1), ("loss", "gradient"), strict=True):
         functions = (sigmoid_focal_loss, sigmoid_focal_loss_grad)
         exact = functions[order](x.astype(np.float64), y.astype(np.float64), None, 2.0)
@@ -247,7 +248,7 @@ def saturation_figure() -> Plot:
     """The gradient of a well classified positive."""
     x = np.linspace(0, 28, 901).astype(np.float32)
     y = np.ones_like(x)
-    plot, axes = _plot(2)
+    plot, axes = blank(2)
     for axis, gamma in zip(axes, (0.5, 2.0), strict=True):
         _, slope = textbook(x, 1.0, gamma)
         ours = -sigmoid_focal_loss_grad(x, y, None, gamma)
@@ -266,7 +267,7 @@ def saturation_figure() -> Plot:
 
 def initial_loss_figure() -> Plot:
     """The first classification loss, with and without the prior."""
-    plot, axes = _plot(2)
+    plot, axes = blank(2)
     cases = (("CE", 0.5, 0.0, COLOURS[0]), (r"FL, $\gamma$ = 2", 0.25, 2.0, COLOURS[3]))
     counts = np.logspace(3, 5.5, 60)
     priors = np.logspace(-5, np.log10(0.5), 60)
@@ -290,7 +291,7 @@ def initial_loss_figure() -> Plot:
     return plot
 
 
-def _plot(columns: int = 1) -> tuple[Plot, Sequence[Axes]]:
+def blank(columns: int = 1) -> tuple[Plot, Sequence[Axes]]:
     """An empty figure in the style of all."""
     plot = Plot(figsize=(6 if columns == 1 else 8.5, 4), dpi=100, layout="constrained")
     axes = plot.subplots(1, columns, squeeze=False)[0]
