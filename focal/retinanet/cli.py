@@ -1,4 +1,4 @@
-"""The command line: `focal train`, `evaluate`, `predict`, `check` and `prior-bias`."""
+"""The command line: `focal train`, `evaluate`, `predict`, `check`, `figures`, `prior-bias`."""
 
 from __future__ import annotations
 
@@ -122,6 +122,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_detector(check)
     check.add_argument("--out", type=Path, help="also write check.json and check.png here")
     check.set_defaults(run=_check, set=[], steps=None, seed=None)
+
+    figures = commands.add_parser("figures", help="draw the figures of the paper, and our own")
+    figures.add_argument("--out", type=Path, default=Path("figures"), help="folder to write")
+    figures.add_argument("--weights", type=Path, help="a trained detector, for figure 4")
+    figures.add_argument("--data", help="images for it: a COCO folder, or 'shapes' (generated)")
+    figures.add_argument("--split", default="test", help="train, val or test (default)")
+    _add_backend(figures)
+    figures.set_defaults(run=_figures)
 
     bias = commands.add_parser("prior-bias", help="the bias that makes first scores PI")
     bias.add_argument("pi", type=float, nargs="?", default=0.01, help="default 0.01")
@@ -279,6 +287,21 @@ def _check(options: argparse.Namespace, command: str) -> int:
         picture = check_picture(boxes, record, detector, options.out / "check.png")
         print(f"\nwritten: {options.out / 'check.json'}, {picture.name}")
     return 1 if record["errors"] else 0
+
+
+def _figures(options: argparse.Namespace, _: str) -> None:
+    from focal.retinanet.detector import load
+    from focal.retinanet.figures import write_figures
+
+    if (options.weights is None) != (options.data is None):
+        raise ValueError("--weights and --data: figure 4 needs both; got one")
+    model = dataset = None
+    if options.weights is not None:
+        model = load(options.weights, options.backend, options.device)
+        dataset = _dataset(options.data, options.split, model.config)
+    for name in write_figures(options.out, model, dataset):
+        print(options.out / name)
+    print(options.out / "figures.md")
 
 
 def _configs(options: argparse.Namespace) -> tuple[Any, Any]:

@@ -43,6 +43,7 @@ class RetinaNetConfig:
     head_depth: int = 4
     head_norm: Literal["none", "group"] = "none"
     prior: float = 0.01
+    """Every class score of a new network; 0.5, a bias of 0, is none."""
 
     # Anchors and targets
     anchors: AnchorConfig = field(default_factory=AnchorConfig)
@@ -51,8 +52,18 @@ class RetinaNetConfig:
     allow_low_quality: bool | float = False
 
     # Loss
+    loss: Literal["focal", "focal_star", "ohem"] = "focal"
+    """What classifies: focal loss (gamma 0 is cross entropy), FL*, or the loss of hard examples."""
     alpha: float | None = 0.25
     gamma: float = 2.0
+    star_beta: float = 1.0
+    """The shift of FL*."""
+    ohem_examples: int = 128
+    """The most hard examples taken from an image."""
+    ohem_iou: float = 0.7
+    """Above this IoU, the anchor of smaller loss is no example."""
+    ohem_ratio: float | None = None
+    """Negatives per positive, 3 in the variant "1:3"; None: whatever is hardest."""
     box_loss: Literal["smooth_l1", "giou"] = "smooth_l1"
     box_beta: float = 1.0
     """Where smooth L1 turns from square to linear; 0 is L1."""
@@ -75,10 +86,10 @@ class RetinaNetConfig:
         name = "RetinaNetConfig"
         _check_words(name, self)
         _check_size(name, "canvas", self.canvas)
-        for parameter in ("channels", "candidates", "max_detections"):
+        for parameter in ("channels", "candidates", "max_detections", "ohem_examples"):
             checks.check_integer(name, parameter, getattr(self, parameter), 1)
         checks.check_integer(name, "head_depth", self.head_depth, 0)
-        for parameter in ("foreground", "score_threshold", "nms_threshold"):
+        for parameter in ("foreground", "score_threshold", "nms_threshold", "prior", "ohem_iou"):
             checks.check_number(name, parameter, getattr(self, parameter), 0, 1)
         checks.check_number(name, "background", self.background, 0, self.foreground)
         if not isinstance(self.allow_low_quality, bool):
@@ -87,6 +98,9 @@ class RetinaNetConfig:
             checks.check_number(name, parameter, getattr(self, parameter), 0)
         checks.check_alpha(name, self.alpha)
         checks.check_gamma(name, self.gamma)
+        checks.check_number(name, "star_beta", self.star_beta)
+        if self.ohem_ratio is not None:
+            checks.check_number(name, "ohem_ratio", self.ohem_ratio, 0)
         _check_numbers(name, "mean", self.mean, 3, 0, 1)
         _check_numbers(name, "std", self.std, 3, 1e-6)
         _check_numbers(name, "levels", self.levels, None, 0)

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from focal.core.box_losses import giou_loss, smooth_l1_loss
 from focal.core.boxes import decode_boxes
-from focal.core.losses import sparse_sigmoid_focal_loss
 from focal.core.namespace import Array, Namespace
 from focal.core.targets import assign_targets
+from focal.retinanet.classification import classification_loss
 from focal.retinanet.config import RetinaNetConfig
 
 __all__ = ["EMA_START", "Objective", "Targets", "objective", "running_mean", "targets"]
@@ -57,7 +57,7 @@ def objective(
     config: RetinaNetConfig,
     normaliser: Array | None = None,
 ) -> Objective:
-    """Focal loss plus box loss, each divided by the number of positive anchors.
+    """Classification and box loss, each divided by the number of positive anchors.
 
     Args:
         xp: The array namespace.
@@ -65,7 +65,7 @@ def objective(
         deltas: (B, N, 4) box deltas.
         anchors: (N, 4).
         target: The batch's targets.
-        config: Alpha, gamma, box loss and normaliser.
+        config: The losses, their parameters, and the normaliser.
         normaliser: Divide by this instead; for a running mean or a sum over replicas.
     """
     positive = xp.astype(target.labels >= 0, xp.float32)
@@ -78,9 +78,7 @@ def objective(
     else:
         weight, scale = None, xp.maximum(count if normaliser is None else normaliser, 1.0)
 
-    classification = sparse_sigmoid_focal_loss(
-        xp, logits, target.labels, config.alpha, config.gamma, "sum", weight=weight
-    )
+    classification = classification_loss(xp, logits, anchors, target.labels, config, weight)
     deltas = xp.astype(deltas, xp.float32)
     if config.box_loss == "giou":
         predicted = decode_boxes(xp, deltas, anchors)

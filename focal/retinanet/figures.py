@@ -1,0 +1,356 @@
+"""The figures of the paper, and some of our own, each drawn from this library's functions.
+
+Lin et al. 2017, arXiv:1708.02002. A function `..._figure` draws one; what it draws comes from
+functions without a picture, so that the numbers can be tested.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure as Plot
+
+import focal
+from focal.numpy import anchors as make_anchors
+from focal.numpy import (
+    assign_targets,
+    sigmoid_focal_loss,
+    sigmoid_focal_loss_grad,
+    sigmoid_focal_loss_star,
+    sigmoid_focal_loss_star_grad,
+)
+from focal.retinanet.data import Dataset, eval_batches
+from focal.retinanet.detector import backend_module
+from focal.retinanet.draw import PALETTE, save_image
+from focal.retinanet.weights import write_atomically
+
+__all__ = [
+    "FIGURES",
+    "anchor_logits",
+    "blank",
+    "cumulative_share",
+    "textbook",
+    "ulp_errors",
+    "write_figures",
+]
+
+GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)
+COLOURS = (PALETTE[0], PALETTE[6], PALETTE[1], PALETTE[3], PALETTE[2])
+OURS, OTHER = PALETTE[0], PALETTE[6]
+SATURATED = 16.64
+"""From this logit on, the float32 sigmoid is 1 and `1 - p_t` has no digits."""
+X_T = np.linspace(-5, 5, 501)
+ANCHORS, POSITIVES, CLASSES = 100_000, 50, 80
+
+
+class Figure(NamedTuple):
+    """How to draw a figure, and what to see in it."""
+
+    draw: Callable[[], Plot]
+    caption: str
+
+
+def write_figures(out: Path, model: Any = None, dataset: Dataset | None = None) -> dict[str, str]:
+    """Draw all figures into a folder, with `figures.md` that shows them.
+
+    Args:
+        out: The folder; made if it does not exist.
+        model: A trained detector for figure 4, which is left out without it.
+        dataset: Images with boxes for figure 4.
+
+    Returns:
+        The caption of each picture, by file name.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    figures = dict(FIGURES)
+    if model is not None and dataset is not None:
+        positives, negatives = anchor_logits(model, dataset)
+        figures["cumulative_loss"] = Figure(
+            lambda: cumulative_figure(positives, negatives),
+            _cumulative_caption(positives, negatives, dataset.name),
+        )
+    captions = {}
+    page = ["# Figures of the focal loss", ""]
+    for name, figure in figures.items():
+        file = f"{name}.png"
+        canvas = FigureCanvasAgg(figure.draw())
+        canvas.draw()
+        save_image(out / file, np.asarray(canvas.buffer_rgba())[..., :3])
+        captions[file] = figure.caption
+        page += [f"![{name}]({file})", "", figure.caption, ""]
+    write_atomically(out / "figures.md", "\n".join(page).encode())
+    return captions
+
+
+# The numbers
+
+
+def textbook(x: np.ndarray, y: float, gamma: float) -> tuple[np.ndarray, np.ndarray]:
+    """Focal loss without alpha as it is often written, `(1 - p_t)^gamma ce`, and its gradient.
+
+    In the type of `x`, with the operations of an autodiff of that expression.
+    """
+    one = x.dtype.type(1)
+    sign = x.dtype.type(2 * y - 1)
+    with np.errstate(all="ignore"):
+        p = one / (one + np.exp(-x))
+        p_t = p if y else one - p
+        ce = np.maximum(-sign * x, 0) + np.log1p(np.exp(-np.abs(x)))
+        m = one - p_t
+        # autodiff: the product rule, each factor's derivative by the chain rule
+        power = gamma * m ** x.dtype.type(gamma - 1) if gamma else np.zeros_like(x)
+        return m**gamma * ce, sign * (-power * p * (one - p) * ce - m**gamma * (one - p_t))
+
+
+def ulp_errors(found: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    """The distances from float64 numbers in units in the last place of float32."""
+    unit = np.spacing(np.maximum(np.abs(exact), np.finfo(np.float32).tiny).astype(np.float32))
+    return np.abs(found - exact) / unit
+
+
+def cumulative_share(losses: np.ndarray, points: int = 1001) -> tuple[np.ndarray, np.ndarray]:
+    """The share of the sum that the lowest losses hold, over the share of the losses they are.
+
+    Returns:
+        Shares of the losses from 0 to 1, and of the sum, each (points,).
+    """
+    total = np.concatenate([[0.0], np.cumsum(np.sort(losses.astype(np.float64)))])
+    share = np.linspace(0, 1, points)
+    return share, np.interp(share, np.linspace(0, 1, len(total)), total / total[-1])
+
+
+def anchor_logits(model: Any, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """What a detector says of every anchor of a dataset, as the loss sees it.
+
+    Returns:
+        The logits of the right class of positive anchors, and all the other logits of anchors
+        that are not ignored.
+    """
+    config = model.config
+    grid = make_anchors(config.canvas, config.anchors).astype(np.float32)
+    positives, negatives = [], []
+    batches = eval_batches(dataset, config, 8)
+    with contextlib.closing(batches):
+        for batch in batches:
+            logits, _ = backend_module(model.backend).raw_outputs(model, batch.images)
+            labels, _ = assign_targets(
+                grid,
+                batch.boxes,
+                batch.labels,
+                config.foreground,
+                config.background,
+                config.allow_low_quality,
+            )
+            real = (batch.image_ids >= 0)[:, None]
+            right = (labels[..., None] == np.arange(config.num_classes)) & real[..., None]
+            used = ((labels > -2) & real)[..., None]
+            positives.append(logits[right])
+            negatives.append(logits[used & ~right])
+    return np.concatenate(positives), np.concatenate(negatives)
+
+
+# The drawing
+
+
+def loss_figure() -> Plot:
+    """Figure 1."""
+    p = np.linspace(0.002, 0.998, 500)
+    logits = np.log(p) - np.log1p(-p)
+    plot, (axis,) = blank()
+    for gamma, colour in zip(GAMMAS, COLOURS, strict=True):
+        loss = sigmoid_focal_loss(logits, np.ones_like(p), None, gamma)
+        name = r"$\gamma$ = 0, cross entropy" if gamma == 0 else rf"$\gamma$ = {gamma:g}"
+        axis.plot(p, loss, color=colour, label=name)
+    axis.axvspan(0.6, 1, color="#eeeeee", zorder=0)
+    axis.text(0.8, 2.1, "well classified", ha="center", color="#555555")
+    axis.set(xlabel="probability of the true class, $p_t$", ylabel="loss", xlim=(0, 1), ylim=(0, 5))
+    axis.legend(frameon=False)
+    return plot
+
+
+def _variants() -> list[tuple[str, str, np.ndarray, np.ndarray]]:
+    """Name, colour, loss and derivative in x_t of figures 5 and 6, over `X_T`."""
+    y = np.ones_like(X_T)
+    found = []
+    for name, gamma, colour in (("CE", 0.0, COLOURS[0]), (r"FL, $\gamma$ = 2", 2.0, COLOURS[3])):
+        loss = sigmoid_focal_loss(X_T, y, None, gamma)
+        found.append((name, colour, loss, sigmoid_focal_loss_grad(X_T, y, None, gamma)))
+    for gamma, beta, colour in ((2.0, 1.0, COLOURS[1]), (4.0, 0.0, COLOURS[4])):
+        name = rf"FL*, $\gamma$ = {gamma:g}, $\beta$ = {beta:g}"
+        loss = sigmoid_focal_loss_star(X_T, y, None, gamma, beta)
+        found.append((name, colour, loss, sigmoid_focal_loss_star_grad(X_T, y, None, gamma, beta)))
+    return found
+
+
+def star_figure() -> Plot:
+    """Figure 5."""
+    plot, (axis,) = blank()
+    for name, colour, loss, _ in _variants():
+        axis.plot(X_T, loss, color=colour, label=name)
+    axis.set(xlabel="signed logit, $x_t = yx$", ylabel="loss", xlim=(-5, 5), ylim=(0, 5))
+    axis.legend(frameon=False)
+    return plot
+
+
+def derivative_figure() -> Plot:
+    """Figure 6."""
+    plot, (axis,) = blank()
+    for name, colour, _, slope in _variants():
+        axis.plot(X_T, slope, color=colour, label=name)
+    axis.axhline(-1, color="#bbbbbb", linewidth=0.8, zorder=0)
+    axis.set(xlabel="signed logit, $x_t = yx$", ylabel="derivative in $x_t$", xlim=(-5, 5))
+    axis.set_ylim(-1.2, 0.05)
+    axis.legend(frameon=False)
+    return plot
+
+
+def cumulative_figure(positives: np.ndarray, negatives: np.ndarray) -> Plot:
+    """Figure 4."""
+    plot, axes = blank(2)
+    sides = (("positives", positives, 1.0), ("negatives", negatives, 0.0))
+    for axis, (name, logits, y) in zip(axes, sides, strict=True):
+        for gamma, colour in zip(GAMMAS[:4], COLOURS, strict=False):
+            losses = sigmoid_focal_loss(logits, np.full_like(logits, y), None, gamma)
+            axis.plot(*cumulative_share(losses), color=colour, label=rf"$\gamma$ = {gamma:g}")
+        axis.set(xlabel=f"fraction of {name}, easiest first", xlim=(0, 1), ylim=(0, 1))
+    axes[0].set_ylabel("cumulative share of the loss")
+    axes[0].legend(frameon=False)
+    return plot
+
+
+def ulp_figure() -> Plot:
+    """Errors of float32 over the logit axis."""
+    x = np.linspace(-28, 28, 2801).astype(np.float32)
+    y = np.ones_like(x)
+    plot, axes = blank(2)
+    for axis, order, name in zip(axes, (0, 1), ("loss", "gradient"), strict=True):
+        functions = (sigmoid_focal_loss, sigmoid_focal_loss_grad)
+        exact = functions[order](x.astype(np.float64), y.astype(np.float64), None, 2.0)
+        ours = functions[order](x, y, None, 2.0)
+        sides = (("textbook", OTHER, textbook(x, 1.0, 2.0)[order]), ("focal", OURS, ours))
+        for label, colour, found in sides:
+            error = np.maximum(ulp_errors(found, exact), 0.05)
+            axis.plot(x, error, ".", color=colour, label=label, markersize=1.5)
+        axis.axhline(14, color="#555555", linewidth=1, label=r"bound, 6 + 4$\gamma$")
+        axis.set(yscale="log", ylim=(0.04, 1e8), xlim=(-28, 28))
+        axis.set(xlabel="logit of a positive", ylabel=f"error of the {name}, ULP")
+    axes[0].legend(frameon=False, markerscale=8, loc="upper left")
+    return plot
+
+
+def saturation_figure() -> Plot:
+    """The gradient of a well classified positive."""
+    x = np.linspace(0, 28, 901).astype(np.float32)
+    y = np.ones_like(x)
+    plot, axes = blank(2)
+    for axis, gamma in zip(axes, (0.5, 2.0), strict=True):
+        _, slope = textbook(x, 1.0, gamma)
+        ours = -sigmoid_focal_loss_grad(x, y, None, gamma)
+        axis.plot(x, ours, color=OURS, label="focal", linewidth=4, alpha=0.6)
+        shown = np.where(slope < 0, -slope, np.nan)
+        axis.plot(x, shown, color=OTHER, label="textbook")
+        word = "NaN" if np.isnan(slope[-1]) else "exactly 0"
+        axis.axvspan(SATURATED, x[-1], color="#eeeeee", zorder=0)
+        axis.text(22.3, 1e-3, f"textbook: {word}", ha="center", color="#555555")
+        axis.set(yscale="log", ylim=(1e-37, 10), xlim=(0, x[-1]))
+        axis.set(xlabel="logit of a positive", title=rf"$\gamma$ = {gamma:g}")
+    axes[0].set_ylabel("size of the gradient")
+    axes[0].legend(frameon=False, loc="lower left")
+    return plot
+
+
+def initial_loss_figure() -> Plot:
+    """The first classification loss, with and without the prior."""
+    plot, axes = blank(2)
+    cases = (("CE", 0.5, 0.0, COLOURS[0]), (r"FL, $\gamma$ = 2", 0.25, 2.0, COLOURS[3]))
+    counts = np.logspace(3, 5.5, 60)
+    priors = np.logspace(-5, np.log10(0.5), 60)
+    for name, alpha, gamma, colour in cases:
+        for prior, style, word in ((0.01, "-", r"$\pi$ = 0.01"), (None, "--", "no prior")):
+            losses = [
+                focal.expected_initial_loss(n, POSITIVES, CLASSES, prior, alpha, gamma)
+                for n in counts
+            ]
+            axes[0].plot(counts, losses, style, color=colour, label=f"{name}, {word}")
+        losses = [
+            focal.expected_initial_loss(ANCHORS, POSITIVES, CLASSES, prior, alpha, gamma)
+            for prior in priors
+        ]
+        axes[1].plot(priors, losses, color=colour, label=name)
+    for axis in axes:
+        axis.set(xscale="log", yscale="log", ylim=(0.3, 3e5))
+        axis.legend(frameon=False, loc="upper left", fontsize=9)
+    axes[0].set(xlabel="anchors", ylabel="first classification loss", xlim=(1e3, 10**5.5))
+    axes[1].set(xlabel=rf"prior $\pi$, {ANCHORS:,} anchors", xlim=(1e-5, 0.5))
+    return plot
+
+
+def blank(columns: int = 1) -> tuple[Plot, Sequence[Axes]]:
+    """An empty figure in the style of all."""
+    plot = Plot(figsize=(6 if columns == 1 else 8.5, 4), dpi=100, layout="constrained")
+    axes = plot.subplots(1, columns, squeeze=False)[0]
+    for axis in axes:
+        axis.grid(color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    return plot, axes
+
+
+def _cumulative_caption(positives: np.ndarray, negatives: np.ndarray, name: str) -> str:
+    """What figure 4 shows, in numbers: what the hardest of each kind hold at gamma 0 and 2."""
+    held = {}
+    for kind, logits, y, hardest in (("p", positives, 1.0, 20), ("n", negatives, 0.0, 1)):
+        for gamma in (0.0, 2.0):
+            losses = sigmoid_focal_loss(logits, np.full_like(logits, y), None, gamma)
+            held[kind, gamma] = 1 - cumulative_share(losses, 101)[1][100 - hardest]
+    return (
+        f"The paper's figure 4, from {len(positives):,} logits of positives and "
+        f"{len(negatives):,} of negatives of a detector on {name}: sorted by loss, the share of "
+        f"the whole loss that the easiest hold. The hardest fifth of the positives holds "
+        f"{held['p', 0.0]:.0%} of it at gamma 0 and {held['p', 2.0]:.0%} at gamma 2; the hardest "
+        f"hundredth of the negatives {held['n', 0.0]:.0%} and {held['n', 2.0]:.0%}: gamma takes "
+        "the easy background out of the loss."
+    )
+
+
+FIGURES: Mapping[str, Figure] = {
+    "loss": Figure(
+        loss_figure,
+        "The paper's figure 1: the greater gamma, the less a well classified example counts. At "
+        "gamma 2 one with $p_t$ = 0.9 has a hundredth of its cross entropy.",
+    ),
+    "loss_star": Figure(
+        star_figure,
+        "The paper's figure 5: FL and the two FL* of its table 3 over the signed logit. Other "
+        "formulas, the same idea: less loss for $x_t > 0$.",
+    ),
+    "derivatives": Figure(
+        derivative_figure,
+        "The paper's figure 6: the derivatives. All reach 0 for confident right answers, the "
+        "focal ones sooner. FL passes -1, down to -1.13, before it returns there.",
+    ),
+    "ulp": Figure(
+        ulp_figure,
+        "Errors in float32 at gamma 2, in units in the last place (a point below 0.05 is drawn "
+        "there). The textbook's `(1 - p_t) ** gamma` loses digits with every logit and has none "
+        "left at 17; this library stays within a few units everywhere.",
+    ),
+    "saturation": Figure(
+        saturation_figure,
+        "The gradient of a well classified positive in float32. Where the sigmoid rounds to 1 the "
+        "textbook's gradient is 0 or, for gamma below 1, NaN, which spoils every weight; the true "
+        "one falls on as $(1 + \\gamma)\\,e^{-(1 + \\gamma) x}$.",
+    ),
+    "initial_loss": Figure(
+        initial_loss_figure,
+        "The first classification loss by `focal.expected_initial_loss` (80 classes, 50 "
+        "positives). Without the prior it is thousands, all of it background, and grows with the "
+        "anchors. With $\\pi$ = 0.01 focal loss starts near 1, about as low as any prior makes it.",
+    ),
+}
