@@ -22,6 +22,7 @@ sparse_sigmoid_focal_loss = bind(losses.sparse_sigmoid_focal_loss, _xp, __name__
 softmax_focal_loss = bind(softmax.softmax_focal_loss, _xp, __name__)
 sigmoid_focal_loss_star = bind(losses.sigmoid_focal_loss_star, _xp, __name__)
 balanced_cross_entropy = bind(losses.balanced_cross_entropy, _xp, __name__)
+num_positives = bind(losses.num_positives, _xp, __name__)
 smooth_l1_loss = bind(box_losses.smooth_l1_loss, _xp, __name__)
 giou_loss = bind(box_losses.giou_loss, _xp, __name__)
 
@@ -62,6 +63,7 @@ __all__ = [
     "inverse_frequency_alpha",
     "match_anchors",
     "nms",
+    "num_positives",
     "prior_bias",
     "sigmoid_focal_loss",
     "sigmoid_focal_loss_grad",
