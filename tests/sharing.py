@@ -9,8 +9,15 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
+
+from focal.core.anchors import AnchorConfig
+from focal.retinanet.config import RetinaNetConfig, TrainConfig
+from focal.retinanet.data.loader import Batch
+from focal.retinanet.presets import PRESETS
+from focal.retinanet.replicas import Replicas
 
 REPLICAS = 2
 ROWS, FEATURES, CLASSES = 8, 5, 3
@@ -25,14 +32,92 @@ LABELS = {  # half of the rows for each replica
 """Positives: 1 and 3, 0 and 3, 0 and 0."""
 
 
+LEARNING_RATE = 1000.0
+"""So large that the weights of a step are their change."""
+
+
+def trainer_cases() -> dict[str, tuple[RetinaNetConfig, TrainConfig]]:
+    """Detector and run of each case, by name."""
+    detector = PRESETS["tiny"].detector.replace(
+        classes=("circle", "square"),
+        canvas=(32, 32),
+        norm="group",
+        channels=8,
+        head_depth=1,
+        anchors=AnchorConfig(strides=(8, 16, 32), sizes=(12.0, 24.0, 48.0), scales=(1.0,)),
+    )
+    run = TrainConfig(
+        steps=1,
+        batch_size=8,
+        optimizer="sgd",
+        momentum=0.0,
+        weight_decay=0.0,
+        precision="float32",
+    )
+    image, ema = (detector.replace(normaliser=word) for word in ("image", "ema"))
+    return {
+        "batch": (detector, run),
+        "image": (image, run),
+        "image, accumulated": (image, run.replace(accumulate=2)),
+        "ema, clipped": (ema, run.replace(clip_norm=0.5, ema=0.5)),
+        "ema, clipped, accumulated, recomputed": (
+            ema,
+            run.replace(clip_norm=0.5, ema=0.5, accumulate=4, recompute=True),
+        ),
+    }
+
+
+MOST = "ema, clipped, accumulated, recomputed"
+CASES = {"torch": tuple(trainer_cases()), "jax": (MOST,), "tensorflow": ("image", MOST)}
+"""Few for those that take seconds to compile each of them."""
+
+
+def batch(first: int, last: int) -> Batch:
+    """Images `first` to `last` of the batch of 8; only the second half of it has boxes."""
+    rng = np.random.default_rng(3)
+    images = rng.integers(0, 256, (8, 32, 32, 3)).astype(np.uint8)
+    boxes, labels = np.zeros((8, 8, 4), np.float32), np.full((8, 8), -1)
+    for image, count in enumerate((0, 0, 0, 0, 1, 3, 0, 2)):
+        corner = rng.uniform(0, 16, (count, 2))
+        boxes[image, :count] = np.concatenate([corner, corner + rng.uniform(8, 16, (count, 2))], 1)
+        labels[image, :count] = rng.integers(0, 2, count)
+    sizes, scales, ids = np.full((8, 2), 32), np.ones(8), np.arange(8)
+    return Batch(*(x[first:last] for x in (images, boxes, labels, sizes, scales, ids)))
+
+
+def after_a_step(
+    backend: ModuleType, name: str, replicas: Replicas | None = None
+) -> dict[str, np.ndarray]:
+    """Weights and loss parts after one step of this process's share of the batch."""
+    config, run = trainer_cases()[name]
+    model = backend.build(config, 0, "cpu")
+    replicas = replicas or Replicas()
+    size = run.batch_size // replicas.processes
+    trainer = backend.Trainer(model, run, replicas)
+    share = batch(replicas.rank * size, (replicas.rank + 1) * size)
+    parts = trainer.step(0, share, LEARNING_RATE)
+    found = {f"part/{k}": np.array(v, np.float32) for k, v in parts.items()}
+    return found | trainer.state() | {f"kept/{k}": v for k, v in trainer.weights().items()}
+
+
+def all_cases(backend: ModuleType, replicas: Replicas) -> dict[str, np.ndarray]:
+    """What the cases leave, by the names of the case and of the tensor."""
+    return {
+        f"trainer/{name}/{key}": x
+        for name in CASES[backend.__name__.rpartition("_")[2]]
+        for key, x in after_a_step(backend, name, replicas).items()
+    }
+
+
 def with_torch(out: Path) -> None:
     import torch
     from torch import distributed
     from torch.nn.parallel import DistributedDataParallel
 
+    from focal.retinanet import backend_torch
     from focal.torch import num_positives, sparse_sigmoid_focal_loss
 
-    distributed.init_process_group("gloo")
+    replicas = backend_torch.replicas("cpu")
     rank, world = distributed.get_rank(), distributed.get_world_size()
     assert world == REPLICAS
     mine = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
@@ -46,9 +131,9 @@ def with_torch(out: Path) -> None:
         total = sparse_sigmoid_focal_loss(logits, share, reduction="sum")
         (world * total / num_positives(share)).backward()
         found[f"loss/{name}"] = linear.weight.grad.numpy().T
+    found |= all_cases(backend_torch, replicas)
     if rank == 0:
         np.savez(out, **found)
-    distributed.destroy_process_group()
 
 
 def with_jax(out: Path) -> None:
@@ -57,6 +142,7 @@ def with_jax(out: Path) -> None:
     from jax.sharding import PartitionSpec as P
 
     from focal.jax import num_positives, sparse_sigmoid_focal_loss
+    from focal.retinanet import backend_jax
 
     mesh = jax.sharding.Mesh(jax.devices(), ("replicas",))
     found = {}
@@ -84,7 +170,9 @@ def with_jax(out: Path) -> None:
         found[f"loss/{name}"] = shared(KERNEL, INPUTS, labels)
         sharded = jax.device_put((INPUTS, labels), rows)
         found[f"loss/{name}, jit of a sharded array"] = whole(KERNEL, *sharded, None)
-    np.savez(out, **found)
+    replicas = backend_jax.replicas("cpu")
+    assert replicas.count == REPLICAS
+    np.savez(out, **found, **all_cases(backend_jax, replicas))
 
 
 def with_tensorflow(out: Path) -> None:
@@ -94,9 +182,12 @@ def with_tensorflow(out: Path) -> None:
     tf.config.set_logical_device_configuration(
         cpu, [tf.config.LogicalDeviceConfiguration() for _ in range(REPLICAS)]
     )
+    from focal.retinanet import backend_tensorflow
     from focal.tensorflow import num_positives, sparse_sigmoid_focal_loss
 
-    strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(REPLICAS)])
+    replicas = backend_tensorflow.replicas("cpu")
+    assert replicas.count == REPLICAS
+    strategy = replicas.handle
     found = {}
 
     @tf.function(autograph=False)
@@ -128,7 +219,7 @@ def with_tensorflow(out: Path) -> None:
             assert "between the replicas" in str(error)
         else:
             raise AssertionError("num_positives did not object")
-    np.savez(out, **found)
+    np.savez(out, **found, **all_cases(backend_tensorflow, replicas))
 
 
 if __name__ == "__main__":
