@@ -19,6 +19,7 @@ from sharing import (
     LABELS,
     REPLICAS,
     after_a_step,
+    batch,
     trainer_cases,
 )
 
@@ -210,10 +211,10 @@ def test_shares_of_a_batch_make_the_batch():
         train_batches(data, config, train.replace(workers=0), start=3, share=(i, 4))
         for i in range(4)
     ]
-    for batch, *parts in zip(*([next(x), next(x)] for x in (whole, *shares)), strict=True):
-        for name in batch._fields:
+    for joint, *parts in zip(*([next(x), next(x)] for x in (whole, *shares)), strict=True):
+        for name in joint._fields:
             joined = np.concatenate([getattr(part, name) for part in parts])
-            np.testing.assert_array_equal(joined, getattr(batch, name))
+            np.testing.assert_array_equal(joined, getattr(joint, name))
 
 
 def test_the_learning_rate_of_a_batch_of_another_size():
@@ -224,3 +225,31 @@ def test_the_learning_rate_of_a_batch_of_another_size():
         train.replace(reference_batch=0)
     with pytest.raises(TypeError, match="compile must be True or False; got 1"):
         train.replace(compile=1)
+
+
+# Memory and compilers, in one process
+
+
+@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
+def test_what_is_computed_again_does_not_count_twice_in_the_statistics(framework):
+    pytest.importorskip(framework)
+    backend = backend_module(framework)
+    config, train = trainer_cases()["batch"]
+    states = []
+    for recompute in (False, True):
+        model = backend.build(config.replace(norm="batch"), 0, "cpu")
+        trainer = backend.Trainer(model, train.replace(recompute=recompute))
+        trainer.step(0, batch(0, 8), 0.1)
+        states.append(trainer.state())
+    plain, again = states
+    for name, x in plain.items():
+        np.testing.assert_allclose(again[name], x, rtol=1e-5, atol=1e-6, err_msg=name)
+    assert np.abs(plain["model/backbone.body.bn1.running_mean"]).max() > 0.01
+
+
+def test_what_torch_cannot_compile():
+    backend = pytest.importorskip("focal.retinanet.backend_torch")
+    config, train = trainer_cases()["batch"]
+    model = backend.build(config.replace(norm="batch"), 0, "cpu")
+    with pytest.raises(ValueError, match="compile and recompute need norm 'group'"):
+        backend.Trainer(model, train.replace(compile=True, recompute=True))

@@ -155,6 +155,11 @@ class Trainer:
         self.average = {k: v.clone() for k, v in self._floats().items()} if train.ema else {}
         self.mean_positives = torch.tensor(EMA_START, device=self.device)
         self.anchors: dict[tuple[int, int], Tensor] = {}
+        if train.recompute and train.compile and model.config.norm == "batch":
+            raise ValueError(
+                "TrainConfig: torch.compile cannot keep running statistics from counting twice; "
+                "compile and recompute need norm 'group' or 'frozen_batch', got 'batch'"
+            )
         if train.recompute:
             recompute(model)
         self.network: nn.Module = model

@@ -97,6 +97,8 @@ class BatchNorm(keras.layers.Layer):
             scale = self.gamma * ops.rsqrt(self.moving_variance + NORM_EPS)
             shift = self.beta - self.moving_mean * scale
             return ops.cast(ops.cast(x, "float32") * scale + shift, x.dtype)
+        # Going back, Keras no longer says that this is training.
+        training = training or self.again
         # Keras's own layer moves towards the biased variance.
         y, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
             x=x,
