@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from backends import BACKENDS, REQUIRE_ALL, Backend
 
@@ -36,6 +37,7 @@ PUBLIC = """
     anchors match_anchors assign_targets subsample
 """.split()
 CONSTANTS = ["AnchorConfig", "expected_initial_loss", "inverse_frequency_alpha", "prior_bias"]
+REPLICAS = "num_positives"  # with the parameter that names the replicas in each framework
 CLOSED_FORMS = [
     "sigmoid_focal_loss_grad",
     "sigmoid_focal_loss_hess",
@@ -197,10 +199,25 @@ def test_public_names(backend: Backend) -> None:
         assert {*PUBLIC, *CLOSED_FORMS} <= public
         return
     public = set(backend.F.__all__)
-    assert {*PUBLIC, *CONSTANTS} <= public
+    assert {*PUBLIC, *CONSTANTS, REPLICAS} <= public
     closed_forms = set(CLOSED_FORMS) if backend.name == "numpy" else set()
     assert {name for name in public if name.endswith(("_grad", "_hess"))} == closed_forms
     assert all(hasattr(backend.F, name) for name in public)
+
+
+def test_replicas_are_counted_in_the_idiom_of_each(backend: Backend) -> None:
+    own = {"torch": ["group"], "jax": ["axis_name"], "tensorflow": []}
+    idiom = own.get(backend.name, ["over_replicas"])
+    function = getattr(backend.F, REPLICAS)
+    labels, *rest = inspect.signature(function).parameters.values()
+    assert labels.name == "labels" and [p.name for p in rest] == idiom
+    assert all(p.default is None for p in rest)
+    text = inspect.getdoc(function) or ""
+    for section in ("Args:", "Returns:", "Raises:", "Example:", "Source:", *idiom):
+        assert section in text
+    count = backend.numpy(function(backend.asarray(np.array([2, -1, 0, -2]))))
+    assert (count.shape, count.dtype, count) == ((), np.float32, 2)
+    assert backend.numpy(function(backend.asarray(np.array([-1, -2])))) == 1
 
 
 def test_names_of_the_front() -> None:
@@ -211,7 +228,7 @@ def test_names_of_the_front() -> None:
 
 # ---------------------------------------------------------------- documentation
 
-DOCUMENTED = [*PUBLIC, *CLOSED_FORMS, *CONSTANTS]
+DOCUMENTED = [*PUBLIC, *CLOSED_FORMS, *CONSTANTS, REPLICAS]
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)

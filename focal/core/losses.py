@@ -6,7 +6,7 @@ that users see only what follows it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from focal.core import checks
 from focal.core.formulas import SigmoidFocal, SigmoidFocalStar, Sparse
@@ -14,6 +14,7 @@ from focal.core.namespace import Array, Formula, Namespace, Reduction, SparseRed
 
 __all__ = [
     "balanced_cross_entropy",
+    "num_positives",
     "sigmoid_focal_loss",
     "sigmoid_focal_loss_star",
     "sparse_sigmoid_focal_loss",
@@ -247,6 +248,39 @@ def sparse_sigmoid_focal_loss(
         balance = xp.put_along_axis(background, at[..., None], class_balance(own, y_at))
     sparse = Sparse(formula, smoothing)
     return _reduced(xp, name, sparse, inputs, labels, reduction, weight, count, balance)
+
+
+def num_positives(
+    xp: Namespace, labels: Array, *, over_replicas: Callable[[Array], Array] | None = None
+) -> Array:
+    """The number of positive labels, but at least 1: what the paper divides a batch's loss by.
+
+    In PyTorch, JAX and TensorFlow the function of this name counts on all replicas that share a
+    batch, in the framework's own way. NumPy knows of none; `over_replicas` brings them in.
+
+    Args:
+        labels: Integers of any shape, in the convention of :func:`sparse_sigmoid_focal_loss`:
+            a class >= 0, -1 background, -2 ignored.
+        over_replicas: Turns the count of one replica into the sum over all of them, such as
+            `allreduce` of an MPI communicator. Default: there is one replica.
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        TypeError: `labels` are not integers.
+
+    Example:
+        >>> import numpy as np
+        >>> from focal.numpy import num_positives
+        >>> num_positives(np.array([2, 0, -1, -2])), num_positives(np.array([-1, -1]))
+        (np.float32(2.0), np.float32(1.0))
+
+    Source: Lin et al. 2017, section 4.1.
+    """
+    labels = checks.check_labels(xp, "num_positives", "labels", labels)
+    count = xp.sum(xp.astype(labels >= 0, xp.float32))
+    return xp.maximum(count if over_replicas is None else over_replicas(count), 1)
 
 
 def dense_loss(

@@ -22,6 +22,7 @@ from focal.core.bind import bind
 from focal.core.prior import expected_initial_loss, inverse_frequency_alpha, prior_bias
 from focal.jax._namespace import xp as _xp
 from focal.jax.initializers import prior_bias_init
+from focal.jax.replicas import num_positives
 
 sigmoid_focal_loss = bind(losses.sigmoid_focal_loss, _xp, __name__)
 sparse_sigmoid_focal_loss = bind(losses.sparse_sigmoid_focal_loss, _xp, __name__)
@@ -69,6 +70,7 @@ __all__ = [
     "inverse_frequency_alpha",
     "match_anchors",
     "nms",
+    "num_positives",
     "prior_bias",
     "prior_bias_init",
     "quality_focal_loss",

@@ -26,6 +26,7 @@ quality_focal_loss = bind(variants.quality_focal_loss, _xp, __name__)
 varifocal_loss = bind(variants.varifocal_loss, _xp, __name__)
 heatmap_focal_loss = bind(variants.heatmap_focal_loss, _xp, __name__)
 asymmetric_focal_loss = bind(variants.asymmetric_focal_loss, _xp, __name__)
+num_positives = bind(losses.num_positives, _xp, __name__)
 smooth_l1_loss = bind(box_losses.smooth_l1_loss, _xp, __name__)
 giou_loss = bind(box_losses.giou_loss, _xp, __name__)
 
@@ -68,6 +69,7 @@ __all__ = [
     "inverse_frequency_alpha",
     "match_anchors",
     "nms",
+    "num_positives",
     "prior_bias",
     "quality_focal_loss",
     "sigmoid_focal_loss",

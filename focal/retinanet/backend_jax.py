@@ -6,6 +6,7 @@ variables and a batch, so that all models of one config share it.
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Mapping
 from functools import partial
@@ -18,6 +19,8 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from focal.core.anchors import anchors as core_anchors
 from focal.jax._namespace import xp
@@ -31,20 +34,64 @@ from focal.retinanet.network_jax import (
     replaced,
     state,
 )
-from focal.retinanet.objective import EMA_START, Objective, objective, running_mean, targets
+from focal.retinanet.objective import (
+    EMA_START,
+    Objective,
+    Targets,
+    divisor,
+    objective,
+    targets,
+)
 from focal.retinanet.postprocess import detections
+from focal.retinanet.replicas import Replicas
 from focal.retinanet.weights import check_names, part
 
-__all__ = ["Trainer", "build", "describe", "detect", "load_state", "raw_outputs", "state"]
+__all__ = [
+    "Trainer",
+    "build",
+    "describe",
+    "detect",
+    "load_state",
+    "raw_outputs",
+    "replicas",
+    "state",
+]
+
+
+def replicas(device: str | None = None) -> Replicas:
+    """All devices of this kind, of all processes.
+
+    `jax.distributed` is initialised where JAX_COORDINATOR_ADDRESS is set and it is not yet;
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID go with it, where JAX does not find them by itself.
+    """
+    if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():
+        numbers = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
+        count, rank = (None if number is None else int(number) for number in numbers)
+        jax.distributed.initialize(num_processes=count, process_id=rank)
+    devices = _devices(device)
+    if len(devices) == 1:
+        return Replicas()
+    processes = len({d.process_index for d in devices})
+    return Replicas(
+        jax.process_index(),
+        processes,
+        len(devices) // processes,
+        Mesh(np.array(devices), ("replicas",)),
+        lambda: multihost_utils.sync_global_devices("focal"),
+    )
+
+
+def _devices(device: str | None, local: bool = False) -> list[jax.Device]:
+    try:
+        return jax.local_devices(backend=device) if local else jax.devices(device)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used: {reason}") from error
 
 
 def build(config: RetinaNetConfig, seed: int, device: str | None = None) -> RetinaNet:
     """A network in evaluation mode, on JAX's default device: a GPU where there is one."""
-    try:
-        place = jax.devices(device)[0]
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {device!r} cannot be used: {reason}") from error
+    place = _devices(device, local=True)[0]
     with jax.default_device(place):
         network = build_network(config, seed)
     # Put there explicitly, so that whatever is computed from it stays on that device.
@@ -97,22 +144,34 @@ class Trainer:
     before the run begins: the run goes on from its own.
     """
 
-    def __init__(self, model: RetinaNet, train: TrainConfig) -> None:
+    def __init__(
+        self, model: RetinaNet, train: TrainConfig, replicas: Replicas | None = None
+    ) -> None:
         self.model = model
         self.train = train
+        self.replicas = replicas or Replicas()
+        mesh = self.replicas.handle
+        self.place = NamedSharding(mesh, PartitionSpec()) if mesh else _device(model)
         precision = _fast_precision(model) if train.precision == "auto" else train.precision
         self.static = nnx.graphdef(model), train.replace(precision=precision)
         _, parameters, statistics = nnx.split(model, nnx.Param, ...)
         average = nnx.merge_state(parameters, statistics) if train.ema else nnx.State({})
         slots = _optimiser(train).init(parameters)
         run = _Run(parameters, statistics, average, slots, jnp.float32(EMA_START))
-        self.run = _own_copy(run, model)
+        self.run = _own_copy(run, self.place)
 
     def step(self, number: int, batch: Batch, learning_rate: float) -> dict[str, Array]:
-        """One step of the optimiser; the loss parts stay on the device."""
+        """One step of the optimiser; the loss parts stay on the device.
+
+        `batch` is this process's share; the parts are those of the whole batch.
+        """
         decay = self.train.average_decay(number)
+        share = batch.images, batch.boxes, batch.labels
+        if self.replicas.handle:
+            rows = NamedSharding(self.replicas.handle, PartitionSpec("replicas"))
+            share = [jax.make_array_from_process_local_data(rows, x) for x in share]
         self.run, loss, parts = _train_step(
-            *self.static, self.run, batch.images, batch.boxes, batch.labels, learning_rate, decay
+            *self.static, self.replicas.count, self.run, *share, learning_rate, decay
         )
         nnx.update(self.model, self.run.parameters, self.run.statistics)
         return {
@@ -148,7 +207,7 @@ class Trainer:
             jax.tree.unflatten(jax.tree.structure(self.run.slots), leaves),
             tensors["mean_positives"],
         )
-        self.run = _own_copy(run, self.model)
+        self.run = _own_copy(run, self.place)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -169,10 +228,11 @@ def _detections(
     return detections(xp, logits, deltas, _anchors(images, config), sizes, config)
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
 def _train_step(
     graphdef: nnx.GraphDef[RetinaNet],
     train: TrainConfig,
+    replicas: int,
     run: _Run,
     images: Array,
     boxes: Array,
@@ -180,25 +240,46 @@ def _train_step(
     learning_rate: float,
     decay: float,
 ) -> tuple[_Run, Array, Objective]:
+    # A batch that is sharded over replicas is one array here: what follows, written for one
+    # device, is shared out by the compiler, and its sums are those of the whole batch.
     config = nnx.merge(graphdef, run.parameters, run.statistics).config
     anchors = _anchors(images, config)
     target = targets(xp, anchors, boxes, labels, config)
-    normaliser, mean_positives = None, run.mean_positives
-    if config.normaliser == "ema":
-        positives = jnp.sum(target.labels >= 0).astype(jnp.float32)
-        normaliser = mean_positives = running_mean(mean_positives, positives)
+    positives = jnp.sum(target.labels >= 0).astype(jnp.float32)
+    normaliser, mean_positives = divisor(config, len(images), positives, run.mean_positives)
 
-    def loss(parameters: nnx.State) -> tuple[Array, Any]:
-        model = nnx.merge(graphdef, parameters, run.statistics, copy=True)
-        model.train(dtype=jnp.dtype(train.precision))  # of the layers; the weights are float32
+    def loss(
+        parameters: nnx.State, statistics: nnx.State, images: Array, target: Targets
+    ) -> tuple[Array, Any]:
+        model = nnx.merge(graphdef, parameters, statistics, copy=True)
+        # The type is that of the layers; the weights are float32.
+        model.train(dtype=jnp.dtype(train.precision), recompute=train.recompute)
         logits, deltas = model(_normalised(images, config))
         logits, deltas = logits.astype(jnp.float32), deltas.astype(jnp.float32)
         parts = objective(xp, logits, deltas, anchors, target, config, normaliser)
-        statistics = nnx.state(model, nnx.Not(nnx.Param))
-        return parts.classification + parts.box, (parts, statistics)
+        return parts.classification + parts.box, (parts, nnx.state(model, nnx.Not(nnx.Param)))
 
     slope = jax.value_and_grad(loss, has_aux=True)
-    (total, (parts, statistics)), gradient = slope(run.parameters)
+
+    def add(carry: Any, piece: tuple[Array, Targets]) -> tuple[Any, None]:
+        """Loss and gradient of one more part of the batch."""
+        total, parts, statistics, gradient = carry
+        (value, (found, statistics)), more = slope(run.parameters, statistics, *piece)
+        sums = jax.tree.map(jnp.add, (total, parts, gradient), (value, found, more))
+        return (*sums[:2], statistics, sums[2]), None
+
+    if train.accumulate == 1:
+        (total, (parts, statistics)), gradient = slope(
+            run.parameters, run.statistics, images, target
+        )
+    else:
+        pieces = jax.tree.map(
+            partial(_in_parts, replicas=replicas, parts=train.accumulate), (images, target)
+        )
+        zero = jnp.float32(0)
+        start = zero, Objective(zero, zero, zero), run.statistics
+        gradient = jax.tree.map(jnp.zeros_like, run.parameters)
+        (total, parts, statistics, gradient), _ = jax.lax.scan(add, (*start, gradient), pieces)
     updates, slots = _optimiser(train).update(gradient, run.slots, run.parameters)
     # The optimiser is one of learning rate 1; a rate of its own would compile each anew.
     updates = jax.tree.map(lambda x: learning_rate * x, updates)
@@ -221,14 +302,20 @@ def _optimiser(train: TrainConfig) -> optax.GradientTransformation:
     return optax.chain(clip, optax.adamw(1.0, weight_decay=train.weight_decay))
 
 
-def _own_copy(run: _Run, model: RetinaNet) -> _Run:
-    """A copy where the model is: a step takes its buffers over, so no one else may have them."""
-    return jax.device_put(run, _device(model), may_alias=False)
+def _in_parts(x: Array, replicas: int, parts: int) -> Array:
+    """(B, ...) to (parts, B / parts, ...), each part of every replica's share in equal measure."""
+    shares = x.reshape(replicas, parts, -1, *x.shape[1:])
+    return jnp.moveaxis(shares, 1, 0).reshape(parts, -1, *x.shape[1:])
+
+
+def _own_copy(run: _Run, place: Any) -> _Run:
+    """A copy at this place: a step takes its buffers over, so no one else may have them."""
+    return jax.device_put(jax.tree.map(jnp.copy, run), place)
 
 
 def _device(model: RetinaNet) -> jax.Device:
-    (device,) = jax.tree.leaves(nnx.state(model))[0].devices()
-    return device
+    """Where the model is; in a run of several replicas, one of its places."""
+    return min(jax.tree.leaves(nnx.state(model))[0].devices(), key=lambda device: device.id)
 
 
 def _fast_precision(model: RetinaNet) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
@@ -25,16 +26,70 @@ from focal.retinanet.network_tensorflow import (
     load_state,
     named_layers,
     named_variables,
+    recompute,
     state,
 )
-from focal.retinanet.objective import EMA_START, objective, running_mean, targets
+from focal.retinanet.objective import EMA_START, Targets, divisor, objective, targets
 from focal.retinanet.postprocess import Detections, detections
+from focal.retinanet.replicas import Replicas
 from focal.retinanet.weights import part
 from focal.tensorflow._namespace import xp
 
-__all__ = ["Trainer", "build", "describe", "detect", "load_state", "raw_outputs", "state"]
+__all__ = [
+    "Trainer",
+    "build",
+    "describe",
+    "detect",
+    "load_state",
+    "raw_outputs",
+    "replicas",
+    "state",
+]
 
 POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
+
+
+def replicas(device: str | None = None) -> Replicas:
+    """All devices of this kind ("gpu:1" is that one alone), and those of the workers of TF_CONFIG.
+
+    Must be called before anything else of TensorFlow where there are several workers.
+    """
+    settings = json.loads(os.environ.get("TF_CONFIG", "{}"))
+    cluster = settings.get("cluster", {})
+    processes = [
+        (kind, i) for kind in ("chief", "worker") for i in range(len(cluster.get(kind, [])))
+    ]
+    if len(processes) > 1:
+        strategy = _strategy(())
+        rank = processes.index((settings["task"]["type"], int(settings["task"]["index"])))
+    else:
+        place, rank = _place(device), 0
+        alike = [name for name in _places() if name.split(":")[0] == place.split(":")[0]]
+        if len(alike) == 1 or ":" in (device or ""):
+            return Replicas()
+        strategy = _strategy(tuple(alike))
+
+    def wait() -> None:
+        """What all replicas add up, none has before all are there."""
+        one = strategy.run(
+            lambda: tf.distribute.get_replica_context().all_reduce("SUM", tf.ones(()))
+        )
+        strategy.experimental_local_results(one)[0].numpy()
+
+    count = max(1, len(processes))
+    return Replicas(rank, count, strategy.num_replicas_in_sync // count, strategy, wait)
+
+
+@functools.cache
+def _strategy(places: tuple[str, ...]) -> tf.distribute.Strategy:
+    """Over these devices, or those of all workers.
+
+    One for a process: each numbers its collective operations from 1, and those of two strategies
+    would meet under the same number.
+    """
+    if places:
+        return tf.distribute.MirroredStrategy(places)
+    return tf.distribute.MultiWorkerMirroredStrategy()
 
 
 def build(config: RetinaNetConfig, seed: int, device: str | None = None) -> RetinaNet:
@@ -130,67 +185,140 @@ class SGD(keras.optimizers.SGD):
 
 
 class Trainer:
-    """One training run: the network, its optimiser, and the moving average of its weights."""
+    """One training run: the network, its optimiser, and the moving average of its weights.
 
-    def __init__(self, model: RetinaNet, train: TrainConfig) -> None:
-        self.model = model
+    Several replicas have a network of their own, a copy of the one that is given.
+    """
+
+    def __init__(
+        self, model: RetinaNet, train: TrainConfig, replicas: Replicas | None = None
+    ) -> None:
         self.train = train
+        self.replicas = replicas or Replicas()
         self.precision = train.precision
         if train.precision == "auto":
             self.precision = "bfloat16" if "GPU" in model.device else "float32"
-        with tf.device(model.device):
-            self.optimizer = _optimizer(train)
+        # The default strategy is one replica, wherever it is asked to be.
+        self.strategy = self.replicas.handle or tf.distribute.get_strategy()
+        several = self.replicas.count > 1
+        self.place = self.strategy.scope if several else functools.partial(tf.device, model.device)
+        with self.place():
+            if several:
+                given = model
+                with tf.variable_creator_scope(_own_statistics):
+                    model = build_network(given.config, train.seed)
+                load_state(model, state(given))
+            self.model = model
+            if train.recompute:
+                recompute(model)
+            # Keras would clip what each replica adds to the gradient, and not their sum.
+            self.optimizer = _optimizer(train.replace(clip_norm=None) if several else train)
             self.optimizer.build(model.trainable_variables)
             current = named_variables(model) if train.ema else {}
             self.average = {name: tf.Variable(x.value) for name, x in current.items()}
             self.mean_positives = tf.Variable(EMA_START)
-        # Not `jit_compile=True`: on a CPU it is no faster, and compiles for half a minute.
         self._compiled = tf.function(self._step, autograph=False)
+        self._gradient = self._slope
+        if train.compile:  # no default: on a CPU it is no faster, and compiles for half a minute
+            self._gradient = tf.function(self._slope, autograph=False, jit_compile=True)
 
     def step(self, number: int, batch: Batch, learning_rate: float) -> dict[str, Tensor]:
-        """One step of the optimiser; the loss parts stay on the device."""
+        """One step of the optimiser; the loss parts stay on the device.
+
+        `batch` is this process's share; the parts are those of the whole batch.
+        """
         decay = self.train.average_decay(number)
-        with tf.device(self.model.device):
+        share = batch.images, batch.boxes, batch.labels
+        with self.place():
             return self._compiled(
-                tf.constant(batch.images),
-                tf.constant(batch.boxes),
-                tf.constant(batch.labels),
+                [self._shared(x) for x in share],
                 tf.constant(learning_rate, tf.float32),
                 tf.constant(decay, tf.float32),
             )
 
-    def _step(
-        self, images: Tensor, boxes: Tensor, labels: Tensor, learning_rate: Tensor, decay: Tensor
-    ) -> dict[str, Tensor]:
-        model, config = self.model, self.model.config
-        anchors = core_anchors(xp, tuple(images.shape[1:3]), config.anchors)
-        target = targets(xp, anchors, boxes, labels, config)
-        normaliser = None
-        if config.normaliser == "ema":
-            positives = tf.reduce_sum(tf.cast(target.labels >= 0, tf.float32))
-            normaliser = running_mean(self.mean_positives.read_value(), positives)
-            self.mean_positives.assign(normaliser)
+    def _shared(self, x: np.ndarray) -> Any:
+        """The process's share of an array, shared out among its replicas."""
+        local = self.replicas.local
+        if self.replicas.count == 1:
+            return tf.constant(x)
+        parts = np.split(x, local)
+        return self.strategy.experimental_distribute_values_from_function(
+            lambda context: tf.constant(parts[context.replica_id_in_sync_group % local])
+        )
 
-        with tf.GradientTape() as tape:
-            with _computing(model, self.precision):
-                logits, deltas = model(_normalised(config, images), training=True)
-            logits, deltas = tf.cast(logits, tf.float32), tf.cast(deltas, tf.float32)
-            parts = objective(xp, logits, deltas, anchors, target, config, normaliser)
-            loss = parts.classification + parts.box
-        weights = model.trainable_variables
-        gradients = tape.gradient(loss, [w.value for w in weights])
-
+    def _step(self, share: Any, learning_rate: Tensor, decay: Tensor) -> dict[str, Tensor]:
+        """On all replicas, and between them."""
         self.optimizer.learning_rate.assign(learning_rate)
-        self.optimizer.apply(gradients, weights)
-        current = named_variables(model)
+        mean = self.mean_positives.read_value()
+        found = self.strategy.run(self._replica_step, args=(*share, mean))
+        # All replicas found the same.
+        parts = {k: self.strategy.experimental_local_results(v)[0] for k, v in found.items()}
+        self.mean_positives.assign(parts.pop("mean_positives"))
+        current = named_variables(self.model)
         for name, average in self.average.items():
             average.assign_add((1 - decay) * (current[name] - average))
+        return parts
+
+    def _replica_step(
+        self, images: Tensor, boxes: Tensor, labels: Tensor, mean_positives: Tensor
+    ) -> dict[str, Tensor]:
+        """On one replica."""
+        config = self.model.config
+        context = tf.distribute.get_replica_context()
+        total = functools.partial(context.all_reduce, tf.distribute.ReduceOp.SUM)
+        anchors = core_anchors(xp, tuple(images.shape[1:3]), config.anchors)
+        target = targets(xp, anchors, boxes, labels, config)
+        positives = total(tf.reduce_sum(tf.cast(target.labels >= 0, tf.float32)))
+        count = images.shape[0] * self.replicas.count
+        normaliser, mean = divisor(config, count, positives, mean_positives)
+        normaliser = tf.cast(normaliser, tf.float32)
+
+        pieces = [_in_parts(x, self.train.accumulate) for x in (images, *target)]
+
+        def add(number: Tensor, *sums: Tensor) -> tuple[Tensor, ...]:
+            """Loss and gradient of one more part of the share."""
+            more = self._gradient(*(piece[number] for piece in pieces), anchors, normaliser)
+            return number + 1, *(a + b for a, b in zip(sums, more, strict=True))
+
+        weights = self.model.trainable_variables
+        if self.train.accumulate == 1:
+            found = self._gradient(images, *target, anchors, normaliser)
+        else:  # a loop, not a graph of all parts, which would compute them at the same time
+            _, *found = tf.while_loop(
+                lambda number, *_: number < self.train.accumulate,
+                add,
+                [0, 0.0, 0.0, *(tf.zeros(w.shape) for w in weights)],
+                parallel_iterations=1,
+            )
+        classification, box, *gradients = found
+        if self.train.clip_norm is not None and self.replicas.count > 1:
+            norm = tf.linalg.global_norm(total(gradients))
+            gradients, _ = tf.clip_by_global_norm(gradients, self.train.clip_norm, norm)
+        self.optimizer.apply(gradients, weights)  # their sum over the replicas
+        classification, box = total([classification, box])
         return {
-            "loss": loss,
-            "classification": parts.classification,
-            "box": parts.box,
-            "positives": parts.positives,
+            "loss": classification + box,
+            "classification": classification,
+            "box": box,
+            "positives": positives,
+            "mean_positives": mean,
         }
+
+    def _slope(
+        self, images: Tensor, labels: Tensor, deltas: Tensor, anchors: Tensor, normaliser: Tensor
+    ) -> list[Tensor]:
+        """Both parts of the loss, and the gradient of their sum in each weight."""
+        model, config = self.model, self.model.config
+        weights = [w.value for w in model.trainable_variables]
+        with _computing(model, self.precision):
+            with tf.GradientTape() as tape:
+                logits, found = model(_normalised(config, images), training=True)
+                logits, found = tf.cast(logits, tf.float32), tf.cast(found, tf.float32)
+                target = Targets(labels, deltas)
+                parts = objective(xp, logits, found, anchors, target, config, normaliser)
+                loss = parts.classification + parts.box
+            gradients = tape.gradient(loss, weights)  # which may compute layers again
+        return [parts.classification, parts.box, *gradients]
 
     def weights(self) -> dict[str, np.ndarray]:
         """The weights to evaluate and to keep: the moving average where there is one."""
@@ -221,9 +349,26 @@ def _optimizer(train: TrainConfig) -> keras.optimizers.Optimizer:
     return keras.optimizers.AdamW(weight_decay=train.weight_decay, epsilon=1e-8, **common)
 
 
+def _own_statistics(create: Callable[..., Any], **options: Any) -> Any:
+    """Running statistics: each replica has its own, and what is read is their mean."""
+    if not options["trainable"] and tf.as_dtype(options["dtype"]).is_floating:
+        options["synchronization"] = tf.VariableSynchronization.ON_READ
+        options["aggregation"] = tf.VariableAggregation.MEAN
+    return create(**options)
+
+
+def _in_parts(x: Tensor, parts: int) -> Tensor:
+    """(B, ...) to (parts, B / parts, ...)."""
+    return tf.reshape(x, (parts, x.shape[0] // parts, *x.shape[1:]))
+
+
+def _places() -> list[str]:
+    return [d.name.removeprefix("/device:") for d in tf.config.list_logical_devices()]
+
+
 def _place(device: str | None) -> str:
     """TensorFlow's name of a device; a GPU if there is one."""
-    found = [d.name.removeprefix("/device:") for d in tf.config.list_logical_devices()]
+    found = _places()
     if device is None:
         return next((name for name in found if name.startswith("GPU")), "CPU:0")
     kind, _, index = device.upper().replace("CUDA", "GPU").partition(":")

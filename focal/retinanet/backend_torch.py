@@ -2,25 +2,75 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import os
 import platform
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from focal.core.anchors import anchors as core_anchors
 from focal.retinanet.config import RetinaNetConfig, TrainConfig
 from focal.retinanet.data.loader import Batch
-from focal.retinanet.network_torch import RetinaNet, build_network, load_state, state
-from focal.retinanet.objective import EMA_START, objective, running_mean, targets
+from focal.retinanet.network_torch import (
+    RetinaNet,
+    build_network,
+    load_state,
+    recompute,
+    state,
+)
+from focal.retinanet.objective import EMA_START, Targets, divisor, objective, targets
 from focal.retinanet.postprocess import detections
+from focal.retinanet.replicas import Replicas
 from focal.retinanet.weights import part
 from focal.torch._namespace import xp
 
-__all__ = ["Trainer", "build", "describe", "detect", "load_state", "raw_outputs", "state"]
+__all__ = [
+    "Trainer",
+    "build",
+    "describe",
+    "detect",
+    "load_state",
+    "raw_outputs",
+    "replicas",
+    "state",
+]
+
+PATIENCE = timedelta(hours=2)
+"""How long processes wait for the one that measures."""
+
+
+def replicas(device: str | None = None) -> Replicas:
+    """The processes that torchrun (or another launcher with its variables) started, one a device.
+
+    `torch.distributed` is initialised where it is not yet.
+    """
+    if not distributed.is_available():
+        return Replicas()
+    if not distributed.is_initialized():
+        if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+            return Replicas()
+        if device not in (None, "cpu", "cuda"):
+            raise ValueError(
+                f"device {device!r} cannot be used by several processes: "
+                "expected cpu or cuda, of which each process takes its own"
+            )
+        place = None
+        if device != "cpu" and torch.cuda.is_available():
+            place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(place)  # what "cuda" means from here on
+        distributed.init_process_group(
+            "nccl" if place else "gloo", timeout=PATIENCE, device_id=place
+        )
+        atexit.register(distributed.destroy_process_group)
+    rank, count = distributed.get_rank(), distributed.get_world_size()
+    return Replicas(rank, count, wait=distributed.barrier)
 
 
 def build(config: RetinaNetConfig, seed: int, device: str | None = None) -> RetinaNet:
@@ -82,9 +132,12 @@ def detect(
 class Trainer:
     """One training run: the network, its optimiser, and the moving average of its weights."""
 
-    def __init__(self, model: RetinaNet, train: TrainConfig) -> None:
+    def __init__(
+        self, model: RetinaNet, train: TrainConfig, replicas: Replicas | None = None
+    ) -> None:
         self.model = model.train()
         self.train = train
+        self.replicas = replicas or Replicas()
         self.device = _device(model)
         self.precision = train.precision
         if train.precision == "auto":
@@ -102,35 +155,69 @@ class Trainer:
         self.average = {k: v.clone() for k, v in self._floats().items()} if train.ema else {}
         self.mean_positives = torch.tensor(EMA_START, device=self.device)
         self.anchors: dict[tuple[int, int], Tensor] = {}
+        if train.recompute and train.compile and model.config.norm == "batch":
+            raise ValueError(
+                "TrainConfig: torch.compile cannot keep running statistics from counting twice; "
+                "compile and recompute need norm 'group' or 'frozen_batch', got 'batch'"
+            )
+        if train.recompute:
+            recompute(model)
+        self.network: nn.Module = model
+        self.no_sync: Any = contextlib.nullcontext
+        if self.replicas.count > 1:
+            if self.device.type == "cuda":  # on a CPU there is none: each has its own statistics
+                nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            self.network = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            self.no_sync = self.network.no_sync
+        if train.compile:
+            self.network = torch.compile(self.network)
 
     def step(self, number: int, batch: Batch, learning_rate: float) -> dict[str, Tensor]:
-        """One step of the optimiser; the loss parts stay on the device."""
+        """One step of the optimiser; the loss parts stay on the device.
+
+        `batch` is this process's share; the parts are those of the whole batch.
+        """
         config = self.model.config
-        images = _normalised(self.model, batch.images)
         # The padding that no image of this batch needs is left out on the host.
         most = max(1, int((batch.labels >= 0).sum(1).max()))
         boxes = torch.as_tensor(batch.boxes[:, :most], device=self.device)
         labels = torch.as_tensor(batch.labels[:, :most], device=self.device)
-        canvas = (images.shape[2], images.shape[3])
+        canvas = batch.images.shape[1:3]
         if canvas not in self.anchors:
             self.anchors[canvas] = _anchors(canvas, config, self.device)
         anchors = self.anchors[canvas]
 
         with torch.no_grad():
             target = targets(xp, anchors, boxes, labels, config)
-        with _autocast(self.device, self.precision):
-            logits, deltas = self.model(images)
-        logits, deltas = logits.float(), deltas.float()
-        normaliser = None
-        if config.normaliser == "ema":
-            positives = (target.labels >= 0).sum().float()
-            self.mean_positives = running_mean(self.mean_positives, positives)
-            normaliser = self.mean_positives
-        parts = objective(xp, logits, deltas, anchors, target, config, normaliser)
-        loss = parts.classification + parts.box
+            positives = self._total((target.labels >= 0).sum().float())
+            everything = len(labels) * self.replicas.count
+            normaliser, self.mean_positives = divisor(
+                config, everything, positives, self.mean_positives
+            )
 
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        rows = len(labels) // self.train.accumulate
+        found = torch.zeros(2, device=self.device)
+        for first in range(0, len(labels), rows):
+            piece = slice(first, first + rows)
+            last = first + rows == len(labels)
+            with contextlib.nullcontext() if last else self.no_sync():
+                with _autocast(self.device, self.precision):
+                    logits, deltas = self.network(_normalised(self.model, batch.images[piece]))
+                part = objective(
+                    xp,
+                    logits.float(),
+                    deltas.float(),
+                    anchors,
+                    Targets(target.labels[piece], target.deltas[piece]),
+                    config,
+                    normaliser,
+                )
+                # Normalised by all replicas' positives, the gradients are to be added up, and
+                # DistributedDataParallel takes their mean.
+                ((part.classification + part.box) * self.replicas.count).backward()
+            found += torch.stack([part.classification.detach(), part.box.detach()])
+        classification, box = self._total(found)
         if self.train.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.train.clip_norm)
         for group in self.optimizer.param_groups:
@@ -138,11 +225,17 @@ class Trainer:
         self.optimizer.step()
         self._update_average(number)
         return {
-            "loss": loss.detach(),
-            "classification": parts.classification.detach(),
-            "box": parts.box.detach(),
-            "positives": parts.positives,
+            "loss": classification + box,
+            "classification": classification,
+            "box": box,
+            "positives": positives,
         }
+
+    def _total(self, x: Tensor) -> Tensor:
+        """The sum over all replicas."""
+        if self.replicas.count > 1:
+            distributed.all_reduce(x)
+        return x
 
     def weights(self) -> dict[str, np.ndarray]:
         """The weights to evaluate and to keep: the moving average where there is one."""

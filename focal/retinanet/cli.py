@@ -28,6 +28,8 @@ examples:
       change any field of the detector or the run
   focal train --data path/to/coco --out runs/mine --resume
       go on with a run that was stopped
+  torchrun --nproc-per-node 8 -m focal train --data path/to/coco --preset r50
+      share each batch among 8 GPUs; see docs/scaling.md for JAX and TensorFlow
 
 The run folder holds config.json, metrics.jsonl, weights.safetensors, checkpoint.safetensors,
 loss.png, detections.png and report.html.
@@ -164,11 +166,16 @@ def _add_backend(parser: argparse.ArgumentParser) -> None:
 def _train(options: argparse.Namespace, command: str) -> None:
     from focal.retinanet import report
     from focal.retinanet.curves import loss_plot, read_metrics
-    from focal.retinanet.detector import predict
+    from focal.retinanet.detector import backend_module, predict
     from focal.retinanet.loop import train
     from focal.retinanet.weights import load_weights
 
     detector, run = _configs(options)
+    # First of all: frameworks want to know of other processes before they are used.
+    replicas = backend_module(options.backend).replicas(options.device)
+    replicas.check(run)
+    if replicas.rank > 0:  # one process speaks for all
+        logging.getLogger().setLevel(logging.WARNING)
     dataset = _dataset(options.data, "train", detector)
     validation = _dataset(options.data, "val", detector)
     if validation.classes != dataset.classes:
@@ -191,7 +198,10 @@ def _train(options: argparse.Namespace, command: str) -> None:
         initial=initial,
         resume=options.resume,
         notes={"command": command, "data": options.data},
+        replicas=replicas,
     )
+    if replicas.rank > 0:
+        return
     count = min(4, len(validation))
     examples = [validation[i * len(validation) // count] for i in range(count)]
     found = predict(model, [example.image for example in examples])

@@ -139,8 +139,14 @@ class TrainConfig:
 
     steps: int = 90_000
     batch_size: int = 16
+    """Images of one step, over all replicas."""
+    accumulate: int = 1
+    """Parts that each replica's share is taken in, one after the other, to save memory."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = 0.01
+    reference_batch: int | None = None
+    """The batch size that `learning_rate` is given for: with another it is scaled in proportion.
+    None: it is taken as it is."""
     momentum: float = 0.9
     weight_decay: float = 1e-4
     schedule: Literal["step", "cosine"] = "step"
@@ -152,6 +158,11 @@ class TrainConfig:
     """Decay of the moving average of the weights that is evaluated and saved; None: off."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto` is bfloat16 where the hardware multiplies it natively, else float32."""
+    compile: bool = False
+    """`torch.compile`, or XLA in TensorFlow. JAX compiles in any case."""
+    recompute: bool = False
+    """Keep only what goes into residual blocks and subnets; the backward pass computes the rest
+    again: more time, less memory, the same gradient."""
 
     # Input
     crop: tuple[int, int] | None = None
@@ -175,7 +186,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         name = "TrainConfig"
         _check_words(name, self)
-        for parameter in ("steps", "batch_size", "log_every"):
+        for parameter in ("steps", "batch_size", "accumulate", "log_every"):
             checks.check_integer(name, parameter, getattr(self, parameter), 1)
         for parameter in ("warmup", "workers", "eval_every", "save_every", "seed"):
             checks.check_integer(name, parameter, getattr(self, parameter), 0)
@@ -183,6 +194,12 @@ class TrainConfig:
             checks.check_number(name, parameter, getattr(self, parameter), 0)
         for parameter in ("momentum", "jitter"):
             checks.check_number(name, parameter, getattr(self, parameter), 0, 1)
+        if self.reference_batch is not None:
+            checks.check_integer(name, "reference_batch", self.reference_batch, 1)
+        for parameter in ("compile", "recompute"):
+            if not isinstance(getattr(self, parameter), bool):
+                value = getattr(self, parameter)
+                raise TypeError(f"{name}: {parameter} must be True or False; got {value!r}")
         if self.ema is not None:
             checks.check_number(name, "ema", self.ema, 0, 1)
         if self.clip_norm is not None:

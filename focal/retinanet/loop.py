@@ -19,6 +19,7 @@ from focal.retinanet.config import RetinaNetConfig, TrainConfig
 from focal.retinanet.data import Dataset, eval_batches, train_batches
 from focal.retinanet.detector import backend_module, detect
 from focal.retinanet.evaluate import evaluate
+from focal.retinanet.replicas import Replicas
 from focal.retinanet.run_folder import RunFolder
 from focal.retinanet.weights import save_weights
 
@@ -26,8 +27,10 @@ __all__ = ["evaluate_model", "learning_rate", "train"]
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
-    """The learning rate of a step: linear warm-up, then the schedule."""
+    """The learning rate of a step: scaled to the batch, linear warm-up, then the schedule."""
     rate = train.learning_rate
+    if train.reference_batch is not None:
+        rate *= train.batch_size / train.reference_batch
     if train.schedule == "cosine":
         rate *= 0.5 * (1 + math.cos(math.pi * step / train.steps))
     else:
@@ -47,6 +50,7 @@ def train(
     initial: Mapping[str, np.ndarray] | None = None,
     resume: bool = False,
     notes: Mapping[str, Any] | None = None,
+    replicas: Replicas | None = None,
 ) -> Any:
     """Train a detector into a run folder.
 
@@ -61,11 +65,14 @@ def train(
         initial: Weights to start from instead of random ones.
         resume: Go on from the checkpoint in `out`.
         notes: More entries for config.json.
+        replicas: Who trains together; default: those that the framework's launcher started.
 
     Returns:
         The trained model, with the weights that were saved.
     """
     library = backend_module(backend)
+    replicas = replicas or library.replicas(device)
+    replicas.check(train_config)
     folder = RunFolder(
         out,
         {
@@ -74,11 +81,12 @@ def train(
             "optimizer": train_config.optimizer,
             "ema": "on" if train_config.ema else "off",
         },
+        writes=replicas.rank == 0,
     )
     model = library.build(config, train_config.seed, device)
     if initial is not None:
         library.load_state(model, initial)
-    trainer = library.Trainer(model, train_config)
+    trainer = library.Trainer(model, train_config, replicas)
     first, before = 0, 0.0
     if resume:
         tensors, first, before = folder.resume()
@@ -92,6 +100,7 @@ def train(
         "detector": json.loads(config.to_json()),
         "train": json.loads(train_config.to_json()),
         **library.describe(model),
+        "replicas": replicas.count,
         **(notes or {}),
     }
     folder.write_config(record)
@@ -100,10 +109,11 @@ def train(
     def measured(step: int) -> Any:
         """The model with the weights to keep, which are saved, and measured if asked to."""
         weights = trainer.weights()
-        save_weights(folder.weights, weights, config)
+        if replicas.rank == 0:
+            save_weights(folder.weights, weights, config)
         candidate = library.build(config, train_config.seed, device)
         library.load_state(candidate, weights)
-        if validation is not None:
+        if validation is not None and replicas.rank == 0:
             metrics, _ = evaluate_model(candidate, validation)
             folder.log({"kind": "eval", "split": validation.name, "step": step, **metrics})
         return candidate
@@ -112,8 +122,10 @@ def train(
         return interval > 0 and step % interval == 0
 
     steps = train_config.steps
-    batches = train_batches(dataset, config, train_config, start=first)
-    bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True)
+    share = replicas.rank, replicas.processes
+    batches = train_batches(dataset, config, train_config, start=first, share=share)
+    silent = replicas.rank > 0
+    bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=silent)
     with contextlib.closing(batches), bar:
         speed = _Speed(train_config.batch_size, first)
         for done in range(first + 1, steps + 1):
@@ -138,6 +150,7 @@ def train(
     record["seconds"] = round(time.monotonic() - begin, 1)
     model = measured(steps)
     folder.write_config(record)
+    replicas.wait()  # for the measurement: a launcher may end the run when one process ends
     return model
 
 

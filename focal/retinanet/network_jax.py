@@ -130,7 +130,21 @@ def _conv(
     )
 
 
-class BasicBlock(nnx.Module):
+class Recomputed(nnx.Module):
+    """A part of the network that can keep its input alone, and compute again when going back."""
+
+    recompute = False  # what `train(recompute=True)` sets
+
+    def __call__(self, x: Array) -> Array:
+        """What `compute` gives."""
+        return nnx.remat(type(self).compute)(self, x) if self.recompute else self.compute(x)
+
+    def compute(self, x: Array) -> Array:
+        """The forward pass."""
+        raise NotImplementedError
+
+
+class BasicBlock(Recomputed):
     """The residual block of ResNet-18 and 34: two 3x3 convolutions."""
 
     def __init__(
@@ -142,14 +156,14 @@ class BasicBlock(nnx.Module):
         self.bn2 = norm(width)
         self.downsample = _shortcut(inputs, width, stride, norm, rngs)
 
-    def __call__(self, x: Array) -> Array:
+    def compute(self, x: Array) -> Array:
         """(N, H, W, inputs) to (N, H / stride, W / stride, width)."""
         y = nnx.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         return nnx.relu(y + self.downsample(x))
 
 
-class Bottleneck(nnx.Module):
+class Bottleneck(Recomputed):
     """The residual block of the deeper networks: 1x1, 3x3 and 1x1 convolutions."""
 
     def __init__(
@@ -165,7 +179,7 @@ class Bottleneck(nnx.Module):
         self.bn3 = norm(outputs)
         self.downsample = _shortcut(inputs, outputs, stride, norm, rngs)
 
-    def __call__(self, x: Array) -> Array:
+    def compute(self, x: Array) -> Array:
         """(N, H, W, inputs) to (N, H / stride, W / stride, 4 * width)."""
         y = nnx.relu(self.bn1(self.conv1(x)))
         y = nnx.relu(self.bn2(self.conv2(y)))
@@ -254,15 +268,22 @@ def _upsample(x: Array, shape: tuple[int, ...]) -> Array:
     return doubled[:, : shape[1], : shape[2]]
 
 
-def _tower(config: RetinaNetConfig, rngs: nnx.Rngs) -> nnx.Sequential:
+class Tower(Recomputed, nnx.Sequential):
     """The hidden layers of a subnet."""
+
+    def compute(self, x: Array) -> Array:
+        """A level, (N, H, W, channels), of the same shape after it."""
+        return nnx.Sequential.__call__(self, x)
+
+
+def _tower(config: RetinaNetConfig, rngs: nnx.Rngs) -> Tower:
     c, normed = config.channels, config.head_norm == "group"
     layers = []
     for _ in range(config.head_depth):
         conv = _conv(c, c, 3, bias=not normed, init=_GAUSSIAN, rngs=rngs)
         norm = [_group_norm(c)] if normed else []
         layers.append(nnx.Sequential(conv, *norm, nnx.relu))
-    return nnx.Sequential(*layers)
+    return Tower(*layers)
 
 
 def _per_anchor(x: Array, values: int) -> Array:

@@ -30,6 +30,7 @@ __all__ = [
     "load_state",
     "named_layers",
     "named_variables",
+    "recompute",
     "state",
 ]
 
@@ -87,6 +88,7 @@ class BatchNorm(keras.layers.Layer):
         self.beta = weight(name="beta", initializer="zeros", trainable=not frozen)
         self.moving_mean = weight(name="moving_mean", initializer="zeros", trainable=False)
         self.moving_variance = weight(name="moving_variance", initializer="ones", trainable=False)
+        self.again = False
 
     def call(self, x: Tensor, training: bool = False) -> Tensor:
         """Normalise x, of shape (N, H, W, channels)."""
@@ -95,6 +97,8 @@ class BatchNorm(keras.layers.Layer):
             scale = self.gamma * ops.rsqrt(self.moving_variance + NORM_EPS)
             shift = self.beta - self.moving_mean * scale
             return ops.cast(ops.cast(x, "float32") * scale + shift, x.dtype)
+        # Going back, Keras no longer says that this is training.
+        training = training or self.again
         # Keras's own layer moves towards the biased variance.
         y, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
             x=x,
@@ -106,7 +110,7 @@ class BatchNorm(keras.layers.Layer):
             exponential_avg_factor=MOMENTUM,
             is_training=training,
         )
-        if training:
+        if training and not self.again:
             self.moving_mean.assign(mean)
             self.moving_variance.assign(variance)
         return y
@@ -132,7 +136,46 @@ def _chain(layers: Sequence[keras.layers.Layer], x: Tensor) -> Tensor:
     return reduce(lambda x, layer: layer(x), layers, x)
 
 
-class BasicBlock(keras.layers.Layer):
+def _recomputed(
+    compute: Callable[[Tensor], Tensor], norms: Sequence[BatchNorm] = ()
+) -> Callable[[Tensor], Tensor]:
+    """The function, which keeps its input alone, and computes again when going back."""
+    times = 0
+
+    def counted(x: Tensor) -> Tensor:
+        # TensorFlow calls it twice, the second time for the backward pass. The same batch must
+        # not count twice in the running statistics.
+        nonlocal times
+        times += 1
+        for norm in norms:
+            norm.again = times > 1
+        try:
+            return compute(x)
+        finally:
+            for norm in norms:
+                norm.again = False
+
+    return tf.recompute_grad(counted)
+
+
+class Block(keras.layers.Layer):
+    """A residual block."""
+
+    recompute = False
+
+    def call(self, x: Tensor, training: bool = False) -> Tensor:
+        """What `compute` gives."""
+        if not (self.recompute and training):
+            return self.compute(x)
+        norms = [layer for _, layer in named_layers(self) if isinstance(layer, BatchNorm)]
+        return _recomputed(self.compute, norms)(x)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """The forward pass."""
+        raise NotImplementedError
+
+
+class BasicBlock(Block):
     """The residual block of ResNet-18 and 34: two 3x3 convolutions."""
 
     def __init__(
@@ -145,14 +188,14 @@ class BasicBlock(keras.layers.Layer):
         self.bn2 = norm(width)
         self.downsample = _shortcut(inputs, width, stride, conv, norm)
 
-    def call(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """(N, H, W, inputs) to (N, H / stride, W / stride, width)."""
         y = ops.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         return ops.relu(y + _chain(self.downsample, x))
 
 
-class Bottleneck(keras.layers.Layer):
+class Bottleneck(Block):
     """The residual block of the deeper networks: 1x1, 3x3 and 1x1 convolutions."""
 
     def __init__(
@@ -169,7 +212,7 @@ class Bottleneck(keras.layers.Layer):
         self.bn3 = norm(outputs)
         self.downsample = _shortcut(inputs, outputs, stride, conv, norm)
 
-    def call(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """(N, H, W, inputs) to (N, H / stride, W / stride, 4 * width)."""
         y = ops.relu(self.bn1(self.conv1(x)))
         y = ops.relu(self.bn2(self.conv2(y)))
@@ -269,14 +312,21 @@ def _tower(config: RetinaNetConfig, conv: _Conv) -> list[list[keras.layers.Layer
     ]
 
 
-def _hidden(tower: Sequence[Sequence[keras.layers.Layer]], x: Tensor) -> Tensor:
-    for layers in tower:
-        x = ops.relu(_chain(layers, x))
-    return x
+def _hidden(
+    tower: Sequence[Sequence[keras.layers.Layer]], recompute: bool
+) -> Callable[[Tensor], Tensor]:
+    def compute(x: Tensor) -> Tensor:
+        for layers in tower:
+            x = ops.relu(_chain(layers, x))
+        return x
+
+    return _recomputed(compute) if recompute else compute
 
 
 class ClassificationHead(keras.layers.Layer):
     """The class subnet, with the same weights at every level."""
+
+    recompute = False
 
     def __init__(self, config: RetinaNetConfig, seeds: keras.random.SeedGenerator) -> None:
         super().__init__(dtype="float32")
@@ -288,14 +338,17 @@ class ClassificationHead(keras.layers.Layer):
         self.cls_logits = conv(config.channels, outputs, 3, bias_initializer=prior)
         self.per_anchor = keras.layers.Reshape((-1, config.num_classes), dtype="float32")
 
-    def call(self, levels: Sequence[Tensor]) -> Tensor:
+    def call(self, levels: Sequence[Tensor], training: bool = False) -> Tensor:
         """The levels, each (N, H, W, channels), to class logits (N, anchors, K)."""
-        logits = [self.per_anchor(self.cls_logits(_hidden(self.conv, x))) for x in levels]
+        hidden = _hidden(self.conv, self.recompute and training)
+        logits = [self.per_anchor(self.cls_logits(hidden(x))) for x in levels]
         return ops.concatenate(logits, axis=1)
 
 
 class RegressionHead(keras.layers.Layer):
     """The box subnet, with the same weights at every level."""
+
+    recompute = False
 
     def __init__(self, config: RetinaNetConfig, seeds: keras.random.SeedGenerator) -> None:
         super().__init__(dtype="float32")
@@ -304,9 +357,10 @@ class RegressionHead(keras.layers.Layer):
         self.bbox_reg = conv(config.channels, 4 * config.anchors.per_cell, 3)
         self.per_anchor = keras.layers.Reshape((-1, 4), dtype="float32")
 
-    def call(self, levels: Sequence[Tensor]) -> Tensor:
+    def call(self, levels: Sequence[Tensor], training: bool = False) -> Tensor:
         """The levels, each (N, H, W, channels), to box deltas (N, anchors, 4)."""
-        deltas = [self.per_anchor(self.bbox_reg(_hidden(self.conv, x))) for x in levels]
+        hidden = _hidden(self.conv, self.recompute and training)
+        deltas = [self.per_anchor(self.bbox_reg(hidden(x))) for x in levels]
         return ops.concatenate(deltas, axis=1)
 
 
@@ -342,6 +396,13 @@ class RetinaNet(keras.Model):
         """
         levels = self.backbone["fpn"](self.backbone["body"](images))
         return self.head["classification_head"](levels), self.head["regression_head"](levels)
+
+
+def recompute(model: RetinaNet) -> None:
+    """Keep no activations inside residual blocks and subnets; compute them again going back."""
+    for _, layer in named_layers(model):
+        if isinstance(layer, (Block, ClassificationHead, RegressionHead)):
+            layer.recompute = True
 
 
 def build_network(config: RetinaNetConfig, seed: int) -> RetinaNet:

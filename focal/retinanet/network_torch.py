@@ -7,21 +7,24 @@ frameworks. In shapes, N is images, A anchors in a cell and K classes.
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from focal.core.prior import prior_bias
 from focal.retinanet.architecture import BACKBONES, NORM_EPS, Backbone, norm_groups
 from focal.retinanet.config import RetinaNetConfig
 from focal.retinanet.weights import check_names
 
-__all__ = ["RetinaNet", "build_network", "load_state", "state"]
+__all__ = ["RetinaNet", "build_network", "load_state", "recompute", "state"]
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -76,7 +79,40 @@ def _initialise(module: nn.Module, weight: Callable[[Tensor], Tensor]) -> None:
                 nn.init.zeros_(conv.bias)
 
 
-class BasicBlock(nn.Module):
+class Recomputed(nn.Module):
+    """A part of the network that can keep its input alone, and compute again when going back."""
+
+    recompute = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What `compute` gives."""
+        if not (self.recompute and self.training and torch.is_grad_enabled()):
+            return self.compute(x)
+        norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        if norms:
+            again["context_fn"] = lambda: (contextlib.nullcontext(), _statistics_kept(norms))
+        return checkpoint(self.compute, x, **again)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """The forward pass."""
+        raise NotImplementedError
+
+
+@contextlib.contextmanager
+def _statistics_kept(norms: Sequence[nn.Module]) -> Iterator[None]:
+    """No running statistics move in here: the same batch would count twice."""
+    before = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+        yield
+    finally:
+        for norm, momentum in zip(norms, before, strict=True):
+            norm.momentum = momentum
+
+
+class BasicBlock(Recomputed):
     """The residual block of ResNet-18 and 34: two 3x3 convolutions."""
 
     def __init__(self, inputs: int, width: int, stride: int, net: Backbone, norm: _Norm) -> None:
@@ -87,14 +123,14 @@ class BasicBlock(nn.Module):
         self.bn2 = norm(width)
         self.downsample = _shortcut(inputs, width, stride, norm)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """(N, inputs, H, W) to (N, width, H / stride, W / stride)."""
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = self.bn2(self.conv2(y))
         return F.relu(y + self.downsample(x), inplace=True)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Recomputed):
     """The residual block of the deeper networks: 1x1, 3x3 and 1x1 convolutions."""
 
     def __init__(self, inputs: int, width: int, stride: int, net: Backbone, norm: _Norm) -> None:
@@ -109,7 +145,7 @@ class Bottleneck(nn.Module):
         self.bn3 = norm(outputs)
         self.downsample = _shortcut(inputs, outputs, stride, norm)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """(N, inputs, H, W) to (N, 4 * width, H / stride, W / stride)."""
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = F.relu(self.bn2(self.conv2(y)), inplace=True)
@@ -187,10 +223,17 @@ class FeaturePyramid(nn.Module):
         return levels
 
 
-def _tower(config: RetinaNetConfig) -> nn.Sequential:
+class Tower(Recomputed, nn.Sequential):
     """The hidden layers of a subnet."""
+
+    def compute(self, x: Tensor) -> Tensor:
+        """A level, (N, channels, H, W), of the same shape after it."""
+        return nn.Sequential.forward(self, x)
+
+
+def _tower(config: RetinaNetConfig) -> Tower:
     c, normed = config.channels, config.head_norm == "group"
-    layers = nn.Sequential()
+    layers = Tower()
     for _ in range(config.head_depth):
         norm = [_group_norm(c)] if normed else []
         layers.append(nn.Sequential(_conv(c, c, 3, bias=not normed), *norm, nn.ReLU(inplace=True)))
@@ -271,6 +314,13 @@ class RetinaNet(nn.Module):
         """
         levels = self.backbone(images)
         return self.head["classification_head"](levels), self.head["regression_head"](levels)
+
+
+def recompute(model: RetinaNet) -> None:
+    """Keep no activations inside residual blocks and subnets; compute them again going back."""
+    for module in model.modules():
+        if isinstance(module, Recomputed):
+            module.recompute = True
 
 
 def build_network(config: RetinaNetConfig, seed: int) -> RetinaNet:

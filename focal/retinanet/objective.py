@@ -11,7 +11,7 @@ from focal.core.targets import assign_targets
 from focal.retinanet.classification import classification_loss
 from focal.retinanet.config import RetinaNetConfig
 
-__all__ = ["EMA_START", "Objective", "Targets", "objective", "running_mean", "targets"]
+__all__ = ["EMA_START", "Objective", "Targets", "divisor", "objective", "running_mean", "targets"]
 
 EMA_START = 100.0
 """Where detectron2 starts its running mean of the positives, the normaliser "ema"."""
@@ -66,15 +66,16 @@ def objective(
         anchors: (N, 4).
         target: The batch's targets.
         config: The losses, their parameters, and the normaliser.
-        normaliser: Divide by this instead; for a running mean or a sum over replicas.
+        normaliser: Divide by this instead: the `divisor` of the whole batch, where this is a part
+            of it. Parts add up to the whole.
     """
     positive = xp.astype(target.labels >= 0, xp.float32)
     count = xp.sum(positive)
     if config.normaliser == "image":
         # Each image divided by its own positives, then the mean over images.
         each = xp.maximum(xp.sum(positive, axis=-1, keepdims=True), 1.0)
-        share = 1 / (each * positive.shape[0])
-        weight, scale = share[..., None], 1.0
+        weight, scale = (1 / each)[..., None], positive.shape[0]
+        scale = scale if normaliser is None else normaliser
     else:
         weight, scale = None, xp.maximum(count if normaliser is None else normaliser, 1.0)
 
@@ -88,6 +89,25 @@ def objective(
     mask = positive if weight is None else positive * weight[..., 0]
     box = xp.sum(each * mask) * config.box_weight
     return Objective(classification / scale, box / scale, count)
+
+
+def divisor(
+    config: RetinaNetConfig, images: int, positives: Array, mean: Array
+) -> tuple[Array | int, Array]:
+    """What the loss of a batch is divided by, and the running mean of the positives after it.
+
+    Args:
+        config: The normaliser.
+        images: Of the whole batch, over all replicas.
+        positives: The positive anchors of the whole batch.
+        mean: The running mean before it.
+    """
+    if config.normaliser == "image":
+        return images, mean
+    if config.normaliser == "ema":
+        mean = running_mean(mean, positives)
+        return mean, mean
+    return positives, mean
 
 
 def running_mean(mean: Array, positives: Array) -> Array:

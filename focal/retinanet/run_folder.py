@@ -38,10 +38,12 @@ class RunFolder:
     Args:
         path: The folder; made if it does not exist.
         facts: What a checkpoint must have in common with the run that goes on from it.
+        writes: False in all but one of several processes, which only read.
     """
 
-    def __init__(self, path: Path, facts: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, facts: Mapping[str, str], writes: bool = True) -> None:
         path.mkdir(parents=True, exist_ok=True)
+        self._writes = writes
         self.metrics = path / "metrics.jsonl"
         self.config = path / "config.json"
         self.weights = path / "weights.safetensors"
@@ -50,7 +52,8 @@ class RunFolder:
 
     def start(self) -> None:
         """Begin anew: no metrics yet."""
-        write_atomically(self.metrics, b"")
+        if self._writes:
+            write_atomically(self.metrics, b"")
 
     def resume(self) -> tuple[dict[str, np.ndarray], int, float]:
         """Go on from the checkpoint: the tensors, the steps done, the seconds they took.
@@ -65,6 +68,8 @@ class RunFolder:
                     f"expected {value}, found {found.get(name)}"
                 )
         steps = int(found["step"])
+        if not self._writes:
+            return tensors, steps, float(found["seconds"])
         lines = []
         for line in self.metrics.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(json.JSONDecodeError):  # a line cut short by a kill
@@ -77,11 +82,15 @@ class RunFolder:
         self, tensors: Mapping[str, np.ndarray], steps: int, seconds: float
     ) -> None:
         """Write what `resume` reads."""
+        if not self._writes:
+            return
         metadata = {"step": str(steps), "seconds": str(seconds), **self._facts}
         write_tensors(self.checkpoint, tensors, CHECKPOINT_FORMAT, metadata)
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """One more line of metrics, on the disk before training goes on."""
+        if not self._writes:
+            return
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(plain_json(entry) + "\n")
             file.flush()
@@ -89,4 +98,6 @@ class RunFolder:
 
     def write_config(self, record: Mapping[str, Any]) -> None:
         """Write config.json."""
+        if not self._writes:
+            return
         write_atomically(self.config, json.dumps(record, indent=2).encode())

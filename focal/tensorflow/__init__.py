@@ -26,6 +26,7 @@ from focal.tensorflow.losses_keras import (
     SoftmaxFocalLoss,
     SparseSigmoidFocalLoss,
 )
+from focal.tensorflow.replicas import num_positives
 
 sigmoid_focal_loss = bind(losses.sigmoid_focal_loss, _xp, __name__)
 sparse_sigmoid_focal_loss = bind(losses.sparse_sigmoid_focal_loss, _xp, __name__)
@@ -77,6 +78,7 @@ __all__ = [
     "inverse_frequency_alpha",
     "match_anchors",
     "nms",
+    "num_positives",
     "prior_bias",
     "quality_focal_loss",
     "sigmoid_focal_loss",

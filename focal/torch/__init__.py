@@ -28,6 +28,7 @@ from focal.torch.modules import (
     SparseSigmoidFocalLoss,
     init_prior_bias_,
 )
+from focal.torch.replicas import num_positives
 from focal.torch.variant_modules import (
     AsymmetricFocalLoss,
     HeatmapFocalLoss,
@@ -93,6 +94,7 @@ __all__ = [
     "inverse_frequency_alpha",
     "match_anchors",
     "nms",
+    "num_positives",
     "prior_bias",
     "quality_focal_loss",
     "sigmoid_focal_loss",

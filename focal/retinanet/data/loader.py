@@ -50,6 +50,7 @@ def train_batches(
     train: TrainConfig,
     start: int = 0,
     cache_bytes: int = 2**30,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """Augmented batches of shuffled epochs, without end.
 
@@ -63,6 +64,7 @@ def train_batches(
         train: batch size, seed, workers (0: none, work in the caller), crop and augmentation.
         start: number of the first batch.
         cache_bytes: decoded images, scaled to the canvas, are kept in up to this much memory.
+        share: (which, of how many) equal parts of each batch; together they are the whole batch.
 
     Returns:
         Batches on a canvas of `train.crop`, no larger than `config.canvas`.
@@ -88,8 +90,11 @@ def train_batches(
         )
         return example, scale * zoom
 
+    which, shares = share
+    slots = range(which * size // shares, (which + 1) * size // shares)
+
     def batch(step: int) -> Batch:
-        items = [item(step, slot) for slot in range(size)]
+        items = [item(step, slot) for slot in slots]
         return _collate(items, (height, width), dataset.max_boxes, config)
 
     return _prefetch(batch, itertools.count(start), train.workers)
