@@ -292,6 +292,8 @@ def types() -> list[Case]:
     ]
     whole = np.zeros((5, 4), np.int64)
     cases += [
+        case(T, "num_positives", (np.zeros(4),), f"labels {labels}; got float64"),
+        case(T, "num_positives", (None,), "labels must be ARRAY; got None"),
         case(T, "box_area", (whole,), f"boxes {floating}"),
         case(T, "clip_boxes", (whole, (8, 8)), f"boxes {floating}"),
         case(T, "encode_boxes", (whole, BOXES), f"boxes {floating}"),

@@ -177,7 +177,6 @@ def test_two_processes_of_torchrun_train_like_one(tmp_path, capsys):
     assert sorted(os.listdir(two)) == sorted(os.listdir(one))
     # One of them speaks.
     assert said.count("report: ") == alone.count("report: ") == 1
-    assert said.count("4/4") == alone.count("4/4")
     assert json.loads((two / "config.json").read_text())["replicas"] == REPLICAS
 
     found, expected = (

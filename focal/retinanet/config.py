@@ -89,7 +89,7 @@ class RetinaNetConfig:
         for parameter in ("channels", "candidates", "max_detections", "ohem_examples"):
             checks.check_integer(name, parameter, getattr(self, parameter), 1)
         checks.check_integer(name, "head_depth", self.head_depth, 0)
-        for parameter in ("foreground", "score_threshold", "nms_threshold", "prior", "ohem_iou"):
+        for parameter in ("foreground", "score_threshold", "nms_threshold", "ohem_iou"):
             checks.check_number(name, parameter, getattr(self, parameter), 0, 1)
         checks.check_number(name, "background", self.background, 0, self.foreground)
         if not isinstance(self.allow_low_quality, bool):
