@@ -387,6 +387,24 @@ def test_it_goes_on_where_it_stopped(learnt):
     assert_same(second.state(), trainer.state())
 
 
+def test_a_step_that_is_not_finite_changes_nothing(learnt):
+    trainer, _, _, (batch, _) = learnt
+    before = trainer.state()
+    assert trainer.healthy
+    spoilt = before | {
+        "model/head.classification_head.cls_logits.bias": np.full(27, 1e38, np.float32)
+    }
+    trainer.load_state(spoilt)
+    for number in (40, 41):  # nor does any step after it
+        parts = trainer.step(number, batch, 1e-3)
+        assert not trainer.healthy and not np.isfinite(parts["loss"])
+        assert_same(trainer.state(), spoilt)
+    trainer.load_state(before)
+    trainer.healthy.assign(True)
+    assert 0 < float(trainer.step(40, batch, 1e-3)["gradient_norm"]) < np.inf
+    trainer.load_state(before)
+
+
 def test_half_precision_trains_float32_weights():
     config = SMALL.replace(norm="batch", head_norm="group", **THREE)
     run = RUN.replace(precision="bfloat16")

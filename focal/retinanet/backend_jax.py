@@ -88,6 +88,8 @@ class _Run(NamedTuple):
     """The moving average of both; empty where the run has none."""
     slots: optax.OptState
     mean_positives: Array
+    healthy: Array
+    """False from the first loss or gradient that is not finite; then no step changes anything."""
 
 
 class Trainer:
@@ -105,13 +107,18 @@ class Trainer:
         _, parameters, statistics = nnx.split(model, nnx.Param, ...)
         average = nnx.merge_state(parameters, statistics) if train.ema else nnx.State({})
         slots = _optimiser(train).init(parameters)
-        run = _Run(parameters, statistics, average, slots, jnp.float32(EMA_START))
+        run = _Run(parameters, statistics, average, slots, jnp.float32(EMA_START), jnp.bool(True))
         self.run = _own_copy(run, model)
+
+    @property
+    def healthy(self) -> Array:
+        """False from the first loss or gradient that is not finite."""
+        return self.run.healthy
 
     def step(self, number: int, batch: Batch, learning_rate: float) -> dict[str, Array]:
         """One step of the optimiser; the loss parts stay on the device."""
         decay = self.train.average_decay(number)
-        self.run, loss, parts = _train_step(
+        self.run, loss, parts, norm = _train_step(
             *self.static, self.run, batch.images, batch.boxes, batch.labels, learning_rate, decay
         )
         nnx.update(self.model, self.run.parameters, self.run.statistics)
@@ -120,6 +127,7 @@ class Trainer:
             "classification": parts.classification,
             "box": parts.box,
             "positives": parts.positives,
+            "gradient_norm": norm,
         }
 
     def weights(self) -> dict[str, np.ndarray]:
@@ -147,6 +155,7 @@ class Trainer:
             replaced(self.run.average, part(tensors, "average/")),
             jax.tree.unflatten(jax.tree.structure(self.run.slots), leaves),
             tensors["mean_positives"],
+            self.run.healthy,
         )
         self.run = _own_copy(run, self.model)
 
@@ -179,7 +188,7 @@ def _train_step(
     labels: Array,
     learning_rate: float,
     decay: float,
-) -> tuple[_Run, Array, Objective]:
+) -> tuple[_Run, Array, Objective, Array]:
     config = nnx.merge(graphdef, run.parameters, run.statistics).config
     anchors = _anchors(images, config)
     target = targets(xp, anchors, boxes, labels, config)
@@ -207,7 +216,11 @@ def _train_step(
     if train.ema:
         current = nnx.merge_state(parameters, statistics)
         average = jax.tree.map(lambda a, x: x + decay * (a - x), average, current)
-    return _Run(parameters, statistics, average, slots, mean_positives), total, parts
+    norm = jnp.sqrt(sum(jnp.sum(x * x) for x in jax.tree.leaves(gradient)))
+    healthy = run.healthy & jnp.isfinite(total) & jnp.isfinite(norm)
+    new = _Run(parameters, statistics, average, slots, mean_positives, healthy)
+    kept = jax.tree.map(lambda x, old: jnp.where(healthy, x, old), new, run)
+    return kept._replace(healthy=healthy), total, parts, norm
 
 
 def _optimiser(train: TrainConfig) -> optax.GradientTransformation:

@@ -144,6 +144,8 @@ class Trainer:
             current = named_variables(model) if train.ema else {}
             self.average = {name: tf.Variable(x.value) for name, x in current.items()}
             self.mean_positives = tf.Variable(EMA_START)
+            # False from the first loss or gradient that is not finite; no step then changes a thing
+            self.healthy = tf.Variable(True)
         # Not `jit_compile=True`: on a CPU it is no faster, and compiles for half a minute.
         self._compiled = tf.function(self._step, autograph=False)
 
@@ -165,11 +167,12 @@ class Trainer:
         model, config = self.model, self.model.config
         anchors = core_anchors(xp, tuple(images.shape[1:3]), config.anchors)
         target = targets(xp, anchors, boxes, labels, config)
-        normaliser = None
+        normaliser, mean_positives = None, self.mean_positives.read_value()
         if config.normaliser == "ema":
             positives = tf.reduce_sum(tf.cast(target.labels >= 0, tf.float32))
-            normaliser = running_mean(self.mean_positives.read_value(), positives)
-            self.mean_positives.assign(normaliser)
+            normaliser = mean_positives = running_mean(mean_positives, positives)
+        statistics = [v.value for v in model.non_trainable_variables]
+        before = [v.read_value() for v in statistics]
 
         with tf.GradientTape() as tape:
             with _computing(model, self.precision):
@@ -180,16 +183,30 @@ class Trainer:
         weights = model.trainable_variables
         gradients = tape.gradient(loss, [w.value for w in weights])
 
-        self.optimizer.learning_rate.assign(learning_rate)
-        self.optimizer.apply(gradients, weights)
-        current = named_variables(model)
-        for name, average in self.average.items():
-            average.assign_add((1 - decay) * (current[name] - average))
+        norm = tf.linalg.global_norm(gradients)
+        finite = tf.math.is_finite(loss) & tf.math.is_finite(norm)
+        healthy = self.healthy.read_value() & finite
+        self.healthy.assign(healthy)
+
+        def update() -> None:
+            self.mean_positives.assign(mean_positives)
+            self.optimizer.learning_rate.assign(learning_rate)
+            self.optimizer.apply(gradients, weights)
+            current = named_variables(model)
+            for name, average in self.average.items():
+                average.assign_add((1 - decay) * (current[name] - average))
+
+        def restore() -> None:
+            for variable, value in zip(statistics, before, strict=True):
+                variable.assign(value)
+
+        tf.cond(healthy, update, restore)
         return {
             "loss": loss,
             "classification": parts.classification,
             "box": parts.box,
             "positives": parts.positives,
+            "gradient_norm": norm,
         }
 
     def weights(self) -> dict[str, np.ndarray]:

@@ -93,14 +93,20 @@ class Trainer:
         self.parameters = parameters
         if train.optimizer == "sgd":
             self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
-                parameters, train.learning_rate, train.momentum, weight_decay=train.weight_decay
+                parameters,
+                train.learning_rate,
+                train.momentum,
+                weight_decay=train.weight_decay,
+                fused=True,
             )
         else:
             self.optimizer = torch.optim.AdamW(
-                parameters, train.learning_rate, weight_decay=train.weight_decay
+                parameters, train.learning_rate, weight_decay=train.weight_decay, fused=True
             )
         self.average = {k: v.clone() for k, v in self._floats().items()} if train.ema else {}
         self.mean_positives = torch.tensor(EMA_START, device=self.device)
+        # False from the first loss or gradient that is not finite; then no step changes anything.
+        self.healthy = torch.tensor(True, device=self.device)
         self.anchors: dict[tuple[int, int], Tensor] = {}
 
     def step(self, number: int, batch: Batch, learning_rate: float) -> dict[str, Tensor]:
@@ -116,32 +122,43 @@ class Trainer:
             self.anchors[canvas] = _anchors(canvas, config, self.device)
         anchors = self.anchors[canvas]
 
+        statistics = [x for x in self.model.buffers() if x.is_floating_point()]
+        before = [x.clone() for x in statistics]
         with torch.no_grad():
             target = targets(xp, anchors, boxes, labels, config)
         with _autocast(self.device, self.precision):
             logits, deltas = self.model(images)
         logits, deltas = logits.float(), deltas.float()
         normaliser = None
+        mean_positives = self.mean_positives
         if config.normaliser == "ema":
             positives = (target.labels >= 0).sum().float()
-            self.mean_positives = running_mean(self.mean_positives, positives)
-            normaliser = self.mean_positives
+            normaliser = mean_positives = running_mean(mean_positives, positives)
         parts = objective(xp, logits, deltas, anchors, target, config, normaliser)
         loss = parts.classification + parts.box
 
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
         if self.train.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.train.clip_norm)
+            nn.utils.clip_grads_with_norm_(self.parameters, self.train.clip_norm, norm)
+        self.healthy = self.healthy & loss.detach().isfinite() & norm.isfinite()
+        # What `torch.amp.GradScaler` tells a fused optimiser, on the device: do not step.
+        self.optimizer.found_inf = (~self.healthy).float()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
+        for x, old in zip(statistics, before, strict=True):
+            x.copy_(torch.where(self.healthy, x, old))
+        self.mean_positives = torch.where(self.healthy, mean_positives, self.mean_positives)
         self._update_average(number)
         return {
             "loss": loss.detach(),
             "classification": parts.classification.detach(),
             "box": parts.box.detach(),
             "positives": parts.positives,
+            "gradient_norm": norm,
         }
 
     def weights(self) -> dict[str, np.ndarray]:
@@ -168,7 +185,11 @@ class Trainer:
         slots: dict[int, dict[str, Tensor]] = {}
         for name, value in part(tensors, "optimizer/").items():
             index, key = name.split("/", 1)
-            slots.setdefault(int(index), {})[key] = torch.tensor(value)
+            tensor, parameter = torch.tensor(value), self.parameters[int(index)]
+            if tensor.shape == parameter.shape:
+                # Fused optimisers take it as it lies in memory: it must lie as the parameter does.
+                tensor = torch.empty_like(parameter).copy_(tensor)
+            slots.setdefault(int(index), {})[key] = tensor
         full = self.optimizer.state_dict()
         self.optimizer.load_state_dict({**full, "state": slots})
         self.mean_positives.copy_(torch.as_tensor(tensors["mean_positives"]))
@@ -181,9 +202,11 @@ class Trainer:
     def _update_average(self, number: int) -> None:
         if self.train.ema:
             current = self._floats()
-            share = 1 - self.train.average_decay(number)
+            share = (1 - self.train.average_decay(number)) * self.healthy
             averages = list(self.average.values())
-            torch._foreach_lerp_(averages, [current[k] for k in self.average], share)
+            change = torch._foreach_sub([current[k] for k in self.average], averages)
+            torch._foreach_mul_(change, share)
+            torch._foreach_add_(averages, change)
 
 
 def _device(model: nn.Module) -> torch.device:
