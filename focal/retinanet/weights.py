@@ -121,7 +121,7 @@ def write_atomically(path: str | os.PathLike[str], *pieces: bytes | memoryview) 
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:  # which names no file where the disk is full
-        reason = f"{error.strerror}; what was there before is untouched"
+        reason = f"{error.strerror or error}; what was there before is untouched"
         raise OSError(error.errno, reason, str(path)) from error
     finally:
         with contextlib.suppress(OSError):  # which would hide the first one
