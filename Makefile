@@ -19,7 +19,7 @@ $(READY): pyproject.toml constraints.txt
 # `tensorflow`, which is several times as large.
 $(ALL): $(READY)
 	$(RUN) -m pip install --quiet --constraint constraints.txt \
-		--editable ".[torch,jax,retinanet,dev]" tensorflow-cpu keras
+		--editable ".[torch,jax,retinanet,onnx,dev]" tensorflow-cpu keras
 	touch $@
 
 test: $(ALL)
