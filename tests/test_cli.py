@@ -1,7 +1,9 @@
 """The command line, as a person uses it from a shell and as they get it wrong."""
 
+import errno
 import json
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -22,14 +24,15 @@ import torch
 
 from focal.retinanet import load
 from focal.retinanet.data import ShapesDataset
-from focal.retinanet.weights import load_weights, read_tensors, save_weights
+from focal.retinanet.run_folder import read_checkpoint
+from focal.retinanet.weights import load_weights, save_weights
 
 QUICK = [
     *("--canvas", "64x64", "--set", "batch_size=2", "--set", "channels=16", "--set", "workers=0"),
     *("--set", "precision=float32", "--set", "candidates=50", "--device", "cpu"),
 ]
+CHECKPOINT = "checkpoint-000003.safetensors"
 RUN_FILES = [
-    "checkpoint.safetensors",
     "config.json",
     "detections.png",
     "loss.png",
@@ -83,6 +86,13 @@ def run(coco, tmp_path_factory):
     return out
 
 
+def files(out):
+    """What a run left, apart from its checkpoints, of which there are one or two."""
+    found = os.listdir(out)
+    assert 1 <= sum(name.startswith("checkpoint-") for name in found) <= 2
+    return [name for name in found if not name.startswith("checkpoint-")]
+
+
 def metrics(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
@@ -102,7 +112,7 @@ def test_shapes_need_nothing_but_a_folder_to_write(tmp_path):
     stdout, stderr = process.communicate()
     assert process.returncode == 0, stderr
     assert "Traceback" not in stderr
-    assert sorted(os.listdir(out)) == RUN_FILES
+    assert sorted(files(out)) == RUN_FILES
 
     for name in ("AP ", "AP50 ", "AP/circle ", "AP/square ", "AP/triangle "):
         assert f"\n  {name}" in stdout
@@ -131,7 +141,7 @@ def test_a_run_survives_kill_9(coco, tmp_path):
     command = ["train", "--data", str(coco), "--steps", "30", "--out", str(out), *QUICK]
     command += ["--set", "save_every=2", "--set", "log_every=1"]
     with shell(*command) as process:
-        while process.poll() is None and not (out / "checkpoint.safetensors").exists():
+        while process.poll() is None and not list(out.glob("checkpoint-*")):
             time.sleep(0.005)
         process.kill()
     assert process.returncode == -signal.SIGKILL
@@ -139,7 +149,7 @@ def test_a_run_survives_kill_9(coco, tmp_path):
 
     assert main([*command, "--resume"]) == 0
     assert [x["step"] for x in metrics(out) if x["kind"] == "train"] == list(range(1, 31))
-    assert set(RUN_FILES) <= set(os.listdir(out))
+    assert sorted(files(out)) == RUN_FILES
 
 
 # What the commands do
@@ -162,7 +172,7 @@ def test_version(capsys):
 
 
 def test_a_coco_folder_trains(run):
-    assert sorted(os.listdir(run)) == RUN_FILES
+    assert sorted(files(run)) == RUN_FILES
     assert metrics(run)[-1]["split"] == "coco0/val"
 
 
@@ -187,11 +197,11 @@ def test_options_reach_the_run(coco, tmp_path):
 def test_training_goes_on_from_a_checkpoint(coco, run, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
-    for name in ("checkpoint.safetensors", "metrics.jsonl"):
+    for name in (CHECKPOINT, "metrics.jsonl"):
         (out / name).write_bytes((run / name).read_bytes())
     arguments = ["train", "--data", str(coco), "--steps", "5", "--out", str(out), *QUICK]
     assert main([*arguments, "--resume"]) == 0
-    _, metadata = read_tensors(out / "checkpoint.safetensors", "focal.checkpoint")
+    _, _, metadata = read_checkpoint(out)
     assert metadata["step"] == "5"
     assert [x["step"] for x in metrics(out)] == [3, 3, 5, 5]
 
@@ -275,7 +285,7 @@ def test_every_command_takes_every_backend(coco, run, tmp_path, backend):
 
     out = tmp_path / "run"
     assert main(["train", *data, "--steps", "2", "--out", str(out), *QUICK, *there]) == 0
-    assert sorted(os.listdir(out)) == RUN_FILES
+    assert sorted(files(out)) == RUN_FILES
     assert json.loads((out / "config.json").read_text())["backend"] == backend
     train = ["train", *data, "--steps", "3", "--out", str(out), *QUICK, *there, "--resume"]
     assert main(train) == 0
@@ -416,7 +426,7 @@ def test_weights_that_are_none(capsys, coco, run, tmp_path):
         (tmp_path / "none", "none: expected a file of format 'focal.retinanet'; found none"),
         (tmp_path, "expected a file of format 'focal.retinanet'; found none"),
         (text, "text.safetensors: expected a whole safetensors file"),
-        (run / "checkpoint.safetensors", "found format 'focal.checkpoint'"),
+        (run / CHECKPOINT, "found format 'focal.checkpoint'"),
     ):
         assert message in fails(capsys, "evaluate", path, "--data", coco)
         assert message in fails(capsys, "predict", path, coco / "images" / "val0.png")
@@ -457,10 +467,119 @@ def test_nowhere_to_write(capsys, coco, run, tmp_path):
 
 def test_nothing_to_go_on_from(capsys, coco, tmp_path):
     error = fails(capsys, "train", "--data", coco, "--out", tmp_path, "--resume", *QUICK)
-    assert "checkpoint.safetensors: expected a file of format 'focal.checkpoint'" in error
-    (tmp_path / "checkpoint.safetensors").write_bytes(b"\x10\0\0")
+    assert error == f"{tmp_path}: expected a checkpoint-*.safetensors; found none"
+    (tmp_path / CHECKPOINT).write_bytes(b"\x10\0\0")
     error = fails(capsys, "train", "--data", coco, "--out", tmp_path, "--resume", *QUICK)
-    assert "checkpoint.safetensors: expected a whole safetensors file" in error
+    assert f"{CHECKPOINT}: expected a whole safetensors file" in error
+    (tmp_path / "config.json").write_text("{}")
+    error = fails(capsys, "train", "--data", coco, "--out", tmp_path, "--resume", *QUICK)
+    assert (
+        error == f"{tmp_path / 'config.json'}: expected the record of a run; KeyError('detector')"
+    )
+
+
+def snapshot(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def one_sentence(capsys, status, *arguments):
+    """The last line on standard error; above it only progress, and no traceback."""
+    assert main([str(a) for a in arguments]) == status
+    *above, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("focal: ") and "Traceback" not in "".join(above)
+    return line.removeprefix("focal: ")
+
+
+def test_a_disk_that_is_full(capsys, coco, run, tmp_path):
+    resource = pytest.importorskip("resource")
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    before = snapshot(out)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    arguments = "train", "--data", coco, "--steps", "4", "--out", out, *QUICK, "--resume"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    try:
+        error = one_sentence(capsys, 2, *arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    path = out / "checkpoint-000004.safetensors"
+    assert error == f"{path}: File too large; what was there before is untouched"
+    after = snapshot(out)
+    assert after.keys() == before.keys()
+    assert {k for k in after if after[k] != before[k]} <= {"config.json", "metrics.jsonl"}
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write")
+def test_a_folder_that_must_not_be_written(capsys, coco, run, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    before = snapshot(out)
+    out.chmod(0o500)
+    error = one_sentence(capsys, 2, "train", "--data", coco, "--out", out, *QUICK, "--resume")
+    assert "Permission denied" in error and str(out) in error
+    assert snapshot(out) == before
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_a_disk_that_cannot_be_written(capsys, coco, run, tmp_path, monkeypatch, resume):
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    before = snapshot(out)
+
+    def refused(path, *_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", refused)
+        patch.setattr(pathlib.Path, "unlink", refused)
+        error = one_sentence(capsys, 2, "train", "--data", "shapes", "--out", out, *QUICK, *resume)
+    assert "Read-only file system" in error and str(out) in error
+    assert snapshot(out) == before
+
+
+def test_numbers_that_are_not_finite(capsys, coco, tmp_path):
+    arguments = "train", "--data", coco, "--steps", "9", "--out", tmp_path, *QUICK
+    bad = "--set", "learning_rate=1e30", "--set", "warmup=0"
+    error = one_sentence(capsys, 2, *arguments, *bad)
+    assert error.startswith("step 2: ") and "the images with the ids" in error
+    assert error.endswith(f"{tmp_path / 'checkpoint-000001.safetensors'} is the state before it")
+
+
+def test_a_run_goes_on_with_its_own_settings(coco, run, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    first = json.loads((out / "config.json").read_text())
+    arguments = ["train", "--data", str(coco), "--out", str(out), "--device", "cpu", "--resume"]
+    assert main([*arguments, "--steps", "4", "--set", "learning_rate=1e-5"]) == 0
+    second = json.loads((out / "config.json").read_text())
+    assert second["detector"] == first["detector"]
+    assert second["train"] == {**first["train"], "steps": 4, "learning_rate": 1e-5}
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_run_that_is_told_to_stop(coco, tmp_path, name):
+    out, number = tmp_path / "run", getattr(signal, name)
+    command = ["train", "--data", coco, "--steps", "4000", "--out", out, *QUICK]
+    command += ["--set", "save_every=0", "--set", "log_every=1", "--set", "workers=1"]
+    # A shell may have it ignored in what runs in the background.
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with shell(*command, **heard) as process:
+        while process.poll() is None and not (out / "metrics.jsonl").exists():
+            time.sleep(0.005)
+        while process.poll() is None and not metrics(out):
+            time.sleep(0.005)
+        process.send_signal(number)
+        _, error = process.communicate()
+    assert process.returncode == 128 + number
+    step = metrics(out)[-1]["step"]
+    path = out / f"checkpoint-{step:06d}.safetensors"
+    assert error.splitlines()[-1] == (
+        f"focal: stopped by {name} after step {step} of 4000; {path} is saved"
+        "; --resume goes on from the last checkpoint"
+    )
+    assert "Traceback" not in error
+    assert read_checkpoint(out)[2]["step"] == str(step)
 
 
 @pytest.mark.parametrize("pi", ["0", "1", "2", "nan"])

@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import logging
+import re
 import threading
 import time
 from pathlib import Path
@@ -929,6 +930,35 @@ def test_errors_reach_the_consumer(workers):
         for batch in batches:
             seen.extend(batch.image_ids)
     assert seen == [0, 1, 2, 3]  # what came before it is not lost
+    wait_for_no_threads()
+
+
+class Faulty(Counting):
+    """Fails in a way that is no DataError, as a set of one's own may."""
+
+    def __init__(self, error, files=True):
+        super().__init__(8)
+        self.error, self.files = error, files
+
+    def __getitem__(self, index):
+        if index == 5:
+            raise self.error
+        return super().__getitem__(index)
+
+    def ground_truth(self):
+        assert self.files
+        return {"images": [{"id": i, "file_name": f"{i}.png"} for i in range(8)]}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("error", [KeyError("x"), MemoryError(), SystemExit(3)], ids=repr)
+def test_any_error_names_the_image(error, workers):
+    reason = {KeyError: "KeyError: 'x'", MemoryError: "MemoryError", SystemExit: "SystemExit: 3"}
+    expected = f"counting: 5.png: cannot be used ({reason[type(error)]})"
+    with pytest.raises(DataError, match=f"^{re.escape(expected)}$"):
+        take(train_batches(Faulty(error), CONFIG, TRAIN.replace(workers=workers)), 10)
+    with pytest.raises(DataError, match=r"^counting: image 5: cannot be used"):
+        list(eval_batches(Faulty(error, files=False), CONFIG, 2, workers))
     wait_for_no_threads()
 
 

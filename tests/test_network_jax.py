@@ -32,7 +32,7 @@ from focal.retinanet.architecture import BACKBONES
 from focal.retinanet.data import ShapesDataset, train_batches
 from focal.retinanet.loop import train
 from focal.retinanet.objective import EMA_START
-from focal.retinanet.weights import load_weights
+from focal.retinanet.weights import load_weights, part
 
 CONFIG = PRESETS["tiny"].detector.replace(
     classes=("circle", "square", "triangle"),
@@ -335,6 +335,8 @@ def test_a_step_is_pytorchs(config, run):
     found = {k: float(v) for k, v in mine.step(0, batch, 0.01).items()}
     expected = {k: float(v) for k, v in other.step(0, batch, 0.01).items()}
     assert list(found) == list(expected) and expected["positives"] > 0
+    # As the weights below: a sum over every gradient, with the rounding of all layers in it.
+    assert found.pop("gradient_norm") == pytest.approx(expected.pop("gradient_norm"), rel=1e-4)
     assert found == pytest.approx(expected, rel=1e-5)
 
     found, expected = mine.state(), other.state()
@@ -415,7 +417,8 @@ def test_bfloat16_is_for_the_layers_only():
     found, expected = (float(t.step(0, batch, 1e-2)["loss"]) for t in (half, full))
     assert found != pytest.approx(expected, rel=1e-5)
     assert found == pytest.approx(expected, rel=0.02)
-    assert {x.dtype for x in jax.tree.leaves(half.run)} == {jnp.dtype("float32")}
+    numbers = jax.tree.leaves(half.run._replace(healthy=None))
+    assert {x.dtype for x in numbers} == {jnp.dtype("float32")}
     for name in ("backbone.body.conv1.weight", "head.regression_head.bbox_reg.weight"):
         a, b = ((t.weights()[name] - before[name]).ravel() for t in (half, full))
         assert np.dot(a, b) > 0.9 * np.linalg.norm(a) * np.linalg.norm(b)
@@ -440,3 +443,17 @@ def test_the_training_loop_runs_on_it(tmp_path):
     assert_same(ours.state(model), tensors)
     resumed = train(CONFIG, RUN, data, None, tmp_path, resume=True, **options)
     assert_same(ours.state(resumed), tensors)
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    batch, trainer = batch_of(), ours.Trainer(ours.build(CONFIG, 0, "cpu"), RUN)
+    parts = trainer.step(0, batch, 1e-3)
+    assert trainer.healthy and 0 < float(parts["gradient_norm"]) < math.inf
+    spoilt = trainer.state()
+    spoilt["model/head.classification_head.cls_logits.bias"][:] = 1e38
+    trainer.load_state(spoilt)
+    for number in (1, 2):  # nor does any step after it
+        parts = trainer.step(number, batch, 1e-3)
+        assert not trainer.healthy and not math.isfinite(float(parts["loss"]))
+        assert_same(trainer.state(), spoilt)
+        assert_same(ours.state(trainer.model), part(spoilt, "model/"))

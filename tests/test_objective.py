@@ -259,3 +259,34 @@ def test_extreme_outputs_have_finite_losses_and_gradients(xp):
     for config in CONFIGS.values():
         assert all(math.isfinite(x) for x in run(xp, batch, config)[1])
         assert all(np.isfinite(x).all() for x in gradients(batch, config)[0])
+
+
+# Batches with nothing to find, in every framework that differentiates
+
+
+@pytest.mark.parametrize("normaliser", ["batch", "image"])
+@pytest.mark.parametrize("labels", [(-1, -1), (-2, -2), (-1, -2)], ids=str)
+def test_batches_without_positives(autodiff, labels, normaliser):
+    """All background, all ignored, and one image of each: finite, and the closed form's slope."""
+    xp = importlib.import_module(f"focal.{autodiff.name}._namespace").xp
+    config = CONFIG.replace(normaliser=normaliser)
+    logits, deltas, _, _ = make_batch(counts=(0, 0))
+    assigned = np.repeat(np.array(labels, np.int32)[:, None], len(ANCHORS), axis=1)
+    wanted = np.zeros_like(deltas)
+
+    def total(logits, deltas):
+        target = Targets(autodiff.asarray(assigned), autodiff.asarray(wanted))
+        anchors = autodiff.asarray(ANCHORS)
+        parts = objective(xp, logits, deltas, anchors, target, config)
+        return parts.classification + parts.box
+
+    x, d = autodiff.asarray(logits), autodiff.asarray(deltas)
+    scale = 2 if normaliser == "image" else 1
+    loss = F.sigmoid_focal_loss(logits, np.zeros_like(logits), config.alpha, config.gamma)
+    slope = F.sigmoid_focal_loss_grad(logits, np.zeros_like(logits), config.alpha, config.gamma)
+    used = (assigned == -1)[..., None]
+    expected = float((loss * used).sum()) / scale
+    assert float(autodiff.numpy(total(x, d))) == pytest.approx(expected, rel=1e-5, abs=0)
+    by_logits = autodiff.grad(lambda a: total(a, d), x)
+    np.testing.assert_allclose(by_logits, slope * used / scale, rtol=1e-5, atol=1e-9)
+    assert not autodiff.grad(lambda a: total(x, a), d).any()

@@ -1,8 +1,14 @@
 """The training loop: that it learns, what it writes, and that it goes on where it stopped."""
 
+import errno
 import json
+import logging
 import math
+import multiprocessing
 import os
+import shutil
+import signal
+import threading
 
 import numpy as np
 import pytest
@@ -13,11 +19,24 @@ pytest.importorskip("pycocotools")
 import torch
 
 from focal.core.anchors import AnchorConfig
-from focal.retinanet import PRESETS, RetinaNetConfig, TrainConfig, build, load, predict, raw_outputs
+from focal.retinanet import (
+    PRESETS,
+    RetinaNetConfig,
+    TrainConfig,
+    backend_torch,
+    build,
+    load,
+    loop,
+    predict,
+    raw_outputs,
+)
 from focal.retinanet.backend_torch import Trainer, state
 from focal.retinanet.data import ShapesDataset, train_batches
+from focal.retinanet.first_loss import first_loss
 from focal.retinanet.loop import learning_rate, train
-from focal.retinanet.weights import load_weights, read_tensors
+from focal.retinanet.run_folder import RunFolder, read_checkpoint
+from focal.retinanet.stopping import Stopped
+from focal.retinanet.weights import load_weights
 
 CONFIG = PRESETS["tiny"].detector.replace(
     classes=("circle", "square", "triangle"),
@@ -59,6 +78,11 @@ def fit(out, run=RUN, config=CONFIG, data=None, validation=None, **options):
 
 def lines(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def checkpoints(out):
+    """The steps of the checkpoints that are there."""
+    return sorted(int(path.stem[-6:]) for path in out.glob("checkpoint-*.safetensors"))
 
 
 def trainer_and_batch(run=RUN, config=CONFIG):
@@ -246,7 +270,8 @@ def test_what_a_run_leaves(tmp_path):
     run = RUN.replace(steps=5, eval_every=2)
     model = fit(out, run, validation=validation, notes={"data": "mine"})
     assert sorted(os.listdir(out)) == [
-        "checkpoint.safetensors",
+        "checkpoint-000003.safetensors",
+        "checkpoint-000005.safetensors",
         "config.json",
         "metrics.jsonl",
         "weights.safetensors",
@@ -289,7 +314,7 @@ def test_what_a_run_leaves(tmp_path):
 def test_the_average_is_what_is_kept(tmp_path):
     model = fit(tmp_path, RUN.replace(ema=0.9))
     kept, _ = load_weights(tmp_path / "weights.safetensors")
-    checkpoint, _ = read_tensors(tmp_path / "checkpoint.safetensors", "focal.checkpoint")
+    _, checkpoint, _ = read_checkpoint(tmp_path)
     assert_same(state(model), kept)
     assert_same({name: checkpoint[f"average/{name}"] for name in kept}, kept)
     name = "head.classification_head.cls_logits.weight"
@@ -298,7 +323,7 @@ def test_the_average_is_what_is_kept(tmp_path):
 
 def test_without_checkpoints_there_is_one_at_the_end(tmp_path):
     fit(tmp_path, RUN.replace(steps=2, save_every=0))
-    _, metadata = read_tensors(tmp_path / "checkpoint.safetensors", "focal.checkpoint")
+    _, _, metadata = read_checkpoint(tmp_path)
     assert metadata["step"] == "2"
 
 
@@ -308,10 +333,31 @@ def test_a_new_run_in_an_old_folder_starts_over(tmp_path):
     assert [x["step"] for x in lines(tmp_path)] == [2, 4, 6]
 
 
+def test_a_new_run_leaves_no_checkpoint_of_the_old_one(tmp_path, monkeypatch):
+    fit(tmp_path)
+    stop_at(monkeypatch, 1)
+    with pytest.raises(Stop):
+        fit(tmp_path)
+    assert checkpoints(tmp_path) == [] and lines(tmp_path) == []
+
+
+@pytest.mark.parametrize(("keep", "expected"), [(1, [5]), (2, [4, 5]), (9, [1, 2, 3, 4, 5])])
+def test_the_last_checkpoints_are_kept(tmp_path, keep, expected):
+    fit(tmp_path, RUN.replace(steps=5, save_every=1, keep=keep))
+    assert checkpoints(tmp_path) == expected
+
+
+def test_the_same_run_writes_the_same_bytes(tmp_path):
+    for name in "ab":
+        fit(tmp_path / name, RUN.replace(steps=1))
+    first, second = ((tmp_path / name / "weights.safetensors").read_bytes() for name in "ab")
+    assert first == second
+
+
 # Going on
 
 
-class Stopped(Exception):
+class Stop(Exception):
     pass
 
 
@@ -321,7 +367,7 @@ def stop_at(monkeypatch, step):
 
     def short(self, number, batch, rate):
         if number == step:
-            raise Stopped
+            raise Stop
         return whole(self, number, batch, rate)
 
     monkeypatch.setattr(Trainer, "step", short)
@@ -334,7 +380,7 @@ AUGMENTED = RUN.replace(crop=(48, 56), zoom=(0.8, 1.25), flips="eightfold", jitt
     ("run", "config"),
     [
         (RUN, CONFIG),
-        (RUN.replace(optimizer="sgd", workers=1), CONFIG),
+        (RUN.replace(optimizer="sgd", workers=1, eval_every=2), CONFIG),
         (AUGMENTED.replace(ema=0.9, schedule="cosine", clip_norm=1.0), CONFIG),
         (RUN.replace(ema=0.99), CONFIG.replace(normaliser="ema", norm="group")),
     ],
@@ -342,51 +388,119 @@ AUGMENTED = RUN.replace(crop=(48, 56), zoom=(0.8, 1.25), flips="eightfold", jitt
 )
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path, monkeypatch, run, config):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    fit(whole, run, config)
+    validation = shapes("val", 2) if run.eval_every else None
+    fit(whole, run, config, validation=validation)
     with monkeypatch.context() as patch:
         stop_at(patch, 5)  # the checkpoint is of step 3; line 4 of the metrics is written
-        with pytest.raises(Stopped):
-            fit(stopped, run, config)
-    assert not (stopped / "weights.safetensors").exists()
-    fit(stopped, run, config, resume=True)
+        with pytest.raises(Stop):
+            fit(stopped, run, config, validation=validation)
+    fit(stopped, run, config, validation=validation, resume=True)
+    assert_same_run(stopped, whole)
 
-    for name in ("checkpoint.safetensors", "weights.safetensors"):
-        kind = "focal.checkpoint" if "check" in name else "focal.retinanet"
-        expected, _ = read_tensors(whole / name, kind)
-        found, _ = read_tensors(stopped / name, kind)
-        assert_same(found, expected)
-    for line, expected in zip(lines(stopped), lines(whole), strict=True):
-        for clock in ("images_per_second", "seconds"):
-            del line[clock], expected[clock]
-        assert line == expected
+
+def assert_same_run(found, expected):
+    """Weights, checkpoint and metrics are equal bit for bit, apart from the clock."""
+    weights, others = ((x / "weights.safetensors").read_bytes() for x in (found, expected))
+    assert weights == others
+    assert_same(read_checkpoint(found)[1], read_checkpoint(expected)[1])
+    clock = ("images_per_second", "seconds")
+    rows, others = (
+        [{k: v for k, v in x.items() if k not in clock} for x in lines(out)]
+        for out in (found, expected)
+    )
+    assert rows == others
+
+
+def test_an_evaluation_that_was_stopped_is_done_when_the_run_goes_on(tmp_path, monkeypatch):
+    whole, stopped, validation = tmp_path / "whole", tmp_path / "stopped", shapes("val", 2)
+    run = RUN.replace(eval_every=3)
+    fit(whole, run, validation=validation)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate_model", lambda *_: (_ for _ in ()).throw(Stop()))
+        with pytest.raises(Stop):
+            fit(stopped, run, validation=validation)
+    assert checkpoints(stopped) == [3] and [x["kind"] for x in lines(stopped)] == ["train"]
+    fit(stopped, run, validation=validation, resume=True)
+    assert_same_run(stopped, whole)
 
 
 def test_going_on_after_the_end_changes_nothing(tmp_path):
-    first = fit(tmp_path)
-    second = fit(tmp_path, resume=True)
+    validation = shapes("val", 2)
+    first = fit(tmp_path, validation=validation)
+    before = lines(tmp_path)
+    second = fit(tmp_path, validation=validation, resume=True)
     assert_same(first.state_dict(), second.state_dict())
-    assert [x["step"] for x in lines(tmp_path)] == [2, 4, 6]
+    assert lines(tmp_path) == before and len(before) == 4
 
 
-@pytest.mark.parametrize("keep", [0, 5, -9])
-def test_a_truncated_checkpoint(tmp_path, keep):
-    fit(tmp_path, RUN.replace(steps=1))
-    path = tmp_path / "checkpoint.safetensors"
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"^\S+checkpoint\.safetensors: expected a whole saf.*$"):
+@pytest.mark.parametrize("left", [0, 5, -9])
+def test_the_newest_checkpoint_that_is_whole_is_taken(tmp_path, caplog, left):
+    whole, damaged = tmp_path / "whole", tmp_path / "damaged"
+    fit(whole)
+    shutil.copytree(whole, damaged)
+    path = damaged / "checkpoint-000006.safetensors"
+    path.write_bytes(path.read_bytes()[:left])
+    with caplog.at_level(logging.INFO, "focal"):
+        fit(damaged, resume=True)
+    cut, going_on = (record.getMessage() for record in caplog.records)
+    assert f"{path}: expected a whole saf" in cut
+    assert cut.endswith("; taking checkpoint-000003.safetensors")
+    assert going_on == f"going on from {damaged / 'checkpoint-000003.safetensors'}, after step 3"
+    assert_same_run(damaged, whole)
+
+
+def snapshot(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_no_checkpoint_is_whole(tmp_path):
+    fit(tmp_path)
+    for path in tmp_path.glob("checkpoint-*"):
+        path.write_bytes(path.read_bytes()[:-1])
+    before = snapshot(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"^\S+6\.safetensors: expected a whole .*3\.safetensors: "
+    ):
         fit(tmp_path, resume=True)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(tmp_path, monkeypatch):
+    run = RUN.replace(keep=1, save_every=4)
+    fit(tmp_path, run.replace(keep=2, steps=8, save_every=2))
+    (tmp_path / "checkpoint-000008.safetensors").write_bytes(b"")
+    stop_at(monkeypatch, 7)
+    with pytest.raises(Stop):
+        fit(tmp_path, run.replace(steps=9, save_every=7), resume=True)
+    assert checkpoints(tmp_path) == [7, 8]
 
 
 def test_no_checkpoint(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"expected a file of format 'focal\.checkpoint'"):
+    with pytest.raises(FileNotFoundError, match=r"expected a checkpoint-\*\.safetensors; found no"):
         fit(tmp_path, resume=True)
 
 
 def test_weights_are_no_checkpoint(tmp_path):
     fit(tmp_path, RUN.replace(steps=1))
-    (tmp_path / "weights.safetensors").rename(tmp_path / "checkpoint.safetensors")
+    (tmp_path / "weights.safetensors").rename(tmp_path / "checkpoint-000001.safetensors")
     with pytest.raises(ValueError, match=r"expected format 'focal\.checkpoint'"):
         fit(tmp_path, resume=True)
+
+
+def test_a_checkpoint_from_beyond_the_end(tmp_path):
+    fit(tmp_path)
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match=r"06\.safetensors: is of step 6, and the run has 5 steps"):
+        fit(tmp_path, RUN.replace(steps=5), resume=True)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_a_killed_process_was_writing_is_removed(tmp_path, resume):
+    fit(tmp_path)
+    (tmp_path / ".weights.safetensors.123.partial").write_bytes(b"half")
+    fit(tmp_path, resume=resume)
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_checkpoint_of_another_network(tmp_path):
@@ -401,6 +515,7 @@ def test_a_checkpoint_of_another_network(tmp_path):
         ({"optimizer": "sgd"}, CONFIG, "another optimizer; expected sgd, found adamw"),
         ({"ema": None}, CONFIG, "another ema; expected off, found on"),
         ({}, CONFIG.replace(classes=("a", "b", "c")), "another classes"),
+        ({"seed": 1}, CONFIG, "another seed; expected 1, found 0"),
     ],
 )
 def test_a_checkpoint_of_another_run(tmp_path, change, config, message):
@@ -420,9 +535,216 @@ def test_a_checkpoint_of_another_framework(tmp_path, backend):
 def test_a_line_cut_short_by_the_kill_is_dropped(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at(patch, 4)
-        with pytest.raises(Stopped):
+        with pytest.raises(Stop):
             fit(tmp_path)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "st')
     fit(tmp_path, resume=True)
     assert [x["step"] for x in lines(tmp_path)] == [2, 4, 6]
+
+
+# Being told to stop
+
+
+def signal_at(monkeypatch, step, *numbers):
+    """These signals come during the step with this number."""
+    whole = Trainer.step
+
+    def signalled(self, number, batch, rate):
+        if number == step:
+            for n in numbers:
+                signal.raise_signal(n)
+        return whole(self, number, batch, rate)
+
+    monkeypatch.setattr(Trainer, "step", signalled)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_and_saves(tmp_path, monkeypatch, number):
+    whole, stopped, validation = tmp_path / "whole", tmp_path / "stopped", shapes("val", 2)
+    run = RUN.replace(eval_every=2, save_every=0)
+    fit(whole, run, validation=validation)
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        signal_at(patch, 3, number)  # it is the fourth, and would be evaluated
+        with pytest.raises(Stopped) as stop:
+            fit(stopped, run, validation=validation)
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    path = stopped / "checkpoint-000004.safetensors"
+    name = signal.Signals(number).name
+    assert str(stop.value) == f"stopped by {name} after step 4 of 6; {path} is saved"
+    assert stop.value.signal == number and isinstance(stop.value, KeyboardInterrupt)
+    assert lines(stopped)[-1]["kind"] == "train" and lines(stopped)[-1]["step"] == 4
+    fit(stopped, run, validation=validation, resume=True)
+    assert_same_run(stopped, whole)
+
+
+@pytest.mark.parametrize("step", [4, 6])
+def test_a_signal_stops_an_evaluation(tmp_path, monkeypatch, step):
+    whole, stopped, validation = tmp_path / "whole", tmp_path / "stopped", shapes("val", 2)
+    run = RUN.replace(eval_every=4, save_every=0)
+    fit(whole, run, validation=validation)
+    evaluate_model = loop.evaluate_model
+
+    def signalled(*arguments):
+        if lines(stopped)[-1]["step"] == step:
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("it went on")
+        return evaluate_model(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate_model", signalled)
+        with pytest.raises(Stopped, match=f"stopped by SIGTERM after step {step} of 6"):
+            fit(stopped, run, validation=validation)
+    fit(stopped, run, validation=validation, resume=True)
+    assert_same_run(stopped, whole)
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
+    signal_at(monkeypatch, 4, signal.SIGINT, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt) as stop:
+        fit(tmp_path)
+    assert not isinstance(stop.value, Stopped)
+    assert checkpoints(tmp_path) == [3]
+
+
+def test_ignored_signals_stay_ignored(tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        signal_at(monkeypatch, 1, signal.SIGINT)
+        fit(tmp_path)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_in_a_thread_it_trains_without_the_signals(tmp_path):
+    thread = threading.Thread(target=fit, args=(tmp_path,))
+    thread.start()
+    thread.join()
+    assert checkpoints(tmp_path) == [3, 6]
+
+
+# What can go wrong with the data
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_example_that_fails_ends_the_run_and_its_threads(tmp_path, split):
+    class Faulty(ShapesDataset):
+        def __getitem__(self, index):
+            if index == 3:
+                raise RuntimeError("the disk is gone")
+            return super().__getitem__(index)
+
+    faulty = Faulty(split, size=(64, 64), num_images=4)
+    before = set(threading.enumerate())
+    options = {"data": faulty} if split == "train" else {"validation": faulty}
+    with pytest.raises(ValueError, match=rf"^shapes/{split}: 4\.png: cannot be used \(RuntimeErr"):
+        fit(tmp_path, RUN.replace(workers=2, eval_every=2), **options)
+    assert set(threading.enumerate()) == before and not multiprocessing.active_children()
+
+
+# Disks
+
+
+def no_space(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, call):
+    fit(tmp_path, RUN.replace(steps=3))
+    before = snapshot(tmp_path)
+    write = RunFolder.save_checkpoint
+
+    def full(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, no_space)
+            return write(*arguments)
+
+    monkeypatch.setattr(RunFolder, "save_checkpoint", full)
+    with pytest.raises(
+        OSError, match="No space left on device; what was there before is untou"
+    ) as e:
+        fit(tmp_path, resume=True)
+    assert e.value.filename == str(tmp_path / "checkpoint-000006.safetensors")
+    after = snapshot(tmp_path)
+    assert after.keys() == before.keys()
+    for name in ("checkpoint-000003.safetensors", "weights.safetensors"):
+        assert after[name] == before[name]
+    monkeypatch.undo()
+    fit(tmp_path, resume=True)
+    assert checkpoints(tmp_path) == [3, 6]
+
+
+# Numbers that go wrong
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_a_step_that_is_not_finite_changes_nothing(optimizer, clip_norm):
+    run = RUN.replace(optimizer=optimizer, clip_norm=clip_norm, ema=0.9)
+    trainer, batch = trainer_and_batch(run, CONFIG.replace(normaliser="ema"))
+    parts = trainer.step(0, batch, 1e-3)
+    assert trainer.healthy and 0 < parts["gradient_norm"] < math.inf
+    spoilt = trainer.state()
+    spoilt["model/head.classification_head.cls_logits.bias"][:] = 1e38
+    trainer.load_state(spoilt)
+    for number in (1, 2):  # nor does any step after it
+        parts = trainer.step(number, batch, 1e-3)
+        assert not trainer.healthy and not parts["loss"].isfinite()
+        assert_same(trainer.state(), spoilt)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    run = RUN.replace(learning_rate=1e30, steps=20, log_every=20, save_every=2, warmup=0)
+    fine = RUN.replace(steps=2)
+    fit(tmp_path, fine)
+    with pytest.raises(FloatingPointError) as error:
+        fit(tmp_path, run, resume=True)
+    text = str(error.value)
+    assert text.startswith("step 4: ")  # step 3 was still finite, and made the weights enormous
+    assert "not finite (classification" in text and "gradient_norm nan" in text
+    ids = next(train_batches(shapes(), CONFIG, run, start=3)).image_ids
+    assert f"images with the ids {', '.join(map(str, ids))}; the step was not taken" in text
+    assert text.endswith(f"{tmp_path / 'checkpoint-000003.safetensors'} is the state before it")
+    assert checkpoints(tmp_path) == [2, 3]
+    _, tensors, metadata = read_checkpoint(tmp_path)
+    assert metadata["step"] == "3" and all(np.isfinite(x).all() for x in tensors.values())
+    assert [x["step"] for x in lines(tmp_path)] == [2]
+
+
+def test_a_first_loss_that_is_not_finite_names_the_part(tmp_path):
+    start = state(build(CONFIG, device="cpu"))
+    start["head.regression_head.bbox_reg.bias"][:] = math.inf
+    with pytest.raises(FloatingPointError, match=r"^step 1: box not finite \(class"):
+        fit(tmp_path, initial=start)
+    assert checkpoints(tmp_path) == []
+
+
+@pytest.mark.parametrize("normaliser", ["batch", "image", "ema"])
+def test_the_first_loss_is_the_one_to_expect(tmp_path, caplog, normaliser):
+    config = CONFIG.replace(normaliser=normaliser)
+    batch = next(train_batches(shapes(), config, RUN))
+    fit(tmp_path, RUN.replace(log_every=1, steps=1), config)
+    expected = first_loss(batch.boxes, batch.labels, (64, 64), config)
+    assert lines(tmp_path)[0]["classification"] == pytest.approx(expected, rel=0.05)
+    assert caplog.records == []
+
+
+def test_a_missing_prior_bias_is_told_once(tmp_path, caplog, monkeypatch):
+    whole = backend_torch.build
+
+    def without_bias(*arguments):
+        model = whole(*arguments)
+        torch.nn.init.zeros_(model.head.classification_head.cls_logits.bias)
+        return model
+
+    monkeypatch.setattr(backend_torch, "build", without_bias)
+    start = state(without_bias(CONFIG, 0, "cpu"))
+    fit(tmp_path / "a")
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "is the prior bias missing" in record.getMessage()
+    fit(tmp_path / "a", resume=True)  # not on going on, nor with weights of one's own
+    fit(tmp_path / "b", RUN.replace(steps=1), initial=start)
+    assert [x for x in caplog.records if x.levelname == "WARNING"] == [record]

@@ -77,7 +77,7 @@ def replicas(device: str | None = None) -> Replicas:
         processes,
         len(devices) // processes,
         Mesh(np.array(devices), ("replicas",)),
-        lambda: multihost_utils.sync_global_devices("focal"),
+        lambda value: int(np.max(multihost_utils.process_allgather(np.int32(value)))),
     )
 
 
@@ -135,6 +135,8 @@ class _Run(NamedTuple):
     """The moving average of both; empty where the run has none."""
     slots: optax.OptState
     mean_positives: Array
+    healthy: Array
+    """False from the first loss or gradient that is not finite; then no step changes anything."""
 
 
 class Trainer:
@@ -157,8 +159,13 @@ class Trainer:
         _, parameters, statistics = nnx.split(model, nnx.Param, ...)
         average = nnx.merge_state(parameters, statistics) if train.ema else nnx.State({})
         slots = _optimiser(train).init(parameters)
-        run = _Run(parameters, statistics, average, slots, jnp.float32(EMA_START))
+        run = _Run(parameters, statistics, average, slots, jnp.float32(EMA_START), jnp.bool(True))
         self.run = _own_copy(run, self.place)
+
+    @property
+    def healthy(self) -> Array:
+        """False from the first loss or gradient that is not finite."""
+        return self.run.healthy
 
     def step(self, number: int, batch: Batch, learning_rate: float) -> dict[str, Array]:
         """One step of the optimiser; the loss parts stay on the device.
@@ -170,7 +177,7 @@ class Trainer:
         if self.replicas.handle:
             rows = NamedSharding(self.replicas.handle, PartitionSpec("replicas"))
             share = [jax.make_array_from_process_local_data(rows, x) for x in share]
-        self.run, loss, parts = _train_step(
+        self.run, loss, parts, norm = _train_step(
             *self.static, self.replicas.count, self.run, *share, learning_rate, decay
         )
         nnx.update(self.model, self.run.parameters, self.run.statistics)
@@ -179,6 +186,7 @@ class Trainer:
             "classification": parts.classification,
             "box": parts.box,
             "positives": parts.positives,
+            "gradient_norm": norm,
         }
 
     def weights(self) -> dict[str, np.ndarray]:
@@ -206,6 +214,7 @@ class Trainer:
             replaced(self.run.average, part(tensors, "average/")),
             jax.tree.unflatten(jax.tree.structure(self.run.slots), leaves),
             tensors["mean_positives"],
+            self.run.healthy,
         )
         self.run = _own_copy(run, self.place)
 
@@ -239,7 +248,7 @@ def _train_step(
     labels: Array,
     learning_rate: float,
     decay: float,
-) -> tuple[_Run, Array, Objective]:
+) -> tuple[_Run, Array, Objective, Array]:
     # A batch that is sharded over replicas is one array here: what follows, written for one
     # device, is shared out by the compiler, and its sums are those of the whole batch.
     config = nnx.merge(graphdef, run.parameters, run.statistics).config
@@ -288,7 +297,11 @@ def _train_step(
     if train.ema:
         current = nnx.merge_state(parameters, statistics)
         average = jax.tree.map(lambda a, x: x + decay * (a - x), average, current)
-    return _Run(parameters, statistics, average, slots, mean_positives), total, parts
+    norm = jnp.sqrt(sum(jnp.sum(x * x) for x in jax.tree.leaves(gradient)))
+    healthy = run.healthy & jnp.isfinite(total) & jnp.isfinite(norm)
+    new = _Run(parameters, statistics, average, slots, mean_positives, healthy)
+    kept = jax.tree.map(lambda x, old: jnp.where(healthy, x, old), new, run)
+    return kept._replace(healthy=healthy), total, parts, norm
 
 
 def _optimiser(train: TrainConfig) -> optax.GradientTransformation:

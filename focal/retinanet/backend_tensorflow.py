@@ -69,15 +69,14 @@ def replicas(device: str | None = None) -> Replicas:
             return Replicas()
         strategy = _strategy(tuple(alike))
 
-    def wait() -> None:
-        """What all replicas add up, none has before all are there."""
-        one = strategy.run(
-            lambda: tf.distribute.get_replica_context().all_reduce("SUM", tf.ones(()))
+    def maximum(value: int) -> int:
+        all_of_them = strategy.run(
+            lambda: tf.distribute.get_replica_context().all_gather(tf.constant([value]), axis=0)
         )
-        strategy.experimental_local_results(one)[0].numpy()
+        return int(tf.reduce_max(strategy.experimental_local_results(all_of_them)[0]))
 
     count = max(1, len(processes))
-    return Replicas(rank, count, strategy.num_replicas_in_sync // count, strategy, wait)
+    return Replicas(rank, count, strategy.num_replicas_in_sync // count, strategy, maximum)
 
 
 @functools.cache
@@ -211,12 +210,13 @@ class Trainer:
             self.model = model
             if train.recompute:
                 recompute(model)
-            # Keras would clip what each replica adds to the gradient, and not their sum.
-            self.optimizer = _optimizer(train.replace(clip_norm=None) if several else train)
+            self.optimizer = _optimizer(train)
             self.optimizer.build(model.trainable_variables)
             current = named_variables(model) if train.ema else {}
             self.average = {name: tf.Variable(x.value) for name, x in current.items()}
             self.mean_positives = tf.Variable(EMA_START)
+            # False from the first loss or gradient that is not finite; no step then changes a thing
+            self.healthy = tf.Variable(True)
         self._compiled = tf.function(self._step, autograph=False)
         self._gradient = self._slope
         if train.compile:  # no default: on a CPU it is no faster, and compiles for half a minute
@@ -248,21 +248,33 @@ class Trainer:
 
     def _step(self, share: Any, learning_rate: Tensor, decay: Tensor) -> dict[str, Tensor]:
         """On all replicas, and between them."""
-        self.optimizer.learning_rate.assign(learning_rate)
         mean = self.mean_positives.read_value()
-        found = self.strategy.run(self._replica_step, args=(*share, mean))
+        found, gradients, before = self.strategy.run(self._replica_step, args=(*share, mean))
         # All replicas found the same.
         parts = {k: self.strategy.experimental_local_results(v)[0] for k, v in found.items()}
-        self.mean_positives.assign(parts.pop("mean_positives"))
-        current = named_variables(self.model)
-        for name, average in self.average.items():
-            average.assign_add((1 - decay) * (current[name] - average))
+        mean = parts.pop("mean_positives")
+        finite = tf.math.is_finite(parts["loss"]) & tf.math.is_finite(parts["gradient_norm"])
+        healthy = self.healthy.read_value() & finite
+        self.healthy.assign(healthy)
+
+        def update() -> None:
+            self.mean_positives.assign(mean)
+            self.optimizer.learning_rate.assign(learning_rate)
+            self.strategy.run(self._apply, args=(gradients,))
+            current = named_variables(self.model)
+            for name, average in self.average.items():
+                average.assign_add((1 - decay) * (current[name] - average))
+
+        def restore() -> None:
+            self.strategy.run(self._restore, args=(before,))
+
+        tf.cond(healthy, update, restore)
         return parts
 
     def _replica_step(
         self, images: Tensor, boxes: Tensor, labels: Tensor, mean_positives: Tensor
-    ) -> dict[str, Tensor]:
-        """On one replica."""
+    ) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]:
+        """On one replica: what is to be told, the gradients, and the statistics before them."""
         config = self.model.config
         context = tf.distribute.get_replica_context()
         total = functools.partial(context.all_reduce, tf.distribute.ReduceOp.SUM)
@@ -280,29 +292,39 @@ class Trainer:
             more = self._gradient(*(piece[number] for piece in pieces), anchors, normaliser)
             return number + 1, *(a + b for a, b in zip(sums, more, strict=True))
 
-        weights = self.model.trainable_variables
+        before = [v.value.read_value() for v in self.model.non_trainable_variables]
         if self.train.accumulate == 1:
             found = self._gradient(images, *target, anchors, normaliser)
         else:  # a loop, not a graph of all parts, which would compute them at the same time
             _, *found = tf.while_loop(
                 lambda number, *_: number < self.train.accumulate,
                 add,
-                [0, 0.0, 0.0, *(tf.zeros(w.shape) for w in weights)],
+                [0, 0.0, 0.0, *(tf.zeros(w.shape) for w in self.model.trainable_variables)],
                 parallel_iterations=1,
             )
         classification, box, *gradients = found
-        if self.train.clip_norm is not None and self.replicas.count > 1:
-            norm = tf.linalg.global_norm(total(gradients))
+        norm = tf.linalg.global_norm(total(gradients) if self.replicas.count > 1 else gradients)
+        if self.train.clip_norm is not None:
             gradients, _ = tf.clip_by_global_norm(gradients, self.train.clip_norm, norm)
-        self.optimizer.apply(gradients, weights)  # their sum over the replicas
         classification, box = total([classification, box])
-        return {
+        told = {
             "loss": classification + box,
             "classification": classification,
             "box": box,
             "positives": positives,
+            "gradient_norm": norm,
             "mean_positives": mean,
         }
+        return told, gradients, before
+
+    def _apply(self, gradients: list[Tensor]) -> None:
+        """One step of the optimiser on one replica, with the sum over all of them."""
+        self.optimizer.apply(gradients, self.model.trainable_variables)
+
+    def _restore(self, before: list[Tensor]) -> None:
+        """The running statistics of one replica, as they were before the step."""
+        for variable, value in zip(self.model.non_trainable_variables, before, strict=True):
+            variable.value.assign(value)
 
     def _slope(
         self, images: Tensor, labels: Tensor, deltas: Tensor, anchors: Tensor, normaliser: Tensor
@@ -343,10 +365,10 @@ class Trainer:
 
 
 def _optimizer(train: TrainConfig) -> keras.optimizers.Optimizer:
-    common = {"learning_rate": train.learning_rate, "global_clipnorm": train.clip_norm}
+    rate, decay = train.learning_rate, train.weight_decay
     if train.optimizer == "sgd":
-        return SGD(train.weight_decay, momentum=float(train.momentum), **common)
-    return keras.optimizers.AdamW(weight_decay=train.weight_decay, epsilon=1e-8, **common)
+        return SGD(decay, learning_rate=rate, momentum=float(train.momentum))
+    return keras.optimizers.AdamW(rate, weight_decay=decay, epsilon=1e-8)
 
 
 def _own_statistics(create: Callable[..., Any], **options: Any) -> Any:

@@ -70,7 +70,14 @@ def replicas(device: str | None = None) -> Replicas:
         )
         atexit.register(distributed.destroy_process_group)
     rank, count = distributed.get_rank(), distributed.get_world_size()
-    return Replicas(rank, count, wait=distributed.barrier)
+
+    def maximum(value: int) -> int:
+        place = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+        found = torch.tensor(value, device=place)
+        distributed.all_reduce(found, distributed.ReduceOp.MAX)
+        return int(found)
+
+    return Replicas(rank, count, maximum=maximum)
 
 
 def build(config: RetinaNetConfig, seed: int, device: str | None = None) -> RetinaNet:
@@ -146,14 +153,20 @@ class Trainer:
         self.parameters = parameters
         if train.optimizer == "sgd":
             self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
-                parameters, train.learning_rate, train.momentum, weight_decay=train.weight_decay
+                parameters,
+                train.learning_rate,
+                train.momentum,
+                weight_decay=train.weight_decay,
+                fused=True,
             )
         else:
             self.optimizer = torch.optim.AdamW(
-                parameters, train.learning_rate, weight_decay=train.weight_decay
+                parameters, train.learning_rate, weight_decay=train.weight_decay, fused=True
             )
         self.average = {k: v.clone() for k, v in self._floats().items()} if train.ema else {}
         self.mean_positives = torch.tensor(EMA_START, device=self.device)
+        # False from the first loss or gradient that is not finite; then no step changes anything.
+        self.healthy = torch.tensor(True, device=self.device)
         self.anchors: dict[tuple[int, int], Tensor] = {}
         if train.recompute and train.compile and model.config.norm == "batch":
             raise ValueError(
@@ -187,13 +200,13 @@ class Trainer:
             self.anchors[canvas] = _anchors(canvas, config, self.device)
         anchors = self.anchors[canvas]
 
+        statistics = [x for x in self.model.buffers() if x.is_floating_point()]
+        before = [x.clone() for x in statistics]
         with torch.no_grad():
             target = targets(xp, anchors, boxes, labels, config)
             positives = self._total((target.labels >= 0).sum().float())
             everything = len(labels) * self.replicas.count
-            normaliser, self.mean_positives = divisor(
-                config, everything, positives, self.mean_positives
-            )
+            normaliser, mean_positives = divisor(config, everything, positives, self.mean_positives)
 
         self.optimizer.zero_grad(set_to_none=True)
         rows = len(labels) // self.train.accumulate
@@ -218,17 +231,27 @@ class Trainer:
                 ((part.classification + part.box) * self.replicas.count).backward()
             found += torch.stack([part.classification.detach(), part.box.detach()])
         classification, box = self._total(found)
+        loss = classification + box
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
         if self.train.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.train.clip_norm)
+            nn.utils.clip_grads_with_norm_(self.parameters, self.train.clip_norm, norm)
+        self.healthy = self.healthy & loss.isfinite() & norm.isfinite()
+        # What `torch.amp.GradScaler` tells a fused optimiser, on the device: do not step.
+        self.optimizer.found_inf = (~self.healthy).float()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
+        for x, old in zip(statistics, before, strict=True):
+            x.copy_(torch.where(self.healthy, x, old))
+        self.mean_positives = torch.where(self.healthy, mean_positives, self.mean_positives)
         self._update_average(number)
         return {
-            "loss": classification + box,
+            "loss": loss,
             "classification": classification,
             "box": box,
             "positives": positives,
+            "gradient_norm": norm,
         }
 
     def _total(self, x: Tensor) -> Tensor:
@@ -261,7 +284,11 @@ class Trainer:
         slots: dict[int, dict[str, Tensor]] = {}
         for name, value in part(tensors, "optimizer/").items():
             index, key = name.split("/", 1)
-            slots.setdefault(int(index), {})[key] = torch.tensor(value)
+            tensor, parameter = torch.tensor(value), self.parameters[int(index)]
+            if tensor.shape == parameter.shape:
+                # Fused optimisers take it as it lies in memory: it must lie as the parameter does.
+                tensor = torch.empty_like(parameter).copy_(tensor)
+            slots.setdefault(int(index), {})[key] = tensor
         full = self.optimizer.state_dict()
         self.optimizer.load_state_dict({**full, "state": slots})
         self.mean_positives.copy_(torch.as_tensor(tensors["mean_positives"]))
@@ -274,9 +301,11 @@ class Trainer:
     def _update_average(self, number: int) -> None:
         if self.train.ema:
             current = self._floats()
-            share = 1 - self.train.average_decay(number)
+            share = (1 - self.train.average_decay(number)) * self.healthy
             averages = list(self.average.values())
-            torch._foreach_lerp_(averages, [current[k] for k in self.average], share)
+            change = torch._foreach_sub([current[k] for k in self.average], averages)
+            torch._foreach_mul_(change, share)
+            torch._foreach_add_(averages, change)
 
 
 def _device(model: nn.Module) -> torch.device:

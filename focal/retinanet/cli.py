@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ examples:
   torchrun --nproc-per-node 8 -m focal train --data path/to/coco --preset r50
       share each batch among 8 GPUs; see docs/scaling.md for JAX and TensorFlow
 
-The run folder holds config.json, metrics.jsonl, weights.safetensors, checkpoint.safetensors,
+The run folder holds config.json, metrics.jsonl, weights.safetensors, the last checkpoints,
 loss.png, detections.png and report.html.
 """
 
@@ -59,14 +60,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = shlex.join(["focal", *(sys.argv[1:] if arguments is None else arguments)])
     try:
         status: int = options.run(options, command) or 0
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         # Everything a person can mend ends in one sentence; the rest keeps its traceback.
-        print(f"focal: {error}", file=sys.stderr)
+        text = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            text = f"{error.filename}: {error.strerror}"
+        print(f"focal: {text}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         resume = "; --resume goes on from the last checkpoint" if options.run is _train else ""
-        print(f"focal: stopped{resume}", file=sys.stderr)
-        return 130
+        print(f"focal: {str(stop) or 'stopped'}{resume}", file=sys.stderr)
+        return 128 + getattr(stop, "signal", signal.SIGINT)
     return status
 
 
@@ -89,7 +93,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--steps", type=int, help="optimiser steps (default: the preset's)")
     train.add_argument("--seed", type=int, help="of weights, order and augmentation (default: 0)")
     train.add_argument("--weights", type=Path, help="start from this weights file")
-    train.add_argument("--resume", action="store_true", help="go on from the run's checkpoint")
+    train.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the run's newest checkpoint, with its settings where no others are given",
+    )
     train.add_argument(
         "--set",
         action="append",
@@ -123,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("data", type=Path, help="a COCO folder, as train reads it")
     _add_detector(check)
     check.add_argument("--out", type=Path, help="also write check.json and check.png here")
-    check.set_defaults(run=_check, set=[], steps=None, seed=None)
+    check.set_defaults(run=_check, resume=False, set=[], steps=None, seed=None)
 
     figures = commands.add_parser("figures", help="draw the figures of the paper, and our own")
     figures.add_argument("--out", type=Path, default=Path("figures"), help="folder to write")
@@ -146,12 +154,10 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 def _add_detector(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
-        default="tiny",
         help="tiny (0.9 M parameters, for a CPU; default) or r50 (the paper's RetinaNet-50)",
     )
     parser.add_argument(
         "--convention",
-        default="paper",
         help="whose anchors, matching and box loss: paper (default), torchvision, "
         "torchvision_v2, detectron2",
     )
@@ -315,23 +321,12 @@ def _figures(options: argparse.Namespace, _: str) -> None:
 
 
 def _configs(options: argparse.Namespace) -> tuple[Any, Any]:
-    """The preset with the convention and the options laid over it."""
-    from focal.retinanet.presets import CONVENTIONS, PRESETS
-
-    for name, value, table in (
-        ("--preset", options.preset, PRESETS),
-        ("--convention", options.convention, CONVENTIONS),
-    ):
-        if value not in table:
-            raise ValueError(f"{name} must be one of {', '.join(table)}; got {value!r}")
-    detector, run = PRESETS[options.preset]
-    changes = dict(CONVENTIONS[options.convention])
-    if "anchors" in changes:  # the preset's strides and sizes, the convention's placement
-        own = changes["anchors"]
-        changes["anchors"] = dataclasses.replace(
-            detector.anchors, offset=own.offset, rounded=own.rounded
-        )
-    detector = detector.replace(**changes)
+    """What the run had if it is to go on, else the preset; with the options laid over it."""
+    named = options.preset is not None or options.convention is not None
+    if options.resume and not named and (options.out / "config.json").is_file():
+        detector, run = _recorded(options.out / "config.json")
+    else:
+        detector, run = _preset(options.preset or "tiny", options.convention or "paper")
     if options.canvas is not None:
         detector = detector.replace(canvas=_canvas(options.canvas))
     for name, value in (("steps", options.steps), ("seed", options.seed)):
@@ -348,6 +343,40 @@ def _configs(options: argparse.Namespace) -> tuple[Any, Any]:
         else:
             raise ValueError(f"--set: no field {field!r} in RetinaNetConfig or TrainConfig")
     return detector, run
+
+
+def _preset(preset: str, convention: str) -> tuple[Any, Any]:
+    """The preset with the convention laid over it."""
+    from focal.retinanet.presets import CONVENTIONS, PRESETS
+
+    for name, value, table in (
+        ("--preset", preset, PRESETS),
+        ("--convention", convention, CONVENTIONS),
+    ):
+        if value not in table:
+            raise ValueError(f"{name} must be one of {', '.join(table)}; got {value!r}")
+    detector, run = PRESETS[preset]
+    changes = dict(CONVENTIONS[convention])
+    if "anchors" in changes:  # the preset's strides and sizes, the convention's placement
+        own = changes["anchors"]
+        changes["anchors"] = dataclasses.replace(
+            detector.anchors, offset=own.offset, rounded=own.rounded
+        )
+    return detector.replace(**changes), run
+
+
+def _recorded(path: Path) -> tuple[Any, Any]:
+    """The settings in the config.json of a run."""
+    from focal.retinanet.config import RetinaNetConfig, TrainConfig
+
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return (
+            RetinaNetConfig.from_json(json.dumps(record["detector"])),
+            TrainConfig.from_json(json.dumps(record["train"])),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected the record of a run; {error!r}") from error
 
 
 def _value(text: str) -> Any:

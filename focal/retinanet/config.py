@@ -181,12 +181,14 @@ class TrainConfig:
     """Steps between evaluations on the validation split; 0: only at the end."""
     save_every: int = 500
     """Steps between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Checkpoints that are kept, the newest ones."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         name = "TrainConfig"
         _check_words(name, self)
-        for parameter in ("steps", "batch_size", "accumulate", "log_every"):
+        for parameter in ("steps", "batch_size", "accumulate", "log_every", "keep"):
             checks.check_integer(name, parameter, getattr(self, parameter), 1)
         for parameter in ("warmup", "workers", "eval_every", "save_every", "seed"):
             checks.check_integer(name, parameter, getattr(self, parameter), 0)

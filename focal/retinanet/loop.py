@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
+import signal
 import time
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from tqdm import tqdm
 
 import focal
 from focal.retinanet.config import RetinaNetConfig, TrainConfig
-from focal.retinanet.data import Dataset, eval_batches, train_batches
+from focal.retinanet.data import Batch, Dataset, eval_batches, train_batches
 from focal.retinanet.detector import backend_module, detect
 from focal.retinanet.evaluate import evaluate
+from focal.retinanet.first_loss import first_loss
 from focal.retinanet.replicas import Replicas
 from focal.retinanet.run_folder import RunFolder
+from focal.retinanet.stopping import Signals, Stopped
 from focal.retinanet.weights import save_weights
 
 __all__ = ["evaluate_model", "learning_rate", "train"]
+
+UNREAD = 100
+"""The most steps that go by before their losses are looked at."""
+
+_log = logging.getLogger(__name__)
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
@@ -54,6 +63,10 @@ def train(
 ) -> Any:
     """Train a detector into a run folder.
 
+    SIGINT and SIGTERM finish the step and save it; a run that goes on from there ends like one
+    that was never stopped. From a loss or gradient that is not finite nothing is learned: the
+    state before it is saved.
+
     Args:
         config: The detector; its classes are those of the dataset.
         train_config: Optimiser, schedule, augmentation, records.
@@ -63,12 +76,18 @@ def train(
         backend: The framework.
         device: Such as "cpu" or "cuda"; default: a GPU where there is one.
         initial: Weights to start from instead of random ones.
-        resume: Go on from the checkpoint in `out`.
+        resume: Go on from the newest whole checkpoint in `out`.
         notes: More entries for config.json.
         replicas: Who trains together; default: those that the framework's launcher started.
 
     Returns:
         The trained model, with the weights that were saved.
+
+    Raises:
+        Stopped: a signal came, and the state is saved; it is a KeyboardInterrupt.
+        FloatingPointError: a loss or a gradient is not finite.
+        OSError: a file cannot be written; those that are there stay whole.
+        ValueError: the checkpoint is damaged or of another run, or an example cannot be used.
     """
     library = backend_module(backend)
     replicas = replicas or library.replicas(device)
@@ -80,16 +99,19 @@ def train(
             "classes": json.dumps(config.classes),
             "optimizer": train_config.optimizer,
             "ema": "on" if train_config.ema else "off",
+            "seed": str(train_config.seed),  # of the order of the data, which is all that is random
         },
+        train_config.keep,
         writes=replicas.rank == 0,
     )
     model = library.build(config, train_config.seed, device)
     if initial is not None:
         library.load_state(model, initial)
     trainer = library.Trainer(model, train_config, replicas)
+    steps = train_config.steps
     first, before = 0, 0.0
     if resume:
-        tensors, first, before = folder.resume()
+        tensors, first, before = folder.resume(steps)
         trainer.load_state(tensors)
     else:
         folder.start()
@@ -106,52 +128,137 @@ def train(
     folder.write_config(record)
     begin = time.monotonic() - before
 
-    def measured(step: int) -> Any:
-        """The model with the weights to keep, which are saved, and measured if asked to."""
-        weights = trainer.weights()
-        if replicas.rank == 0:
-            save_weights(folder.weights, weights, config)
-        candidate = library.build(config, train_config.seed, device)
-        library.load_state(candidate, weights)
-        if validation is not None and replicas.rank == 0:
-            metrics, _ = evaluate_model(candidate, validation)
-            folder.log({"kind": "eval", "split": validation.name, "step": step, **metrics})
-        return candidate
-
     def every(interval: int, step: int) -> bool:
         return interval > 0 and step % interval == 0
 
-    steps = train_config.steps
+    def save(step: int) -> Path:
+        return folder.save_checkpoint(trainer.state(), step, time.monotonic() - begin)
+
+    def stop(number: int, step: int) -> NoReturn:
+        path = save(step)
+        replicas.maximum(0)  # a launcher may end the others when one process ends
+        name = signal.Signals(number).name
+        text = f"stopped by {name} after step {step} of {steps}; {path} is saved"
+        raise Stopped(number, text)
+
+    def refuse() -> NoReturn:
+        """Say what is not finite; since then no step has changed anything."""
+        step, reason = _first_not_finite(unread)
+        state = trainer.state()
+        # From before the run's first step nothing is missing.
+        if step - 1 > first and all(np.isfinite(x).all() for x in state.values()):
+            path = folder.save_checkpoint(state, step - 1, time.monotonic() - begin)
+            replicas.maximum(0)
+            reason += f"; {path} is the state before it"
+        raise FloatingPointError(reason)
+
+    def measured(step: int) -> Any:
+        """The model with the weights to keep, which are saved, and measured if asked to."""
+        signals.at_once = replicas.processes == 1  # nothing here needs to be finished
+        try:
+            weights = trainer.weights()
+            if replicas.rank == 0:
+                save_weights(folder.weights, weights, config)
+            candidate = library.build(config, train_config.seed, device)
+            library.load_state(candidate, weights)
+            # A run that goes on from here may have it already, or was stopped in the midst of it.
+            wanted = validation is not None and replicas.rank == 0
+            if wanted and not folder.evaluated(step):
+                metrics, _ = evaluate_model(candidate, validation)
+                folder.log({"kind": "eval", "split": validation.name, "step": step, **metrics})
+            return candidate
+        except KeyboardInterrupt:
+            if not signals.received:
+                raise
+            stop(signals.received, step)
+        finally:
+            signals.at_once = False
+
     share = replicas.rank, replicas.processes
     batches = train_batches(dataset, config, train_config, start=first, share=share)
     silent = replicas.rank > 0
-    bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=silent)
-    with contextlib.closing(batches), bar:
-        speed = _Speed(train_config.batch_size, first)
-        for done in range(first + 1, steps + 1):
-            rate = learning_rate(train_config, done - 1)
-            parts = trainer.step(done - 1, next(batches), rate)
-            bar.update()
-            if every(train_config.log_every, done) or done == steps:
-                # Only here is the device waited for.
-                values = {name: float(value) for name, value in parts.items()}
-                values |= {"learning_rate": rate, "images_per_second": speed.since_last(done)}
-                values["seconds"] = round(time.monotonic() - begin, 2)
-                folder.log({"kind": "train", "step": done, **values})
-                bar.set_postfix_str(
-                    f"loss {values['loss']:.3f} (class {values['classification']:.3f}, "
-                    f"box {values['box']:.3f}), lr {rate:.1e}, "
-                    f"{values['images_per_second']:.0f} img/s"
-                )
-            if every(train_config.save_every, done) or done == steps:
-                folder.save_checkpoint(trainer.state(), done, time.monotonic() - begin)
-            if every(train_config.eval_every, done) and done < steps:
-                measured(done)
-    record["seconds"] = round(time.monotonic() - begin, 1)
-    model = measured(steps)
-    folder.write_config(record)
-    replicas.wait()  # for the measurement: a launcher may end the run when one process ends
+    bar = _Bar(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=silent)
+    unread: list[tuple[int, Mapping[str, Any], np.ndarray]] = []
+    with Signals() as signals:
+        if 0 < first < steps and every(train_config.eval_every, first):
+            measured(first)
+        with contextlib.closing(batches), bar:
+            speed = _Speed(train_config.batch_size, first)
+            for done in range(first + 1, steps + 1):
+                rate = learning_rate(train_config, done - 1)
+                batch = next(batches)
+                parts = trainer.step(done - 1, batch, rate)
+                unread.append((done, parts, batch.image_ids))
+                bar.update()
+                logs = every(train_config.log_every, done) or done == steps
+                saves = every(train_config.save_every, done) or done == steps
+                evaluates = every(train_config.eval_every, done) and done < steps
+                starts = done == 1 and initial is None
+                alone = replicas.processes == 1
+                stopping = signals.received if alone else 0
+                if logs or saves or evaluates or stopping or starts or len(unread) == UNREAD:
+                    # Only here is the device waited for, and are the other processes.
+                    if not trainer.healthy:
+                        refuse()
+                    unread.clear()
+                    stopping = replicas.maximum(signals.received)
+                # One process has a part of the batch, and knows the loss of the whole.
+                if starts and alone and config.loss == "focal":
+                    _check_first_loss(float(parts["classification"]), batch, config)
+                if logs:
+                    values = {name: float(value) for name, value in parts.items()}
+                    values |= {"learning_rate": rate, "images_per_second": speed.since_last(done)}
+                    values["seconds"] = round(time.monotonic() - begin, 2)
+                    folder.log({"kind": "train", "step": done, **values})
+                    bar.set_postfix_str(
+                        f"loss {values['loss']:.3f} (class {values['classification']:.3f}, "
+                        f"box {values['box']:.3f}), lr {rate:.1e}, "
+                        f"{values['images_per_second']:.0f} img/s"
+                    )
+                if stopping:
+                    stop(stopping, done)
+                if saves:
+                    save(done)
+                if evaluates:
+                    measured(done)
+        record["seconds"] = round(time.monotonic() - begin, 1)
+        model = measured(steps)
+        folder.write_config(record)
+        replicas.maximum(0)  # for the measurement: a launcher may end the run when one process ends
     return model
+
+
+def _first_not_finite(steps: list[tuple[int, Mapping[str, Any], np.ndarray]]) -> tuple[int, str]:
+    """The first of these steps with a loss or gradient that is not finite, and a sentence on it."""
+    for step, parts, image_ids in steps:
+        values = {name: float(parts[name]) for name in ("classification", "box", "gradient_norm")}
+        wrong = [name for name, value in values.items() if not math.isfinite(value)]
+        if wrong or not math.isfinite(float(parts["loss"])):
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            images = ", ".join(map(str, image_ids))
+            return step, (
+                f"step {step}: {' and '.join(wrong or ['loss'])} not finite ({shown}) "
+                f"for the images with the ids {images}; the step was not taken"
+            )
+    raise AssertionError("every loss and gradient is finite")
+
+
+def _check_first_loss(found: float, batch: Batch, config: RetinaNetConfig) -> None:
+    """Warn of a first classification loss that random weights with the prior do not give."""
+    expected = first_loss(batch.boxes, batch.labels, batch.images.shape[1:3], config)
+    if not expected / 3 <= found <= 3 * expected:
+        _log.warning(
+            "the first classification loss is %.4g, where prior %g, alpha %s and gamma %g let "
+            "expect %.4g (focal.expected_initial_loss): is the prior bias missing in the last "
+            "layer, or are the features far from the size they were made for?",
+            *(found, config.prior, config.alpha, config.gamma, expected),
+        )
+
+
+class _Bar(tqdm):
+    """Progress, without the thread that tqdm watches it with, which would outlive the run."""
+
+    monitor_interval = 0
 
 
 class _Speed:
@@ -174,7 +281,7 @@ def evaluate_model(
     found: list[dict[str, Any]] = []
     batches = eval_batches(dataset, model.config, batch_size)
     total = -(-len(dataset) // batch_size)
-    bar = tqdm(batches, total=total, desc=dataset.name, unit="batch", disable=not progress)
+    bar = _Bar(batches, total=total, desc=dataset.name, unit="batch", disable=not progress)
     with contextlib.closing(batches):
         for batch in bar:
             results = detect(model, batch.images, batch.sizes, batch.scales)

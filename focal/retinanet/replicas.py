@@ -26,8 +26,8 @@ class Replicas:
     """Replicas in each process."""
     handle: Any = None
     """The framework's own: a `jax.sharding.Mesh`, a `tf.distribute.Strategy`."""
-    wait: Callable[[], None] = lambda: None
-    """Returns when all processes have called it."""
+    maximum: Callable[[int], int] = lambda value: value
+    """The largest of the numbers that the processes give, when all of them have."""
 
     @property
     def count(self) -> int:

@@ -1,13 +1,15 @@
 """What a training run leaves on the disk, whole at every moment.
 
-config.json, metrics.jsonl, weights.safetensors (what to use) and checkpoint.safetensors (what to
-resume from); `curves.py` and `report.py` add pictures and report.html.
+config.json, metrics.jsonl, weights.safetensors (what to use) and the last few
+checkpoint-NNNNNN.safetensors (what to resume from); `curves.py` and `report.py` add pictures and
+report.html.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -16,11 +18,19 @@ from typing import Any
 
 import numpy as np
 
-from focal.retinanet.weights import read_tensors, write_atomically, write_tensors
+from focal.retinanet.weights import (
+    PARTIAL,
+    read_tensors,
+    sync_folder,
+    write_atomically,
+    write_tensors,
+)
 
-__all__ = ["RunFolder", "plain_json"]
+__all__ = ["RunFolder", "plain_json", "read_checkpoint"]
 
 CHECKPOINT_FORMAT = "focal.checkpoint"
+
+_log = logging.getLogger(__name__)
 
 
 def plain_json(record: Mapping[str, Any], indent: int | None = None) -> str:
@@ -32,72 +42,147 @@ def plain_json(record: Mapping[str, Any], indent: int | None = None) -> str:
     return json.dumps(finite, indent=indent, allow_nan=False)
 
 
+def read_checkpoint(folder: Path) -> tuple[Path, dict[str, np.ndarray], dict[str, str]]:
+    """The newest checkpoint of a run folder that is whole: its path, tensors and metadata.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: none of them is whole.
+    """
+    paths = _checkpoints(folder)
+    if not paths:
+        raise FileNotFoundError(f"{folder}: expected a checkpoint-*.safetensors; found none")
+    damage = []
+    for path in reversed(paths):
+        try:
+            tensors, metadata = read_tensors(path, CHECKPOINT_FORMAT)
+        except ValueError as error:
+            damage.append(str(error))
+            continue
+        for text in damage:
+            _log.warning("%s; taking %s", text, path.name)
+        return path, tensors, metadata
+    raise ValueError("; ".join(damage))
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder, oldest first."""
+    found = {}
+    for path in folder.glob("checkpoint-*.safetensors"):
+        step = path.stem.removeprefix("checkpoint-")
+        if step.isdecimal():
+            found[int(step)] = path
+    return [found[step] for step in sorted(found)]
+
+
 class RunFolder:
     """The files of one run.
 
     Args:
         path: The folder; made if it does not exist.
         facts: What a checkpoint must have in common with the run that goes on from it.
+        keep: How many checkpoints to keep, >= 1.
         writes: False in all but one of several processes, which only read.
     """
 
-    def __init__(self, path: Path, facts: Mapping[str, str], writes: bool = True) -> None:
+    def __init__(
+        self, path: Path, facts: Mapping[str, str], keep: int, writes: bool = True
+    ) -> None:
         path.mkdir(parents=True, exist_ok=True)
-        self._writes = writes
+        self.path = path
         self.metrics = path / "metrics.jsonl"
         self.config = path / "config.json"
         self.weights = path / "weights.safetensors"
-        self.checkpoint = path / "checkpoint.safetensors"
         self._facts = dict(facts)
+        self._keep = keep
+        self._writes = writes
 
     def start(self) -> None:
-        """Begin anew: no metrics yet."""
-        if self._writes:
-            write_atomically(self.metrics, b"")
+        """Begin anew: no checkpoints and no metrics yet."""
+        if not self._writes:
+            return
+        self._remove_partial_files()
+        # First these: a kill in between must not leave old checkpoints to new metrics.
+        for path in _checkpoints(self.path):
+            path.unlink()
+        sync_folder(self.path)
+        write_atomically(self.metrics, b"")
 
-    def resume(self) -> tuple[dict[str, np.ndarray], int, float]:
-        """Go on from the checkpoint: the tensors, the steps done, the seconds they took.
+    def resume(self, until: int) -> tuple[dict[str, np.ndarray], int, float]:
+        """Go on from the newest whole checkpoint: its tensors, steps done, seconds they took.
 
         Metrics written after the checkpoint are dropped, since the run writes them again.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint.
+            ValueError: none is whole, or it is of another run, or of a step beyond `until`.
         """
-        tensors, found = read_tensors(self.checkpoint, CHECKPOINT_FORMAT)
+        path, tensors, found = read_checkpoint(self.path)
         for name, value in self._facts.items():
             if found.get(name) != value:
                 raise ValueError(
-                    f"{self.checkpoint}: is of a run with another {name}; "
+                    f"{path}: is of a run with another {name}; "
                     f"expected {value}, found {found.get(name)}"
                 )
         steps = int(found["step"])
+        if steps > until:
+            raise ValueError(f"{path}: is of step {steps}, and the run has {until} steps")
         if not self._writes:
             return tensors, steps, float(found["seconds"])
-        lines = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # a line cut short by a kill
-                if json.loads(line)["step"] <= steps:
-                    lines.append(line + "\n")
-        write_atomically(self.metrics, "".join(lines).encode())
+        self._remove_partial_files()
+        lines = [entry for entry in self._entries() if entry["step"] <= steps]
+        write_atomically(self.metrics, "".join(plain_json(x) + "\n" for x in lines).encode())
+        _log.info("going on from %s, after step %d", path, steps)
         return tensors, steps, float(found["seconds"])
 
     def save_checkpoint(
         self, tensors: Mapping[str, np.ndarray], steps: int, seconds: float
-    ) -> None:
-        """Write what `resume` reads."""
+    ) -> Path:
+        """Write what `resume` reads, then remove what is older than the last few."""
+        path = self.path / f"checkpoint-{steps:06d}.safetensors"
         if not self._writes:
-            return
+            return path
         metadata = {"step": str(steps), "seconds": str(seconds), **self._facts}
-        write_tensors(self.checkpoint, tensors, CHECKPOINT_FORMAT, metadata)
+        write_tensors(path, tensors, CHECKPOINT_FORMAT, metadata)
+        # Those of later steps are damaged, and are written over in time; they count for nothing.
+        until = _checkpoints(self.path)
+        until = until[: until.index(path) + 1]
+        for old in until[: -self._keep]:
+            old.unlink()
+        return path
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """One more line of metrics, on the disk before training goes on."""
         if not self._writes:
             return
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(plain_json(entry) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(plain_json(entry) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:  # which names no file where the disk is full
+            raise OSError(error.errno, error.strerror, str(self.metrics)) from error
+
+    def evaluated(self, step: int) -> bool:
+        """Whether the metrics hold the evaluation after this step."""
+        return any(x["kind"] == "eval" and x["step"] == step for x in self._entries())
 
     def write_config(self, record: Mapping[str, Any]) -> None:
         """Write config.json."""
         if not self._writes:
             return
         write_atomically(self.config, json.dumps(record, indent=2).encode())
+
+    def _entries(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, without one that was cut short by a kill."""
+        entries = []
+        if self.metrics.exists():
+            for line in self.metrics.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(json.JSONDecodeError):
+                    entries.append(json.loads(line))
+        return entries
+
+    def _remove_partial_files(self) -> None:
+        """Remove what a process left that was killed while it wrote."""
+        for path in self.path.glob(f".*{PARTIAL}"):
+            path.unlink()

@@ -5,6 +5,8 @@ Names and layouts are those of torchvision's RetinaNet, convolutions (out, in, h
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,12 +23,15 @@ __all__ = [
     "part",
     "read_tensors",
     "save_weights",
+    "sync_folder",
     "write_atomically",
     "write_tensors",
 ]
 
 FORMAT = "focal.retinanet"
 VERSION = "1"
+PARTIAL = ".partial"
+"""How the name of a file ends while it is written; a process that is killed leaves it behind."""
 
 
 def save_weights(
@@ -71,7 +76,11 @@ def write_tensors(
         {name: np.asarray(x, order="C") for name, x in tensors.items()},
         {"format": kind, "version": VERSION, **metadata},
     )
-    write_atomically(path, data)
+    # Its metadata comes in another order in every process; the same content is to be the same file.
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    write_atomically(path, len(header).to_bytes(8, "little"), header, memoryview(data)[end:])
 
 
 def read_tensors(
@@ -96,19 +105,38 @@ def read_tensors(
     return tensors, metadata
 
 
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file so that at every moment the old one or the new one is there, whole."""
+def write_atomically(path: str | os.PathLike[str], *pieces: bytes | memoryview) -> None:
+    """Write a file so that at every moment the old one or the new one is there, whole.
+
+    Raises:
+        OSError: it cannot be written; the old file stays, and nothing beside it.
+    """
     path = Path(path)
     # In the same folder, since a rename across file systems is a copy, which can be cut short.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         with open(partial, "wb") as file:
-            file.write(data)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:  # which names no file where the disk is full
+        reason = f"{error.strerror or error}; what was there before is untouched"
+        raise OSError(error.errno, reason, str(path)) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # which would hide the first one
+            partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make what was renamed or removed in a folder last through a power cut."""
+    if os.name == "posix":  # elsewhere folders cannot be opened
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def check_names(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Sequence[int]]) -> None:

@@ -57,7 +57,10 @@ class Dataset(Protocol):
         ...
 
     def ground_truth(self) -> dict[str, Any]:
-        """`images`, `annotations` and `categories` in the COCO format, as `evaluate` reads them."""
+        """`images`, `annotations` and `categories` in the COCO format, as `evaluate` reads them.
+
+        `images` has one entry for each example, in their order.
+        """
         ...
 
 

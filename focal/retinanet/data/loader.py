@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import threading
@@ -14,6 +15,7 @@ import numpy as np
 
 from focal.retinanet.config import RetinaNetConfig, TrainConfig
 from focal.retinanet.data.dataset import Dataset, Example
+from focal.retinanet.data.images import DataError
 from focal.retinanet.data.transforms import augment, fit, place
 
 __all__ = ["Batch", "eval_batches", "train_batches"]
@@ -70,7 +72,8 @@ def train_batches(
         Batches on a canvas of `train.crop`, no larger than `config.canvas`.
 
     Raises:
-        ValueError: the dataset has no images. What the dataset raises reaches the consumer.
+        ValueError: the dataset has no images.
+        DataError: an example cannot be used, whatever its dataset raised; the text names it.
     """
     count, size = len(dataset), train.batch_size
     if count == 0:
@@ -83,11 +86,13 @@ def train_batches(
 
     def item(step: int, slot: int) -> tuple[Example, float]:
         epoch, position = divmod(step * size + slot, count)
-        example, scale = fitted[int(order(epoch)[position])]
+        index = int(order(epoch)[position])
         rng = np.random.default_rng([train.seed, _AUGMENT, step, slot])
-        example, zoom = augment(
-            example, (height, width), train.zoom, train.flips, train.jitter, rng
-        )
+        with _naming(dataset, index):
+            example, scale = fitted[index]
+            example, zoom = augment(
+                example, (height, width), train.zoom, train.flips, train.jitter, rng
+            )
         return example, scale * zoom
 
     which, shares = share
@@ -110,7 +115,8 @@ def eval_batches(
     count = len(dataset)
 
     def item(index: int) -> tuple[Example, float]:
-        example, scale = _fit(dataset[min(index, count - 1)], config.canvas)
+        with _naming(dataset, min(index, count - 1)):
+            example, scale = _fit(dataset[min(index, count - 1)], config.canvas)
         return (example if index < count else example._replace(image_id=-1)), scale
 
     def batch(first: int) -> Batch:
@@ -118,6 +124,21 @@ def eval_batches(
         return _collate(items, config.canvas, dataset.max_boxes, config)
 
     return _prefetch(batch, range(0, count, batch_size), workers)
+
+
+@contextlib.contextmanager
+def _naming(dataset: Dataset, index: int) -> Iterator[None]:
+    """An error that is not the dataset's own sentence, too, says at which image it came."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (Exception, SystemExit) as error:
+        name = f"image {index}"
+        with contextlib.suppress(Exception):  # a set may have no files
+            name = dataset.ground_truth()["images"][index]["file_name"]
+        reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+        raise DataError(f"{dataset.name}: {name}: cannot be used ({reason})") from error
 
 
 class _FittedImages:
