@@ -1,5 +1,6 @@
 """The command line, as a person uses it from a shell and as they get it wrong."""
 
+import contextlib
 import errno
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -509,15 +511,34 @@ def test_a_disk_that_is_full(capsys, coco, run, tmp_path):
     assert {k for k in after if after[k] != before[k]} <= {"config.json", "metrics.jsonl"}
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write")
-def test_a_folder_that_must_not_be_written(capsys, coco, run, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(run, out)
-    before = snapshot(out)
-    out.chmod(0o500)
-    error = one_sentence(capsys, 2, "train", "--data", coco, "--out", out, *QUICK, "--resume")
-    assert "Permission denied" in error and str(out) in error
-    assert snapshot(out) == before
+@contextlib.contextmanager
+def nobody():
+    """Without root's right to write everywhere."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs POSIX permissions")
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_a_folder_that_must_not_be_written(capsys, run, resume):
+    with tempfile.TemporaryDirectory() as folder:  # which, other than tmp_path, others may enter
+        pathlib.Path(folder).chmod(0o755)
+        out = pathlib.Path(folder) / "run"
+        shutil.copytree(run, out)
+        before = snapshot(out)
+        out.chmod(0o555)
+        with nobody():
+            arguments = "train", "--data", "shapes", "--out", out, *QUICK, *resume
+            error = one_sentence(capsys, 2, *arguments)
+        out.chmod(0o755)
+        assert "Permission denied" in error and str(out) in error
+        assert snapshot(out) == before
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume"]])
@@ -562,9 +583,13 @@ def test_a_run_that_is_told_to_stop(coco, tmp_path, name):
     out, number = tmp_path / "run", getattr(signal, name)
     command = ["train", "--data", coco, "--steps", "4000", "--out", out, *QUICK]
     command += ["--set", "save_every=0", "--set", "log_every=1", "--set", "workers=1"]
-    # A shell may have it ignored in what runs in the background.
-    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-    with shell(*command, **heard) as process:
+    # A shell may have it ignored in what runs in the background, and what that starts.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = shell(*command)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    with process:
         while process.poll() is None and not (out / "metrics.jsonl").exists():
             time.sleep(0.005)
         while process.poll() is None and not metrics(out):
