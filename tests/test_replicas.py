@@ -3,9 +3,11 @@
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +190,28 @@ def test_two_processes_of_torchrun_train_like_one(tmp_path, capsys):
         assert ours["positives"] == theirs["positives"]
         for part in ("loss", "classification", "box"):
             assert ours[part] == pytest.approx(theirs[part], rel=1e-4)
+
+
+def test_two_processes_stop_after_the_same_step(tmp_path):
+    pytest.importorskip("torch")
+    command = [*TORCHRUN, "-m", "focal", *TRAIN, "--steps", "4000", "--device", "cpu"]
+    with subprocess.Popen(
+        [str(x) for x in (*command, "--out", tmp_path)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        metrics = tmp_path / "metrics.jsonl"
+        while process.poll() is None and not (metrics.exists() and metrics.read_text()):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)  # which the launcher sends on, at its own pace
+        said, _ = process.communicate()
+    (checkpoint,) = tmp_path.glob("checkpoint-*.safetensors")
+    step = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert checkpoint.name == f"checkpoint-{step:06d}.safetensors"
+    sentence = f"focal: stopped by SIGTERM after step {step} of 4000; {checkpoint} is saved"
+    assert said.count(sentence) == REPLICAS
 
 
 def test_shares_that_are_not_equal(tmp_path):
