@@ -323,7 +323,8 @@ def _in_parts(x: Array, replicas: int, parts: int) -> Array:
 
 def _own_copy(run: _Run, place: Any) -> _Run:
     """A copy at this place: a step takes its buffers over, so no one else may have them."""
-    return jax.device_put(jax.tree.map(jnp.copy, run), place)
+    # From the host: what lies on a device of this process cannot be put on those of another.
+    return jax.device_put(jax.tree.map(np.array, run), place)
 
 
 def _device(model: RetinaNet) -> jax.Device:

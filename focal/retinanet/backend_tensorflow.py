@@ -385,7 +385,9 @@ def _in_parts(x: Tensor, parts: int) -> Tensor:
 
 
 def _places() -> list[str]:
-    return [d.name.removeprefix("/device:") for d in tf.config.list_logical_devices()]
+    """Such as "CPU:0"; one of several workers is told of those of the others, too."""
+    names = (d.name.rpartition("/device:")[2] for d in tf.config.list_logical_devices())
+    return list(dict.fromkeys(names))
 
 
 def _place(device: str | None) -> str:

@@ -54,7 +54,8 @@ exit status: 0 if there are no errors, whatever the warnings; 1 if there are err
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("focal").setLevel(logging.INFO)
     parser = _parser()
     options = parser.parse_args(arguments)
     command = shlex.join(["focal", *(sys.argv[1:] if arguments is None else arguments)])
