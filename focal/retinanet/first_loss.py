@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 
 from focal.core.anchors import anchors as core_anchors
 from focal.core.prior import expected_initial_loss
 from focal.numpy._namespace import xp
 from focal.retinanet.config import RetinaNetConfig
+from focal.retinanet.data import Batch
 from focal.retinanet.objective import EMA_START, running_mean, targets
 
-__all__ = ["first_loss"]
+__all__ = ["check_first_loss", "first_loss"]
+
+_log = logging.getLogger(__name__)
 
 
 def first_loss(
@@ -50,3 +55,15 @@ def first_loss(
     if config.normaliser == "ema":
         return loss(total, positives) * max(1, positives) / running_mean(EMA_START, positives)
     return loss(total, positives)
+
+
+def check_first_loss(found: float, batch: Batch, config: RetinaNetConfig) -> None:
+    """Warn of a first classification loss that random weights with the prior do not give."""
+    expected = first_loss(batch.boxes, batch.labels, batch.images.shape[1:3], config)
+    if not expected / 3 <= found <= 3 * expected:
+        _log.warning(
+            "the first classification loss is %.4g, where prior %g, alpha %s and gamma %g let "
+            "expect %.4g (focal.expected_initial_loss): is the prior bias missing in the last "
+            "layer, or are the features far from the size they were made for?",
+            *(found, config.prior, config.alpha, config.gamma, expected),
+        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import math
 import signal
 import time
@@ -18,10 +17,10 @@ from tqdm import tqdm
 
 import focal
 from focal.retinanet.config import RetinaNetConfig, TrainConfig
-from focal.retinanet.data import Batch, Dataset, eval_batches, train_batches
+from focal.retinanet.data import Dataset, eval_batches, train_batches
 from focal.retinanet.detector import backend_module, detect
 from focal.retinanet.evaluate import evaluate
-from focal.retinanet.first_loss import first_loss
+from focal.retinanet.first_loss import check_first_loss
 from focal.retinanet.replicas import Replicas
 from focal.retinanet.run_folder import RunFolder
 from focal.retinanet.stopping import Signals, Stopped
@@ -31,8 +30,6 @@ __all__ = ["evaluate_model", "learning_rate", "train"]
 
 UNREAD = 100
 """The most steps that go by before their losses are looked at."""
-
-_log = logging.getLogger(__name__)
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
@@ -204,7 +201,7 @@ def train(
                     stopping = replicas.maximum(signals.received)
                 # One process has a part of the batch, and knows the loss of the whole.
                 if starts and alone and config.loss == "focal":
-                    _check_first_loss(float(parts["classification"]), batch, config)
+                    check_first_loss(float(parts["classification"]), batch, config)
                 if logs:
                     values = {name: float(value) for name, value in parts.items()}
                     values |= {"learning_rate": rate, "images_per_second": speed.since_last(done)}
@@ -241,18 +238,6 @@ def _first_not_finite(steps: list[tuple[int, Mapping[str, Any], np.ndarray]]) ->
                 f"for the images with the ids {images}; the step was not taken"
             )
     raise AssertionError("every loss and gradient is finite")
-
-
-def _check_first_loss(found: float, batch: Batch, config: RetinaNetConfig) -> None:
-    """Warn of a first classification loss that random weights with the prior do not give."""
-    expected = first_loss(batch.boxes, batch.labels, batch.images.shape[1:3], config)
-    if not expected / 3 <= found <= 3 * expected:
-        _log.warning(
-            "the first classification loss is %.4g, where prior %g, alpha %s and gamma %g let "
-            "expect %.4g (focal.expected_initial_loss): is the prior bias missing in the last "
-            "layer, or are the features far from the size they were made for?",
-            *(found, config.prior, config.alpha, config.gamma, expected),
-        )
 
 
 class _Bar(tqdm):
