@@ -433,6 +433,13 @@ def test_going_on_after_the_end_changes_nothing(tmp_path):
     assert lines(tmp_path) == before and len(before) == 4
 
 
+def test_a_run_killed_while_it_removed_checkpoints(tmp_path):
+    run = RUN.replace(steps=3, save_every=1, keep=2)
+    fit(tmp_path, run.replace(keep=3))
+    fit(tmp_path, run, resume=True)
+    assert checkpoints(tmp_path) == [2, 3]
+
+
 @pytest.mark.parametrize("left", [0, 5, -9])
 def test_the_newest_checkpoint_that_is_whole_is_taken(tmp_path, caplog, left):
     whole, damaged = tmp_path / "whole", tmp_path / "damaged"

@@ -130,6 +130,7 @@ class RunFolder:
         if not self._writes:
             return tensors, steps, float(found["seconds"])
         self._remove_partial_files()
+        self._remove_older(path)  # which a kill may have prevented
         lines = [entry for entry in self._entries() if entry["step"] <= steps]
         write_atomically(self.metrics, "".join(plain_json(x) + "\n" for x in lines).encode())
         _log.info("going on from %s, after step %d", path, steps)
@@ -144,11 +145,7 @@ class RunFolder:
             return path
         metadata = {"step": str(steps), "seconds": str(seconds), **self._facts}
         write_tensors(path, tensors, CHECKPOINT_FORMAT, metadata)
-        # Those of later steps are damaged, and are written over in time; they count for nothing.
-        until = _checkpoints(self.path)
-        until = until[: until.index(path) + 1]
-        for old in until[: -self._keep]:
-            old.unlink()
+        self._remove_older(path)
         return path
 
     def log(self, entry: Mapping[str, Any]) -> None:
@@ -181,6 +178,14 @@ class RunFolder:
                 with contextlib.suppress(json.JSONDecodeError):
                     entries.append(json.loads(line))
         return entries
+
+    def _remove_older(self, newest: Path) -> None:
+        """Remove the checkpoints before the last few."""
+        # Those of later steps are damaged, and are written over in time; they count for nothing.
+        until = _checkpoints(self.path)
+        until = until[: until.index(newest) + 1]
+        for old in until[: -self._keep]:
+            old.unlink()
 
     def _remove_partial_files(self) -> None:
         """Remove what a process left that was killed while it wrote."""
