@@ -371,6 +371,36 @@ def test_shard_map_equals_one_device():
         np.testing.assert_allclose(got[0], expected[0], rtol=1e-6)
         np.testing.assert_allclose(got[1], expected[1], rtol=1e-6)
 
+        w, x4 = random.normal(size=(4, 3)).astype("f"), random.normal(size=(8, 4)).astype("f")
+        sparse = np.array([0, 1, 2, 0, -1, -1, 2, -2])  # four positives, and one
+
+        def share(w, x, labels):
+            return total(x @ w, labels) / F.num_positives(labels, "data")
+
+        def added(w, x, labels):
+            return jax.lax.psum(share(w, x, labels), "data")
+
+        def inside(w, x, labels):
+            return jax.grad(share)(w, x, labels)
+
+        def added_inside(w, x, labels):
+            return jax.lax.psum(inside(w, x, labels), "data")
+
+        expected = jax.grad(
+            lambda w: F.sparse_sigmoid_focal_loss(x4 @ w, sparse, reduction="positives")
+        )(w)
+        specs = {"mesh": mesh, "in_specs": (P(), P("data"), P("data")), "out_specs": P()}
+        for gradient in (
+            jax.grad(jax.shard_map(added, **specs)),
+            jax.grad(jax.shard_map(added, check_vma=False, **specs)),
+            jax.shard_map(inside, **specs),
+            jax.shard_map(added_inside, check_vma=False, **specs),
+        ):
+            got = jax.jit(gradient)(w, x4, sparse)
+            np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)
+        twice = jax.shard_map(added_inside, **specs)(w, x4, sparse)  # as documented
+        np.testing.assert_allclose(twice, 2 * expected, rtol=1e-5, atol=1e-7)
+
         def match(boxes):
             return F.match_anchors(anchors, boxes, allow_low_quality=True)
 

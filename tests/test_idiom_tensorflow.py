@@ -1,6 +1,8 @@
 """What TensorFlow users do with a loss: tapes, graphs, XLA, half types, Keras models."""
 
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -486,6 +488,38 @@ def test_compile_fit_save_load(kind, jit_compile, tmp_path):
     close(loaded.evaluate(x, target, verbose=0), before, 1e-5)
 
 
+READER = """
+import sys
+sys.modules["focal"] = None  # cannot be imported
+import keras, numpy as np, tensorflow as tf
+
+folder, x = sys.argv[1], np.eye(4, dtype=np.float32)
+served = tf.saved_model.load(folder + "/exported")
+for options in ({}, {"compile": False}):
+    try:
+        keras.models.load_model(folder + "/model.keras", **options)
+    except TypeError:
+        pass
+    else:
+        raise AssertionError("read without focal")
+del sys.modules["focal"]
+import focal.tensorflow
+again = keras.models.load_model(folder + "/model.keras")
+assert isinstance(again.loss, focal.tensorflow.SigmoidFocalLoss)
+np.testing.assert_allclose(served.serve(x), again.predict(x, verbose=0), rtol=1e-5)
+"""
+
+
+def test_who_reads_a_model_needs_focal_and_who_reads_an_export_does_not(tmp_path):
+    network = model(F.SigmoidFocalLoss())
+    network.save(tmp_path / "model.keras")
+    network.export(tmp_path / "exported", verbose=False)
+    done = subprocess.run(
+        [sys.executable, "-c", READER, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_binary_model_with_flat_labels_and_weights():
     x = np.random.default_rng(7).normal(size=(10, 4)).astype(np.float32)
     y = (x[:, 0] > 0).astype(np.float32)
@@ -506,6 +540,8 @@ def test_mixed_precision(policy, kind):
         x = np.random.default_rng(6).normal(size=(6, 4)).astype(np.float32)
         assert network(x).dtype == policy.removeprefix("mixed_")
         assert loss(target, network(x)).dtype == tf.float32
+        scaled = isinstance(network.optimizer, keras.optimizers.LossScaleOptimizer)
+        assert scaled == (policy == "mixed_float16")
         seen = network.fit(x, target, epochs=4, verbose=0).history["loss"]
     finally:
         keras.config.set_dtype_policy(before)

@@ -19,11 +19,15 @@ def num_positives(labels: Array, axis_name: Hashable | tuple[Hashable, ...] | No
     A batch's loss is divided by the positives of the whole batch. A replica that divided by its
     own would give its few positives more weight than another gives its many, and the mean of such
     gradients is another gradient than that of the batch. Divide each replica's sum by this number
-    instead, and add the gradients up (`jax.lax.psum`).
+    instead, add the quotients up (`jax.lax.psum`), and differentiate the mapped function.
 
-    That is for `shard_map`, `pmap` and `vmap` with a named axis. Under `jit` an array that is
-    sharded over a mesh is still one array: there its sums are those of the whole batch already,
-    and `axis_name` stays None.
+    Differentiated inside, the gradients are to be added up instead, under `pmap`, `vmap` and
+    `shard_map(..., check_vma=False)`. A `shard_map` by its default has added up already those in
+    an array that all replicas share: one more `psum` would count each as often as there are
+    replicas.
+
+    Under `jit` an array that is sharded over a mesh is still one array: there its sums are those
+    of the whole batch already, and `axis_name` stays None.
 
     Args:
         labels: Integers of any shape, this replica's share: a class >= 0, -1 background,

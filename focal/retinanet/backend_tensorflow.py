@@ -40,6 +40,7 @@ __all__ = [
     "build",
     "describe",
     "detect",
+    "detections_of",
     "load_state",
     "raw_outputs",
     "replicas",
@@ -140,9 +141,14 @@ def detect(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Boxes (B, D, 4) on the canvas, scores (B, D) and labels (B, D) of uint8 canvases."""
     with tf.device(model.device):
-        logits, deltas = model.raw_outputs(tf.constant(images))
-        found = _postprocess(model.config)(logits, deltas, tf.constant(sizes))
+        found = detections_of(model, tf.constant(images), tf.constant(sizes))
     return tuple(part.numpy() for part in found)
+
+
+def detections_of(model: RetinaNet, images: Tensor, sizes: Tensor) -> Detections:
+    """`detect` on tensors, which may be those of a graph that is being traced."""
+    logits, deltas = model.raw_outputs(images)
+    return _postprocess(model.config)(logits, deltas, sizes)
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,0 +1,144 @@
+"""The detector as a SavedModel: network and post-processing in one graph that needs no focal."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import tensorflow as tf
+from tensorflow import Tensor
+
+from focal.retinanet.backend_tensorflow import detections_of
+from focal.retinanet.network_tensorflow import RetinaNet
+
+__all__ = ["export_saved_model"]
+
+FORMAT = "focal.retinanet.saved_model"
+VERSION = "1"
+DESCRIPTION = "detector.json"
+
+
+def export_saved_model(model: RetinaNet, path: str | os.PathLike[str]) -> None:
+    """Write a detector as a TensorFlow SavedModel, from canvases to detections.
+
+    Its one signature, `serving_default`, is also the loaded object's `detect`. B, the number of
+    images, is any from 1 on; H and W are the config's canvas, D its `max_detections`. In:
+
+    - `images` (B, H, W, 3) uint8: RGB, scaled to fit the canvas, in its top left corner, the rest
+      of the colour `fill`
+    - `sizes` (B, 2) int64: the (height, width) in pixels that each image covers of the canvas
+
+    Out, of each image the best first:
+
+    - `boxes` (B, D, 4) float32: (x1, y1, x2, y2) in pixels of the canvas
+    - `scores` (B, D) float32
+    - `labels` (B, D) int64: indices into `classes`
+    - `count` (B,) int64: how many there are; what comes after is padding, boxes and scores of 0
+      and labels of -1
+
+    `assets/detector.json` has `classes`, `canvas` (height, width), `fill` and the whole `config`.
+
+    Args:
+        model: From `build` or `load`, with the backend "tensorflow".
+        path: The folder. It may exist if it is empty or an earlier export, which is replaced.
+
+    Raises:
+        TypeError: the model is not of TensorFlow.
+        FileExistsError: at `path` is something else than an export; it is left alone.
+        OSError: the folder cannot be written. What was there before still is.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np, tensorflow as tf
+        >>> from focal.retinanet import PRESETS, build
+        >>> from focal.retinanet.export_tensorflow import export_saved_model
+        >>> config = PRESETS["tiny"].detector.replace(classes=("cell",), canvas=(64, 64))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_saved_model(build(config, "tensorflow"), folder)
+        ...     detector = tf.saved_model.load(folder)
+        >>> found = detector.detect(np.zeros((2, 64, 64, 3), np.uint8), [[64, 64], [48, 64]])
+        >>> found["boxes"].shape, found["count"].numpy().tolist()
+        (TensorShape([2, 100, 4]), [0, 0])
+
+    Source: <https://www.tensorflow.org/guide/saved_model>
+    """
+    if not isinstance(model, RetinaNet):
+        raise TypeError(
+            "export_saved_model: model must be a detector of the backend 'tensorflow'; "
+            f"got {getattr(model, 'backend', type(model).__name__)!r}"
+        )
+    path = Path(path).resolve()  # what a link leads to is replaced, not the link
+    _check_replaceable(path)
+    # In the same folder, since a rename across file systems is a copy, which can be cut short.
+    with TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as partial:
+        new, old = Path(partial) / "new", Path(partial) / "old"
+        _write(model, new)
+        if path.exists():
+            path.rename(old)
+        try:
+            new.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+
+
+def _write(model: RetinaNet, folder: Path) -> None:
+    config = model.config
+    height, width = config.canvas
+
+    def detect(images: Tensor, sizes: Tensor) -> dict[str, Tensor]:
+        # Without the device that the model is on: the loaded graph runs on whatever there is.
+        boxes, scores, labels = detections_of(model, images, sizes)
+        real = scores > 0
+        return {
+            "boxes": tf.where(real[..., None], boxes, 0.0),
+            "scores": scores,
+            "labels": tf.where(real, labels, tf.constant(-1, labels.dtype)),
+            "count": tf.math.count_nonzero(real, axis=-1),
+        }
+
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        "classes": config.classes,
+        "canvas": config.canvas,
+        "fill": np.rint(255 * np.array(config.mean)).astype(int).tolist(),
+        "config": json.loads(config.to_json()),
+    }
+    # The asset takes the name of the file, which must be there when the rest is written.
+    with TemporaryDirectory() as scratch:
+        file = Path(scratch) / DESCRIPTION
+        file.write_text(json.dumps(description, indent=2))
+        module = tf.Module()
+        module.detect = tf.function(
+            detect,
+            autograph=False,
+            input_signature=[
+                tf.TensorSpec((None, height, width, 3), tf.uint8, "images"),
+                tf.TensorSpec((None, 2), tf.int64, "sizes"),
+            ],
+        )
+        module.weights = [variable.value for variable in model.variables]
+        module.description = tf.saved_model.Asset(str(file))
+        # For inference alone: the gradients of the graph's operations stay behind.
+        options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
+        tf.saved_model.save(module, str(folder), module.detect, options)
+
+
+def _check_replaceable(path: Path) -> None:
+    """Only nothing, an empty folder or an export may make room for an export."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    try:
+        found = json.loads((path / "assets" / DESCRIPTION).read_text())
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise FileExistsError(
+            f"export_saved_model: path must be new, an empty folder or an earlier export; "
+            f"got {path}, which is something else and is left as it is"
+        )
