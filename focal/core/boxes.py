@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from focal.core import checks
 from focal.core.namespace import Array, Namespace
 
@@ -263,12 +261,12 @@ def _area(boxes: Array) -> Array:
 
 def _check_broadcast(name: str, anchors: Array, other: str, other_array: Array) -> None:
     own, whole = tuple(anchors.shape), tuple(other_array.shape)
-    try:
-        np.broadcast_shapes(*(tuple(1 if n is None else n for n in s) for s in (own, whole)))
-    except ValueError:
+    # One by one: NumPy would make a number of a size that is symbolic while tracing.
+    sizes = zip(reversed(own), reversed(whole), strict=False)
+    if not all(a is None or b is None or a == b or a == 1 or b == 1 for a, b in sizes):
         raise ValueError(
             f"{name}: anchors must broadcast with {other}; got {other} {whole}, anchors {own}"
-        ) from None
+        )
 
 
 def _pairs(xp: Namespace, name: str, boxes1: Array, boxes2: Array) -> tuple[Array, Array]:

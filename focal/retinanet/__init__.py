@@ -13,7 +13,7 @@ hide which framework it is.
 """
 
 from focal.retinanet.config import RetinaNetConfig, TrainConfig
-from focal.retinanet.detector import build, load, predict, raw_outputs, save
+from focal.retinanet.detector import build, export, load, predict, raw_outputs, save
 from focal.retinanet.presets import CONVENTIONS, PRESETS, Preset
 from focal.retinanet.torchvision import load_torchvision
 
@@ -24,6 +24,7 @@ __all__ = [
     "RetinaNetConfig",
     "TrainConfig",
     "build",
+    "export",
     "load",
     "load_torchvision",
     "predict",

@@ -26,7 +26,7 @@ from focal.retinanet.network_torch import (
     state,
 )
 from focal.retinanet.objective import EMA_START, Targets, divisor, objective, targets
-from focal.retinanet.postprocess import detections
+from focal.retinanet.postprocess import Detections, detections
 from focal.retinanet.replicas import Replicas
 from focal.retinanet.weights import part
 from focal.torch._namespace import xp
@@ -36,6 +36,7 @@ __all__ = [
     "build",
     "describe",
     "detect",
+    "detections_of",
     "load_state",
     "raw_outputs",
     "replicas",
@@ -127,13 +128,16 @@ def detect(
     model: RetinaNet, images: np.ndarray, sizes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Boxes (B, D, 4) on the canvas, scores (B, D) and labels (B, D) of uint8 canvases."""
-    device = _device(model)
-    anchors = _anchors(images.shape[1:3], model.config, device)
-    covered = torch.as_tensor(sizes, device=device)
     with _evaluating(model):
-        logits, deltas = model(_normalised(model, images))
-        found = detections(xp, logits, deltas, anchors, covered, model.config)
+        found = detections_of(model, images, torch.as_tensor(sizes, device=_device(model)))
     return tuple(part.cpu().numpy() for part in found)
+
+
+def detections_of(model: RetinaNet, images: np.ndarray | Tensor, sizes: Tensor) -> Detections:
+    """`detect` in operations of PyTorch alone, which a compiler or an export can record."""
+    anchors = _anchors(images.shape[1:3], model.config, _device(model))
+    logits, deltas = model(_normalised(model, images))
+    return detections(xp, logits, deltas, anchors, sizes, model.config)
 
 
 class Trainer:
@@ -312,7 +316,7 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _normalised(model: RetinaNet, images: np.ndarray) -> Tensor:
+def _normalised(model: RetinaNet, images: np.ndarray | Tensor) -> Tensor:
     """(B, H, W, 3) uint8 to (B, 3, H, W) float32, channels-last in memory as it came."""
     device = _device(model)
     batch, height, width, channels = images.shape

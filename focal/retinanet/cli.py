@@ -1,4 +1,4 @@
-"""The command line: `focal train`, `evaluate`, `predict`, `check`, `figures`, `prior-bias`."""
+"""The command line: `focal train`, `evaluate`, `predict`, `export`, `check`, ...."""
 
 from __future__ import annotations
 
@@ -125,6 +125,16 @@ def _parser() -> argparse.ArgumentParser:
         "--score", type=float, default=0.3, help="least score drawn (default 0.3); JSON has all"
     )
     predict.set_defaults(run=_predict)
+
+    export = commands.add_parser("export", help="write a detector for ONNX or TensorFlow programs")
+    export.add_argument("weights", type=Path, help="weights.safetensors of a run")
+    export.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="a file ending in .onnx, or a folder, without an ending, for a SavedModel",
+    )
+    export.set_defaults(run=_export)
 
     check = commands.add_parser(
         "check", help="find what is wrong with a data set", epilog=CHECK_EPILOG, formatter_class=raw
@@ -283,6 +293,15 @@ def _predict(options: argparse.Namespace, _: str) -> None:
         target = options.out / f"{path.stem}.json"
         write_atomically(target, json.dumps(record, indent=1).encode())
         print(f"{path}: {int(shown.sum())} objects -> {options.out / path.stem}.png, {target.name}")
+
+
+def _export(options: argparse.Namespace, _: str) -> None:
+    from focal.retinanet.detector import export, export_backend, load
+
+    model = load(options.weights, export_backend(options.out), device="cpu")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    export(model, options.out)
+    print(f"written: {options.out}")
 
 
 def _check(options: argparse.Namespace, command: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +15,17 @@ from focal.retinanet.config import RetinaNetConfig
 from focal.retinanet.data.transforms import fit, place
 from focal.retinanet.weights import load_weights, save_weights
 
-__all__ = ["BACKENDS", "backend_module", "build", "load", "predict", "raw_outputs", "save"]
+__all__ = [
+    "BACKENDS",
+    "backend_module",
+    "build",
+    "export",
+    "export_backend",
+    "load",
+    "predict",
+    "raw_outputs",
+    "save",
+]
 
 BACKENDS = ("torch", "jax", "tensorflow")
 PREDICT_BATCH = 8
@@ -80,6 +91,55 @@ def load(path: str | os.PathLike[str], backend: str = "torch", device: str | Non
     model = build(config, backend, device=device)
     backend_module(backend).load_state(model, tensors)
     return model
+
+
+def export(model: Any, path: str | os.PathLike[str]) -> None:
+    """Write the detector with its post-processing, for programs that do without this library.
+
+    What goes in and what comes out is the same in both formats:
+    `focal.retinanet.export_torch.export_onnx` and
+    `focal.retinanet.export_tensorflow.export_saved_model` describe it. ONNX is written by
+    PyTorch and a SavedModel by TensorFlow, whichever framework the model is of.
+
+    Args:
+        model: From `build` or `load`.
+        path: A file ending in .onnx, or a folder, without an ending, for a SavedModel of
+            TensorFlow.
+
+    Raises:
+        ValueError: `path` has another ending.
+        ImportError: a package that writes the format is not installed.
+        OSError: the file or folder cannot be written.
+
+    Example:
+        >>> import os, tempfile
+        >>> from focal.retinanet import PRESETS, build, export
+        >>> config = PRESETS["tiny"].detector.replace(classes=("cell",), canvas=(64, 64))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export(build(config), os.path.join(folder, "detector.onnx"))
+        ...     os.listdir(folder)
+        ['detector.onnx']
+    """
+    backend = export_backend(path)
+    if model.backend != backend:
+        tensors = backend_module(model.backend).state(model)
+        model = build(model.config, backend, device="cpu")
+        backend_module(backend).load_state(model, tensors)
+    if backend == "torch":
+        from focal.retinanet.export_torch import export_onnx as write
+    else:
+        from focal.retinanet.export_tensorflow import export_saved_model as write
+    write(model, path)
+
+
+def export_backend(path: str | os.PathLike[str]) -> str:
+    """The backend that writes such an export."""
+    suffix = Path(path).suffix
+    if suffix not in (".onnx", ""):
+        raise ValueError(
+            f"export: path must end in .onnx, or have no ending for a SavedModel; got {str(path)!r}"
+        )
+    return "torch" if suffix == ".onnx" else "tensorflow"
 
 
 def raw_outputs(model: Any, images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

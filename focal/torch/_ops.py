@@ -192,7 +192,16 @@ def fori_loop(n: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
 
 
 def fixed_point(step: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
-    """Repeat until nothing changes."""
+    """Repeat until nothing changes; a loop of the graph where a compiler or an export records."""
+    if torch.compiler.is_compiling():
+
+        def changed(before: Tensor, now: Tensor) -> Tensor:
+            return torch.any(before != now)
+
+        def again(_: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
+            return now.clone(), step(now)  # no result of a loop may be one of its arguments
+
+        return torch.while_loop(changed, again, (start.clone(), step(start)))[1]
     while True:
         following = step(start)
         if torch.equal(following, start):

@@ -1,0 +1,188 @@
+"""The detector as one graph, network and post-processing, that needs no focal: PyTorch and ONNX.
+
+Non-maximum suppression is `focal.core.nms.suppress`, the same as in `predict`. Its fixed point
+becomes a loop of the graph (`torch.while_loop`, `Loop` in ONNX) that runs until nothing changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from focal.retinanet.backend_torch import detections_of
+from focal.retinanet.network_torch import RetinaNet
+from focal.retinanet.weights import write_atomically
+
+__all__ = ["export_onnx", "export_program"]
+
+FORMAT = "focal.retinanet.onnx"
+VERSION = "1"
+INPUTS = ("images", "sizes")
+OUTPUTS = ("boxes", "scores", "labels", "count")
+DESCRIPTION = """\
+RetinaNet with its post-processing. B images, at most D detections of each, best first.
+images (B, H, W, 3) uint8: RGB, scaled to fit the canvas (H, W), in its top left corner, the rest
+filled. sizes (B, 2) int64: the (height, width) in pixels that each image covers of the canvas.
+boxes (B, D, 4) float32: (x1, y1, x2, y2) in pixels of the canvas. scores (B, D) float32. labels
+(B, D) int64: indices into the metadata's classes. count (B,) int64: how many detections there are;
+what comes after is padding, boxes and scores of 0 and labels of -1.
+"""
+
+
+def export_onnx(model: RetinaNet, path: str | os.PathLike[str]) -> None:
+    """Write a detector as one ONNX file, from canvases to detections.
+
+    B, the number of images, is any from 1 on; H and W are the config's canvas, D its
+    `max_detections`. In:
+
+    - `images` (B, H, W, 3) uint8: RGB, scaled to fit the canvas, in its top left corner, the rest
+      of the colour `fill`. As decoders give them; the graph normalises and transposes.
+    - `sizes` (B, 2) int64: the (height, width) in pixels that each image covers of the canvas
+
+    Out, of each image the best first:
+
+    - `boxes` (B, D, 4) float32: (x1, y1, x2, y2) in pixels of the canvas
+    - `scores` (B, D) float32
+    - `labels` (B, D) int64: indices into `classes`
+    - `count` (B,) int64: how many there are; what comes after is padding, boxes and scores of 0
+      and labels of -1
+
+    The metadata has, as JSON, `classes`, `canvas` (height, width), `fill` and the whole `config`.
+    The file uses standard operators only, of opset 18.
+
+    Args:
+        model: From `build` or `load`, with the backend "torch"; on any device, in any mode.
+        path: The file, by custom ending in .onnx; replaced if it exists, whole or not at all.
+
+    Raises:
+        TypeError: the model is not of PyTorch.
+        ImportError: `onnx` or `onnxscript` is not installed.
+        OSError: the file cannot be written.
+
+    Example:
+        >>> import os, tempfile
+        >>> import numpy as np, onnxruntime
+        >>> from focal.retinanet import PRESETS, build
+        >>> from focal.retinanet.export_torch import export_onnx
+        >>> config = PRESETS["tiny"].detector.replace(classes=("cell",), canvas=(64, 64))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "detector.onnx")
+        ...     export_onnx(build(config), path)
+        ...     session = onnxruntime.InferenceSession(path)
+        >>> images, sizes = np.zeros((2, 64, 64, 3), np.uint8), np.array([[64, 64], [48, 64]])
+        >>> boxes, scores, labels, count = session.run(None, {"images": images, "sizes": sizes})
+        >>> boxes.shape, count.tolist()
+        ((2, 100, 4), [0, 0])
+
+    Source: <https://docs.pytorch.org/docs/stable/onnx.html>
+    """
+    import onnx
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    program = _program(model, "export_onnx")
+    config = model.config
+    with _quiet():
+        graph = torch.onnx.export(
+            program,
+            input_names=INPUTS,
+            output_names=OUTPUTS,
+            dynamic_shapes={"images": {0: "batch"}, "sizes": None},  # only to name the axis
+            opset_version=18,
+            dynamo=True,
+            verbose=False,
+        )
+    ClearMetadataAndDocStringPass()(graph.model)  # each operation's place in the source files
+    written = graph.model_proto
+    description = {
+        "classes": config.classes,
+        "canvas": config.canvas,
+        "fill": np.rint(255 * np.array(config.mean)).astype(int).tolist(),
+        "config": json.loads(config.to_json()),
+    }
+    texts = {key: json.dumps(value) for key, value in description.items()}
+    onnx.helper.set_model_props(written, {"format": FORMAT, "version": VERSION, **texts})
+    written.doc_string = DESCRIPTION
+    write_atomically(path, written.SerializeToString())
+
+
+def export_program(model: RetinaNet) -> torch.export.ExportedProgram:
+    """The detector as a program of `torch.export`: what `export_onnx` writes, before ONNX.
+
+    `torch.export.save` writes it to a file, `torch.export.load` reads that without focal.
+
+    Args:
+        model: From `build` or `load`, with the backend "torch"; it is copied to the CPU.
+
+    Returns:
+        A program of `images` and `sizes`, whose `.module()` gives the tuple (boxes, scores,
+        labels, count), all as `export_onnx` describes them.
+
+    Raises:
+        TypeError: the model is not of PyTorch.
+
+    Example:
+        >>> import torch
+        >>> from focal.retinanet import PRESETS, build
+        >>> from focal.retinanet.export_torch import export_program
+        >>> config = PRESETS["tiny"].detector.replace(classes=("cell",), canvas=(64, 64))
+        >>> detector = export_program(build(config)).module()
+        >>> images = torch.zeros(3, 64, 64, 3, dtype=torch.uint8)
+        >>> boxes, scores, labels, count = detector(images, torch.tensor([[64, 64]] * 3))
+        >>> boxes.shape, count
+        (torch.Size([3, 100, 4]), tensor([0, 0, 0]))
+
+    Source: <https://docs.pytorch.org/docs/stable/export.html>
+    """
+    return _program(model, "export_program")
+
+
+def _program(model: RetinaNet, name: str) -> torch.export.ExportedProgram:
+    if not isinstance(model, RetinaNet):
+        raise TypeError(
+            f"{name}: model must be a detector of the backend 'torch'; "
+            f"got {getattr(model, 'backend', type(model).__name__)!r}"
+        )
+    detector = _Detector(copy.deepcopy(model).cpu()).eval()
+    # A batch of two: a size of one would be taken for a constant.
+    images = torch.zeros(2, *model.config.canvas, 3, dtype=torch.uint8)
+    sizes = torch.tensor([model.config.canvas] * 2)
+    batch = {0: torch.export.Dim("batch", min=1)}
+    with torch.no_grad():
+        return torch.export.export(detector, (images, sizes), dynamic_shapes=(batch, batch))
+
+
+class _Detector(nn.Module):
+    """From canvases to detections."""
+
+    def __init__(self, network: RetinaNet) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Boxes, scores, labels and their number."""
+        boxes, scores, labels = detections_of(self.network, images, sizes)
+        real = scores > 0
+        boxes = torch.where(real[..., None], boxes, 0.0)
+        return boxes, scores, torch.where(real, labels, -1), real.sum(-1)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what PyTorch's exporter says about itself, and about torchvision."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.disable(before)
