@@ -62,8 +62,8 @@ def test_the_wheel_is_the_package_and_nothing_else(built):
     needs = fields.get_all("Requires-Dist")
     assert [need for need in needs if "extra ==" not in need] == ["numpy>=2.0"]
     extras = {"torch", "jax", "tensorflow", "onnx", "retinanet", "docs", "dev"}
-    assert set(fields.get_all("Provides-Extra")) == extras
-    assert entries.decode().split() == ["[console_scripts]", "focal", "=", "focal.retinanet.cli:main"]
+    assert extras <= set(fields.get_all("Provides-Extra"))
+    assert entries.decode() == "[console_scripts]\nfocal = focal.retinanet.cli:main\n"
 
 
 def test_the_sdist_builds_the_same_wheel(built, tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ iframe {{ border: 0; display: block; width: {width}px; height: {height}px }}</st
 <iframe src="{page}"></iframe><p></p><script>
 addEventListener("load", () => {{
   const page = document.querySelector("iframe").contentDocument, width = {width};
-  const scrolls = e => e && (/auto|scroll|hidden/.test(getComputedStyle(e).overflowX)
+  const scrolls = e => e && (/auto|scroll/.test(getComputedStyle(e).overflowX)
     || scrolls(e.parentElement));
   const wide = [...page.querySelectorAll("article *")].filter(
     e => e.getBoundingClientRect().right > width + 1 && !scrolls(e.parentElement));
