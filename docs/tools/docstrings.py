@@ -36,5 +36,12 @@ def markdown(text: str) -> str:
     )
     text = re.sub(r":math:`([^`]+)`", r"$\1$", text)
     text = re.sub(r":(?:func|class|meth|mod):`~?([^`]+)`", r"`\1`", text)
+    # Types come from the signature: what stands before a colon is no type, but text.
+    text = re.sub(
+        r"^Returns:\n(?:(?: .*)?\n)+",
+        lambda m: "Returns:" + re.sub(r":(?= )", "&#58;", m[0][len("Returns:") :]),
+        text + "\n",
+        flags=re.M,
+    )
     text = re.sub(r"^Example:$", "Examples:", text, flags=re.M)
     return re.sub(r"^Source: ", "**Source**: ", text, flags=re.M).rstrip("\n")

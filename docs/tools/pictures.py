@@ -30,8 +30,9 @@ addEventListener("load", () => {{
     || scrolls(e.parentElement));
   const wide = [...page.querySelectorAll("article *")].filter(
     e => e.getBoundingClientRect().right > width + 1 && !scrolls(e.parentElement));
+  const names = wide.map(e => e.tagName + " " + e.textContent.slice(0, 40));
   document.querySelector("p").textContent = JSON.stringify(
-    [page.documentElement.scrollHeight, wide.map(e => e.tagName + " " + e.textContent.slice(0, 40))]);
+    [page.documentElement.scrollHeight, names]);
 }});
 </script>
 """
