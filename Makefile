@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ALL := $(VENV)/.all
 WORKERS ?= 2
 
-.PHONY: setup test test-gpu demo lint bench bench-gpu docs clean
+.PHONY: setup test test-gpu demo lint bench bench-gpu docs pages wheel clean
 
 setup: $(ALL)
 
@@ -19,7 +19,7 @@ $(READY): pyproject.toml constraints.txt
 # `tensorflow`, which is several times as large.
 $(ALL): $(READY)
 	$(RUN) -m pip install --quiet --constraint constraints.txt \
-		--editable ".[torch,jax,retinanet,onnx,dev]" tensorflow-cpu keras
+		--editable ".[torch,jax,retinanet,onnx,docs,dev]" tensorflow-cpu keras
 	touch $@
 
 test: $(ALL)
@@ -46,8 +46,20 @@ bench-gpu: $(ALL)
 	$(RUN) -m benchmarks.bench_gpu
 
 docs: $(ALL)
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	$(RUN) -m mkdocs build --strict --site-dir build/site
+
+# The sdist, the wheel from it, and that wheel in an environment with NumPy and nothing else.
+wheel: $(ALL)
+	rm -rf build/wheel
+	$(RUN) -m build --no-isolation --outdir build/wheel/dist
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip install --quiet --constraint constraints.txt build/wheel/dist/*.whl
+	build/wheel/venv/bin/python -m pip check
+	cd build/wheel && venv/bin/python ../../.ci/installed.py
+
+# Pictures of the home page and two more, at desktop and phone width. Needs Chromium.
+pages: docs
+	$(RUN) docs/tools/pictures.py build/site docs/pictures/pages index numerics reproduction
 
 clean:
 	rm -rf $(VENV) runs dist build

@@ -61,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = shlex.join(["focal", *(sys.argv[1:] if arguments is None else arguments)])
     try:
         status: int = options.run(options, command) or 0
+    except ModuleNotFoundError as error:
+        print(f"focal: {_not_installed(error)}", file=sys.stderr)
+        return 2
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         # Everything a person can mend ends in one sentence; the rest keeps its traceback.
         text = str(error)
@@ -156,6 +159,18 @@ def _parser() -> argparse.ArgumentParser:
     bias.add_argument("pi", type=float, nargs="?", default=0.01, help="default 0.01")
     bias.set_defaults(run=lambda options, _: print(focal.prior_bias(options.pi)))
     return parser
+
+
+def _not_installed(error: ModuleNotFoundError) -> str:
+    """Which package is missing, and the extra that brings it."""
+    package = (error.name or "").split(".")[0]
+    if package in ("", "focal"):
+        raise error
+    extras = {"torch": "torch", "tensorflow": "tensorflow", "keras": "tensorflow"}
+    extras |= dict.fromkeys(("jax", "flax", "optax"), "jax")
+    extras |= dict.fromkeys(("onnx", "onnxscript"), "onnx")
+    extra = extras.get(package, "retinanet")
+    return f'{package} is not installed; pip install "focal-losses[{extra}]" brings it'
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:

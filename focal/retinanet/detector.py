@@ -1,4 +1,8 @@
-"""The framework-neutral face of the detector: build, save, load, raw outputs, predictions."""
+"""The framework-neutral face of the detector: build, save, load, raw outputs, predictions.
+
+Images and files are imported where they are used: with NumPy alone, configs can be made and
+`focal --help` and `focal prior-bias` work.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,6 @@ from typing import Any
 import numpy as np
 
 from focal.retinanet.config import RetinaNetConfig
-from focal.retinanet.data.transforms import fit, place
-from focal.retinanet.weights import load_weights, save_weights
 
 __all__ = [
     "BACKENDS",
@@ -72,6 +74,8 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: the file cannot be written.
     """
+    from focal.retinanet.weights import save_weights
+
     save_weights(path, backend_module(model.backend).state(model), model.config)
 
 
@@ -87,6 +91,8 @@ def load(path: str | os.PathLike[str], backend: str = "torch", device: str | Non
         FileNotFoundError: there is no such file.
         ValueError: it is not a whole weights file of this library, or the backend is unknown.
     """
+    from focal.retinanet.weights import load_weights
+
     tensors, config = load_weights(path)
     model = build(config, backend, device=device)
     backend_module(backend).load_state(model, tensors)
@@ -215,6 +221,8 @@ def _canvases(
     name: str, config: RetinaNetConfig, images: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Images on the canvas, the (height, width) that each covers, and its scale."""
+    from focal.retinanet.data.transforms import fit, place
+
     fill = np.rint(255 * np.array(config.mean)).astype(np.uint8)
     fitted = []
     for index, image in enumerate(images):

@@ -54,6 +54,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         "r50": Preset(RetinaNetConfig(), TrainConfig()),
     }
 )
+"""What to train, by name: "tiny" and "r50", each a `Preset`."""
 
 # retinanet_resnet50_fpn (v1): P6 from P5, whole-pixel anchors at the cells' corners.
 _TORCHVISION: Mapping[str, Any] = {
@@ -85,3 +86,4 @@ CONVENTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
     }
 )
+"""Whose conventions to follow, by name: the fields of `RetinaNetConfig` that differ."""

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from focal.retinanet.architecture import NORM_EPS
 from focal.retinanet.config import RetinaNetConfig
@@ -95,6 +93,9 @@ def read_torchvision(source: Source, *, norm_eps: float = NORM_EPS) -> dict[str,
     elif not Path(source).is_file():
         raise FileNotFoundError(f"{source}: expected a state dict of torchvision; found no file")
     elif os.fspath(source).endswith(".safetensors"):
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
         try:
             tensors = load_file(source)
         except SafetensorError as error:
