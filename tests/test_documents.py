@@ -142,7 +142,9 @@ def check_module(module: str, arguments: list[str]) -> None:
     else:
         found = find_spec(module)
         assert found is not None and found.origin is not None, module
-        source = Path(found.origin).read_text() if module.startswith("benchmarks") else ""
+        source = (
+            Path(found.origin).read_text() if module.startswith(("benchmarks", "tests")) else ""
+        )
         flags = [word for word in arguments if word.startswith("--")]
         assert module == "pytest" or all(f'"{flag}"' in source for flag in flags), arguments
 
@@ -166,7 +168,8 @@ def check_pip(words: list[str]) -> None:
         elif word.endswith(".txt"):
             assert (ROOT / word).is_file()
         else:
-            assert word in {"--constraint", "--editable", "tensorflow-cpu", "keras"}
+            pinned = re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.M)
+            assert word in {"--constraint", "--editable", *pinned}
 
 
 def check_target(target: str) -> None:

@@ -15,7 +15,16 @@ from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = ("numpy", "torch", "jax", "tensorflow", "testing", "retinanet")
+MODULES = (
+    "numpy",
+    "torch",
+    "jax",
+    "tensorflow",
+    "testing",
+    "retinanet",
+    "retinanet.export_torch",
+    "retinanet.export_tensorflow",
+)
 
 
 @pytest.fixture(scope="module")
