@@ -154,7 +154,7 @@ TABLES = {
 
 def sigmoid(x: Array) -> Array:
     """The probability that a margin stands for under log loss."""
-    return 1 / (1 + np.exp(-np.asarray(x, np.float64)))
+    return np.exp(-np.logaddexp(0.0, -np.asarray(x, np.float64)))
 
 
 class Fitted(NamedTuple):
@@ -169,22 +169,19 @@ def fit_lightgbm(
 ) -> Fitted:
     """Train with early stopping, and score x."""
     settings: dict[str, Any] = {**LIGHTGBM, "verbosity": -1, "seed": 0}
-    init, feval = 0.0, None
+    start, watched = lightgbm.Dataset(train.x, train.y), lightgbm.Dataset(valid.x, valid.y)
+    init, metric = 0.0, None
     if isinstance(objective, Focal):
         init = float(focal.prior_bias(train.y.mean()))
-        settings |= {"objective": objective.derivatives, "metric": "None"}
-        feval = lambda margins, data: (*objective.metric(margins, data), False)  # noqa: E731
+        for data, split in ((start, train), (watched, valid)):
+            data.set_init_score(np.full(len(split.y), init))
+        settings |= {"objective": objective.derivatives}
+        metric = lambda margins, data: (*objective.metric(margins, data), False)  # noqa: E731
     else:
         settings |= {"objective": "binary", **objective.parameters(train.y)}
-    own = isinstance(objective, Own)
-    start = lightgbm.Dataset(
-        train.x, train.y, init_score=None if own else np.full(len(train.y), init)
-    )
-    watched = lightgbm.Dataset(
-        valid.x, valid.y, reference=start, init_score=None if own else np.full(len(valid.y), init)
-    )
+    watched.set_reference(start)
     stop = lightgbm.early_stopping(PATIENCE, verbose=False)
-    model = lightgbm.train(settings, start, rounds, [watched], feval=feval, callbacks=[stop])
+    model = lightgbm.train(settings, start, rounds, [watched], feval=metric, callbacks=[stop])
     trees = model.dump_model()["tree_info"][: model.best_iteration]
     margins = model.predict(x, raw_score=True) + init
     return Fitted(margins, sum(tree["num_leaves"] - 1 for tree in trees))
@@ -207,10 +204,8 @@ def fit_xgboost(
     else:
         settings |= {"objective": "binary:logistic", **objective.parameters(train.y)}
     stop = xgboost.callback.EarlyStopping(rounds=PATIENCE, save_best=True)
-    model = xgboost.train(
-        settings, start, num_boost_round=rounds, evals=[(watched, "valid")], verbose_eval=False, callbacks=[stop],
-        **calls,
-    )  # fmt: skip
+    calls |= {"evals": [(watched, "valid")], "verbose_eval": False, "callbacks": [stop]}
+    model = xgboost.train(settings, start, num_boost_round=rounds, **calls)
     nodes = model.trees_to_dataframe()
     return Fitted(model.predict(rows, output_margin=True), int((nodes.Feature != "Leaf").sum()))
 

@@ -5,12 +5,13 @@ import re
 
 import pytest
 
-lightgbm = pytest.importorskip("lightgbm")
-xgboost = pytest.importorskip("xgboost")
+pytest.importorskip("lightgbm")
+pytest.importorskip("xgboost")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 import mpmath
 import numpy as np
+import xgboost
 from numpy.testing import assert_allclose
 
 import focal
@@ -59,7 +60,9 @@ def test_the_derivatives_are_those_of_the_loss(alpha, gamma, y):
     _, kept = Focal(alpha, gamma).derivatives(MARGINS, data)
     assert_allclose(kept, np.maximum(hess, np.abs(grad)), rtol=1e-11, atol=tiny)
     # XGBoost's margins are float32.
-    for a, b in zip(Focal(alpha, gamma).derivatives(MARGINS.astype("f"), data), (grad, kept), strict=True):
+    for a, b in zip(
+        Focal(alpha, gamma).derivatives(MARGINS.astype("f"), data), (grad, kept), strict=True
+    ):
         assert_allclose(a, b, rtol=2e-4, atol=tiny)
 
 
@@ -158,7 +161,9 @@ def test_the_objective_of_the_page_is_the_one_that_was_measured():
     page = {}
     exec(block.split("x, digits =")[0], page)
     data = Labels(MARGINS > 1)
-    for a, b in zip(page["objective"](MARGINS, data), Focal().derivatives(MARGINS, data), strict=True):
+    for a, b in zip(
+        page["objective"](MARGINS, data), Focal().derivatives(MARGINS, data), strict=True
+    ):
         assert_allclose(a, b, rtol=1e-12)
     assert_allclose(page["probability"](MARGINS), Focal().probabilities(MARGINS))
     assert page["metric"](MARGINS, data)[1] == pytest.approx(Focal().metric(MARGINS, data)[1])
