@@ -1,14 +1,11 @@
 """The tables and the picture of docs/reproduction.md, from docs/results/ablations.json.
 
 python -m benchmarks.ablations_page
-
-A table stands in the page between `<!-- NAME -->` and `<!-- end -->`; the words around it are kept.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +13,10 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from benchmarks.pages import fill, markdown
 from focal.retinanet.draw import PALETTE, save_image
 from focal.retinanet.figures import blank
+from focal.retinanet.weights import write_atomically
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 RESULTS = DOCS / "results" / "ablations.json"
@@ -140,17 +139,7 @@ def tables(results: Mapping[str, Any]) -> dict[str, str]:
         )
         row = (data, label, shown(cells, with_prior), shown(cells, without), *losses)
         found["prior"].append(row)
-    return {name: _markdown(rows) for name, rows in found.items()}
-
-
-def fill(page: str, parts: Mapping[str, str]) -> str:
-    """The page with its tables replaced."""
-    for name, table in parts.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.S)
-        page, count = pattern.subn(lambda m, t=table: f"{m[1]}\n{t}\n\n{m[2]}", page)
-        if count != 1:
-            raise ValueError(f"{PAGE.name}: expected one place for the table {name!r}; got {count}")
-    return page
+    return {name: markdown(rows) for name, rows in found.items()}
 
 
 def picture(results: Mapping[str, Any], out: Path) -> None:
@@ -193,16 +182,11 @@ def _mean(cells: Cells) -> Any:
     return lambda name: np.mean(cells[name]["AP"])
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = ("| " + " | ".join(row) + " |" for row in rows)
-    return "\n".join((head, "|" + "---|" * len(rows[0]), *body))
-
-
 def main() -> None:
     """Write tables and picture."""
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     page = fill(PAGE.read_text(encoding="utf-8"), tables(results))
-    PAGE.write_text(page, encoding="utf-8")
+    write_atomically(PAGE, page.encode())
     picture(results, PICTURE)
 
 

@@ -143,6 +143,9 @@ def versions() -> dict[str, str]:
         "optax": "optax",
         "tensorflow": "tensorflow-cpu",
         "keras": "keras",
+        "lightgbm": "lightgbm",
+        "xgboost": "xgboost-cpu",
+        "sklearn": "scikit-learn",
     }
     found = {name: version(d) for name, d in distributions.items() if name in sys.modules}
     return {"python": platform.python_version(), **found}

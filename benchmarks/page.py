@@ -1,12 +1,8 @@
-"""The tables and the plot of docs/benchmarks.md, from results/*.json.
-
-A table stands between `<!-- name -->` and `<!-- end -->` and is written anew.
-"""
+"""The tables and the plot of docs/benchmarks.md, from results/*.json."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.common import RESULTS, sides_of
+from benchmarks.pages import fill, markdown
 from focal.retinanet.draw import PALETTE
 from focal.retinanet.weights import write_atomically
 
@@ -38,71 +35,64 @@ def main() -> None:
         "targets": times_table(found["targets"]["times"]),
         "step": step_table(found["torch"]["training_step"]),
     }
-    text = PAGE.read_text(encoding="utf-8")
-    for name, lines in tables.items():
-        place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        body = "\n" + "\n".join(lines) + "\n\n"
-        text, count = place.subn(lambda match, body=body: match[1] + body + match[2], text)
-        assert count == 1, f"{PAGE}: needs one place for the table {name}, has {count}"
-    write_atomically(PAGE, text.encode())
+    write_atomically(PAGE, fill(PAGE.read_text(encoding="utf-8"), tables).encode())
     plot(found).savefig(PLOT)
 
 
-def provenance(found: Cases) -> list[str]:
+def provenance(found: Cases) -> str:
     """Where, when and with which versions."""
     machine = found["torch"]["machine"]
     versions = {k: v for name in FRAMEWORKS for k, v in found[name]["versions"].items()}
     named = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "focal")
     dates = sorted(report["date"][:16] for report in found.values())
     copies = ", ".join(f"{found[name]['losses']['copy_gb_per_s']:.0f}" for name in FRAMEWORKS)
-    return [
+    return (
         f"{machine['cores']} cores of an {machine['processor']}, {dates[0]} to {dates[-1]} UTC; "
         f"{named}. A copy on all cores moved {copies} GB/s."
-    ]
+    )
 
 
-def losses_table(losses: Mapping[str, Any]) -> list[str]:
+def losses_table(losses: Mapping[str, Any]) -> str:
     """Every case, forward and backward together, then each alone."""
-    lines = ["| case | focal, ms | other, ms | ratio | share of a copy |", "|---|---|---|---|---|"]
+    rows = [("case", "focal, ms", "other, ms", "ratio", "share of a copy")]
     for phase in ("both", "forward", "backward"):
         for name, case in losses[phase].items():
             ours, other, *floor = sides_of(case)
             label = name if phase == "both" else f"{name}; {phase}"
             share = f"{ours['share_of_copy']:.0%}" if phase == "both" else ""
             ratio = f"{case['ratio_of_medians']:.2f}"
-            lines.append(f"| {label} | {_cell(ours)} | {_cell(other)} | {ratio} | {share} |")
+            rows.append((label, _cell(ours), _cell(other), ratio, share))
             for side in floor:
-                lines.append(f"| ... exponential and logarithm alone | {_cell(side)} | | | |")
-    return lines
+                rows.append(("... exponential and logarithm alone", _cell(side), "", "", ""))
+    return markdown(rows)
 
 
-def times_table(cases: Cases) -> list[str]:
+def times_table(cases: Cases) -> str:
     """Both sides and their ratio."""
-    lines = ["| case | focal, ms | other, ms | ratio |", "|---|---|---|---|"]
+    rows = [("case", "focal, ms", "other, ms", "ratio")]
     for name, case in cases.items():
         ours, other = sides_of(case)
-        ratio = f"{case['ratio_of_medians']:.2f}"
-        lines.append(f"| {name} | {_cell(ours)} | {_cell(other)} | {ratio} |")
-    return lines
+        rows.append((name, _cell(ours), _cell(other), f"{case['ratio_of_medians']:.2f}"))
+    return markdown(rows)
 
 
-def memory_table(cases: Cases) -> list[str]:
+def memory_table(cases: Cases) -> str:
     """Peak memory beyond the arguments."""
-    lines = ["| case | focal | textbook |", "|---|---|---|"]
+    rows = [("case", "focal", "textbook")]
     for name, case in cases.items():
         ours, other, *_ = case["peak_memory_in_logits"].values()
-        lines.append(f"| {name} | {ours:.2f} | {other:.2f} |")
-    return lines
+        rows.append((name, f"{ours:.2f}", f"{other:.2f}"))
+    return markdown(rows)
 
 
-def step_table(settings: Cases) -> list[str]:
+def step_table(settings: Cases) -> str:
     """The parts of a training step."""
     names = ("forward", "backward", "optimiser", "the rest", "step")
-    lines = [f"| preset | {' | '.join(names)} | share of the rest |", "|---" * 7 + "|"]
+    rows = [("preset", *names, "share of the rest")]
     for setting, parts in settings.items():
-        cells = " | ".join(_cell(parts[name]) for name in names)
-        lines.append(f"| {setting} | {cells} | {parts['share_of_the_rest']:.1%} |")
-    return lines
+        share = f"{parts['share_of_the_rest']:.1%}"
+        rows.append((setting, *(_cell(parts[name]) for name in names), share))
+    return markdown(rows)
 
 
 def plot(found: Cases) -> Figure:

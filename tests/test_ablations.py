@@ -8,7 +8,7 @@ pytest.importorskip("torch")
 pytest.importorskip("pycocotools")
 import torch
 
-from benchmarks import ablations, ablations_page
+from benchmarks import ablations, ablations_page, pages
 
 TWO = ["CE .5", "OHEM 1:3 128 .5"]
 
@@ -86,7 +86,7 @@ def _texts(value):
 def test_the_page_shows_the_committed_results(tmp_path):
     results = json.loads(ablations_page.RESULTS.read_text())
     page = ablations_page.PAGE.read_text()
-    assert ablations_page.fill(page, ablations_page.tables(results)) == page
+    assert pages.fill(page, ablations_page.tables(results)) == page
     ablations_page.picture(results, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size < 100_000
 
