@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import signal
@@ -149,6 +150,11 @@ def train(
             reason += f"; {path} is the state before it"
         raise FloatingPointError(reason)
 
+    @functools.cache
+    def candidate() -> Any:
+        """The model to keep. One for all evaluations: a framework may keep the graph of each."""
+        return library.build(config, train_config.seed, device)
+
     def measured(step: int) -> Any:
         """The model with the weights to keep, which are saved, and measured if asked to."""
         signals.at_once = replicas.processes == 1  # nothing here needs to be finished
@@ -156,14 +162,13 @@ def train(
             weights = trainer.weights()
             if replicas.rank == 0:
                 save_weights(folder.weights, weights, config)
-            candidate = library.build(config, train_config.seed, device)
-            library.load_state(candidate, weights)
+            library.load_state(candidate(), weights)
             # A run that goes on from here may have it already, or was stopped in the midst of it.
             wanted = validation is not None and replicas.rank == 0
             if wanted and not folder.evaluated(step):
-                metrics, _ = evaluate_model(candidate, validation)
+                metrics, _ = evaluate_model(candidate(), validation)
                 folder.log({"kind": "eval", "split": validation.name, "step": step, **metrics})
-            return candidate
+            return candidate()
         except KeyboardInterrupt:
             if not signals.received:
                 raise
