@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-for package in ("torch", "safetensors", "onnxscript", "onnxruntime"):
-    pytest.importorskip(package)
+pytest.importorskip("torch")
+pytest.importorskip("safetensors")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
 import onnx
 import onnxruntime
 import torch
