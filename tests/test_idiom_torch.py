@@ -1,5 +1,6 @@
 """What PyTorch users do with a loss: transforms, compilation, autocast, layouts, modules."""
 
+import io
 import math
 import pickle
 import warnings
@@ -400,6 +401,111 @@ def test_modules_equal_their_functions(module, function, arguments, kind):
     assert torch.equal(pickle.loads(pickle.dumps(module))(x, t), expected)
     assert not list(module.parameters()) and not module.state_dict()
     assert any(parameter in repr(module) for parameter in ("alpha", "beta", "gamma"))
+
+
+OTHER = {"dense": "targets", "label": "labels", "class": "labels"}
+LABELS = {
+    "dense": soft(6, 3),
+    "label": torch.tensor([0, 1, -1, -2, 2, 0]),
+    "class": torch.tensor([0, 1, 2, -100, 2, 0]),
+}
+
+
+def test_modules_compile_in_one_graph():
+    def all_of_them(x):
+        boxes = torch.cat([x[:, :2], x[:, :2] + 1 + x[:, 1:].abs()], 1)
+        losses = [module(x, LABELS[kind]) for module, _, _, kind in modules()]
+        return sum(losses) + F.GIoULoss()(boxes, boxes.detach().roll(1, 0))
+
+    assert_compiled_equals_eager(all_of_them, logits(6, 3))
+
+
+@pytest.mark.parametrize(("module", "function", "arguments", "kind"), modules())
+def test_an_exported_module_gives_the_loss_of_any_batch(module, function, arguments, kind):
+    rows = {0: torch.export.Dim("rows")}
+    exported = torch.export.export(
+        module, (logits(6, 3), LABELS[kind]), dynamic_shapes={"inputs": rows, OTHER[kind]: rows}
+    )
+    file = io.BytesIO()
+    torch.export.save(exported, file)
+    again = torch.export.load(io.BytesIO(file.getvalue())).module()
+    x = torch.cat([logits(6, 3), torch.tensor(EXTREMES).view(3, 3)]).requires_grad_()
+    t = torch.cat([LABELS[kind], LABELS[kind][1:4]])
+    torch.testing.assert_close(again(x, t), function(x, t, *arguments))
+    # The gradient is that of the operations, one by one: at ordinary logits the same.
+    ordinary = logits(6, 3).requires_grad_()
+    by_export, by_focal = (
+        torch.autograd.grad(loss(ordinary, LABELS[kind]), ordinary)[0] for loss in (again, module)
+    )
+    torch.testing.assert_close(by_export, by_focal, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the check of the shapes
+def test_torchscript_has_the_loss_as_a_call_of_python():
+    """It neither reads an `autograd.Function` nor writes one to a file; it can call one."""
+    criterion = F.SigmoidFocalLoss(gamma=0.5)
+    with pytest.raises(torch.jit.frontend.NotSupportedError):
+        torch.jit.script(criterion)
+
+    traced = torch.jit.trace(criterion, (logits(6, 3), soft(6, 3)))
+    x, y = torch.tensor(EXTREMES).view(3, 3).requires_grad_(), soft(3, 3).round()
+    expected = criterion(x, y)
+    (slope,) = torch.autograd.grad(expected, x)
+    torch.testing.assert_close(traced(x, y), expected)
+    torch.testing.assert_close(torch.autograd.grad(traced(x, y), x)[0], slope)
+    with pytest.raises(RuntimeError, match="Could not export Python function call"):
+        torch.jit.save(traced, io.BytesIO())
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 3)
+
+        def forward(self, x, y):
+            return self.criterion(self.layer(x), y)
+
+        @torch.jit.ignore
+        def criterion(self, x, y):
+            # type: (torch.Tensor, torch.Tensor) -> torch.Tensor
+            return criterion(x, y)
+
+    network = Network()
+    loss = torch.jit.script(network)(logits(6, 3), soft(6, 3))
+    loss.backward()
+    (by_script,) = torch.autograd.grad(
+        criterion(network.layer(logits(6, 3)), soft(6, 3)), network.layer.weight
+    )
+    torch.testing.assert_close(network.layer.weight.grad, by_script)
+
+
+def test_suppression_traces_as_a_loop_of_the_graph():
+    """`fixed_point` asks the device for the end of its loop: recorded, it is a `while_loop`."""
+    from focal.core.nms import suppress
+
+    generator = torch.Generator().manual_seed(5)
+    corner = torch.rand(2, 300, 2, generator=generator) * 60
+    boxes = torch.cat([corner, corner + 8 + 24 * torch.rand(2, 300, 2, generator=generator)], -1)
+    classes = torch.randint(0, 2, (2, 300), generator=generator)
+
+    class Suppress(torch.nn.Module):
+        def forward(self, boxes, classes):
+            return suppress(xp, boxes, classes, 0.4)
+
+    expected = Suppress()(boxes, classes)
+    assert 20 < expected.sum() < 300
+    batch = {0: torch.export.Dim("batch", min=1)}
+    exported = torch.export.export(Suppress(), (boxes, classes), dynamic_shapes=(batch, batch))
+    again = exported.module()
+    assert torch.equal(again(boxes, classes), expected)
+    assert torch.equal(again(boxes[:1], classes[:1]), expected[:1])
+    # A chain, in which each box overlaps the next: as many rounds as there are boxes.
+    start = torch.arange(300.0).view(1, 300, 1) * 5
+    chain = torch.cat([start, start * 0, start + 10, start * 0 + 10], -1)
+    found = again(chain, torch.zeros(1, 300, dtype=torch.int64))
+    assert torch.equal(found, Suppress()(chain, torch.zeros(1, 300, dtype=torch.int64)))
+    compiled = torch.compile(Suppress(), fullgraph=True)
+    assert torch.equal(compiled(boxes, classes), expected)
 
 
 def test_module_checks_its_parameters_when_made():

@@ -116,15 +116,6 @@ def export(model: Any, path: str | os.PathLike[str]) -> None:
         ValueError: `path` has another ending.
         ImportError: a package that writes the format is not installed.
         OSError: the file or folder cannot be written.
-
-    Example:
-        >>> import os, tempfile
-        >>> from focal.retinanet import PRESETS, build, export
-        >>> config = PRESETS["tiny"].detector.replace(classes=("cell",), canvas=(64, 64))
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     export(build(config), os.path.join(folder, "detector.onnx"))
-        ...     os.listdir(folder)
-        ['detector.onnx']
     """
     backend = export_backend(path)
     if model.backend != backend:

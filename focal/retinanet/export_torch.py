@@ -151,13 +151,14 @@ def _program(model: RetinaNet, name: str) -> torch.export.ExportedProgram:
             f"{name}: model must be a detector of the backend 'torch'; "
             f"got {getattr(model, 'backend', type(model).__name__)!r}"
         )
-    detector = _Detector(copy.deepcopy(model).cpu()).eval()
+    # Channels-last weights would be written as they lie, and PyTorch warns of that.
+    network = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)
+    detector = _Detector(network).eval().requires_grad_(False)
     # A batch of two: a size of one would be taken for a constant.
     images = torch.zeros(2, *model.config.canvas, 3, dtype=torch.uint8)
     sizes = torch.tensor([model.config.canvas] * 2)
     batch = {0: torch.export.Dim("batch", min=1)}
-    with torch.no_grad():
-        return torch.export.export(detector, (images, sizes), dynamic_shapes=(batch, batch))
+    return torch.export.export(detector, (images, sizes), dynamic_shapes=(batch, batch))
 
 
 class _Detector(nn.Module):
