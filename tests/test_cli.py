@@ -157,7 +157,9 @@ def test_a_run_survives_kill_9(coco, tmp_path):
 # What the commands do
 
 
-@pytest.mark.parametrize("command", [(), ("train",), ("evaluate",), ("predict",), ("prior-bias",)])
+@pytest.mark.parametrize(
+    "command", [(), ("train",), ("evaluate",), ("predict",), ("export",), ("prior-bias",)]
+)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([*command, "--help"])

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from focal.retinanet import (
     PRESETS,
     RetinaNetConfig,
     build,
+    detector,
     export,
     export_torch,
     load,
@@ -276,6 +278,18 @@ def test_the_command_gone_wrong(tmp_path, model, capsys):
     errors = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in errors] == ["focal", "focal"]
     assert "must end in .onnx" in errors[0] and "expected a file" in errors[1]
+
+
+def test_a_path_without_an_ending_goes_to_tensorflow(tmp_path, monkeypatch, capsys):
+    written = []
+    writer = SimpleNamespace(export_saved_model=lambda *given: written.append(given))
+    monkeypatch.setitem(sys.modules, "focal.retinanet.export_tensorflow", writer)
+    detector_of = lambda _, backend, device: SimpleNamespace(backend=backend, device=device)  # noqa: E731
+    monkeypatch.setattr(detector, "load", detector_of)
+    out = tmp_path / "new" / "net"
+    assert main(["export", "weights.safetensors", "--out", str(out)]) == 0
+    assert written == [(SimpleNamespace(backend="tensorflow", device="cpu"), out)]
+    assert out.parent.is_dir() and capsys.readouterr().out == f"written: {out}\n"
 
 
 def test_a_detector_of_another_framework(tmp_path, model, monkeypatch):
