@@ -11,6 +11,7 @@ early stopping by the objective's own loss, and a quarter for the figures.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -188,10 +189,15 @@ def fit_lightgbm(
 
 
 def fit_xgboost(
-    objective: Objective, train: Split, valid: Split, x: Array, rounds: int = ROUNDS
+    objective: Objective,
+    train: Split,
+    valid: Split,
+    x: Array,
+    rounds: int = ROUNDS,
+    **changes: float,
 ) -> Fitted:
-    """Train with early stopping, and score x."""
-    settings: dict[str, Any] = {**XGBOOST, "seed": 0}
+    """Train with early stopping, and score x; `changes` are to the settings."""
+    settings: dict[str, Any] = {**XGBOOST, "seed": 0, **changes}
     start, watched = (xgboost.DMatrix(split.x, split.y) for split in (train, valid))
     rows = xgboost.DMatrix(x)
     calls: dict[str, Any] = {}
@@ -210,7 +216,12 @@ def fit_xgboost(
     return Fitted(model.predict(rows, output_margin=True), int((nodes.Feature != "Leaf").sum()))
 
 
-LIBRARIES = {"lightgbm": fit_lightgbm, "xgboost": fit_xgboost}
+Fit = Callable[..., Fitted]
+LIBRARIES: Mapping[str, Fit] = {"lightgbm": fit_lightgbm, "xgboost": fit_xgboost}
+CURVATURE_FITS: Mapping[str, Fit] = {
+    **LIBRARIES,
+    "xgboost, min_child_weight=0": partial(fit_xgboost, min_child_weight=0),
+}
 
 
 def scores(objective: Objective, fitted: Fitted, y: Array) -> dict[str, float]:
@@ -227,14 +238,14 @@ def scores(objective: Objective, fitted: Fitted, y: Array) -> dict[str, float]:
 
 
 def measure(
-    table: Table, library: str, objectives: Mapping[str, Objective], runs: int
+    table: Table, fit: Fit, objectives: Mapping[str, Objective], runs: int
 ) -> dict[str, Any]:
     """Means and standard deviations over the runs, and AP beside that of the first objective."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in objectives}
     for run in range(runs):
         train, valid, test = table.splits(run)
         for name, objective in objectives.items():
-            fitted = LIBRARIES[library](objective, train, valid, test.x)
+            fitted = fit(objective, train, valid, test.x)
             found[name].append(scores(objective, fitted, test.y))
     base = np.array([run["average_precision"] for run in next(iter(found.values()))])
     result = {}
@@ -281,10 +292,11 @@ def tables(report: Mapping[str, Any]) -> dict[str, str]:
                     )
                 )
             parts[f"{name}_{library}"] = markdown(rows)
-    rows = [("second derivative", "LightGBM: AP", "splits", "XGBoost: AP", "splits")]
+    head = ("LightGBM: AP", "splits", "XGBoost: AP", "splits", "`min_child_weight=0`: AP", "splits")
+    rows = [("second derivative", *head)]
     for title in CURVATURES:
         cells = [f"`{title}`" if "(" in title else title]
-        for library in LIBRARIES:
+        for library in CURVATURE_FITS:
             found = report["curvature"][library]["objectives"][title]
             cells += [
                 f"{found['average_precision']['mean']:.3f}",
@@ -306,7 +318,7 @@ def _pair(found: Mapping[str, Any], key: str) -> str:
 def main() -> None:
     """Measure, write, and show in the page."""
     compared = {
-        name: {lib: measure(table, lib, OBJECTIVES, table.runs) for lib in LIBRARIES}
+        name: {k: measure(table, fit, OBJECTIVES, table.runs) for k, fit in LIBRARIES.items()}
         for name, table in TABLES.items()
     }
     curvatures = {name: Focal(curvature=name) for name in CURVATURES}
@@ -316,7 +328,7 @@ def main() -> None:
         "python -m benchmarks.boosting",
         setting={"rounds": ROUNDS, "patience": PATIENCE, "lightgbm": LIGHTGBM, "xgboost": XGBOOST},
         tables=compared,
-        curvature={lib: measure(rare, lib, curvatures, rare.runs) for lib in LIBRARIES},
+        curvature={k: measure(rare, f, curvatures, rare.runs) for k, f in CURVATURE_FITS.items()},
     )
     write_atomically(PAGE, fill(PAGE.read_text(encoding="utf-8"), tables(report)).encode())
 

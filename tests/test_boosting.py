@@ -179,7 +179,7 @@ def test_the_page_shows_the_committed_results():
 def test_a_measurement_has_spread_and_a_first_row_to_compare_with():
     table = boosting.TABLES["cancer_thinned"]
     some = {"own": Own(), "focal": Focal()}
-    found = boosting.measure(table, "lightgbm", some, 2)["objectives"]
+    found = boosting.measure(table, boosting.fit_lightgbm, some, 2)["objectives"]
     assert found["own"]["gain"] == {"mean": 0, "standard_error": 0, "better": 0, "worse": 0}
     ap = [found[name]["average_precision"] for name in some]
     assert found["focal"]["gain"]["mean"] == pytest.approx(ap[1]["mean"] - ap[0]["mean"], abs=2e-5)
