@@ -169,7 +169,7 @@ def check_pip(words: list[str]) -> None:
             assert (ROOT / word).is_file()
         else:
             pinned = re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.M)
-            assert word in {"--constraint", "--editable", *pinned}
+            assert word in {"--constraint", "--editable", "-e", ".", *pinned}
 
 
 def check_target(target: str) -> None:
