@@ -121,6 +121,8 @@ def check_command(words: list[str], fed: str) -> None:
         check_module(rest[1], rest[2:])
     elif program == "focal":
         check_module("focal", rest)
+    elif program == "python" and rest[0] == "-c":
+        check_script(rest[1])
     elif program == "python":
         assert rest == ["-", "<<END"]
         check_script(fed.removesuffix("END\n"))

@@ -566,6 +566,15 @@ def signal_at(monkeypatch, step, *numbers):
     monkeypatch.setattr(Trainer, "step", signalled)
 
 
+@pytest.fixture
+def sigint():
+    """SIGINT as Python has it: a shell has it ignored in what runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("sigint")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_and_saves(tmp_path, monkeypatch, number):
     whole, stopped, validation = tmp_path / "whole", tmp_path / "stopped", shapes("val", 2)
@@ -607,6 +616,7 @@ def test_a_signal_stops_an_evaluation(tmp_path, monkeypatch, step):
     assert_same_run(stopped, whole)
 
 
+@pytest.mark.usefixtures("sigint")
 def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
     signal_at(monkeypatch, 4, signal.SIGINT, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt) as stop:
