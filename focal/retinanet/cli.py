@@ -1,4 +1,4 @@
-"""The command line: `focal train`, `evaluate`, `predict`, `export`, `check`, ...."""
+"""The command line: `focal train` and what goes with it; `focal --help` names them all."""
 
 from __future__ import annotations
 
