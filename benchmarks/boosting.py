@@ -212,8 +212,8 @@ def fit_xgboost(
     stop = xgboost.callback.EarlyStopping(rounds=PATIENCE, save_best=True)
     calls |= {"evals": [(watched, "valid")], "verbose_eval": False, "callbacks": [stop]}
     model = xgboost.train(settings, start, num_boost_round=rounds, **calls)
-    nodes = model.trees_to_dataframe()
-    return Fitted(model.predict(rows, output_margin=True), int((nodes.Feature != "Leaf").sum()))
+    splits = sum(tree.count("yes=") for tree in model.get_dump())  # each names its way for yes
+    return Fitted(model.predict(rows, output_margin=True), splits)
 
 
 Fit = Callable[..., Fitted]
