@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -97,7 +98,21 @@ def after_a_step(
     share = batch(replicas.rank * size, (replicas.rank + 1) * size)
     parts = trainer.step(0, share, LEARNING_RATE)
     found = {f"part/{k}": np.array(v, np.float32) for k, v in parts.items()}
-    return found | trainer.state() | {f"kept/{k}": v for k, v in trainer.weights().items()}
+    found |= trainer.state() | {f"kept/{k}": v for k, v in trainer.weights().items()}
+    if name == MOST:
+        check_overflow(trainer, share)
+    return found
+
+
+def check_overflow(trainer: Any, share: Batch) -> None:
+    """On every replica: numbers that are not finite are noticed, and change nothing."""
+    assert trainer.healthy
+    trainer.step(1, share, 1e30)
+    before = trainer.state()
+    trainer.step(2, share, LEARNING_RATE)
+    assert not trainer.healthy
+    for key, x in trainer.state().items():
+        np.testing.assert_array_equal(x, before[key], err_msg=key)
 
 
 def all_cases(backend: ModuleType, replicas: Replicas) -> dict[str, np.ndarray]:

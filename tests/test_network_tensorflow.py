@@ -397,7 +397,7 @@ def test_a_step_that_is_not_finite_changes_nothing(learnt):
         assert not trainer.healthy and not np.isfinite(parts["loss"])
         assert_same(trainer.state(), spoilt)
     trainer.load_state(before)
-    trainer.healthy.assign(True)
+    trainer._healthy.assign(True)
     assert 0 < float(trainer.step(40, batch, 1e-3)["gradient_norm"]) < np.inf
     trainer.load_state(before)
 

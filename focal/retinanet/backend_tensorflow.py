@@ -222,11 +222,16 @@ class Trainer:
             self.average = {name: tf.Variable(x.value) for name, x in current.items()}
             self.mean_positives = tf.Variable(EMA_START)
             # False from the first loss or gradient that is not finite; no step then changes a thing
-            self.healthy = tf.Variable(True)
+            self._healthy = tf.Variable(True)
         self._compiled = tf.function(self._step, autograph=False)
         self._gradient = self._slope
         if train.compile:  # no default: on a CPU it is no faster, and compiles for half a minute
             self._gradient = tf.function(self._slope, autograph=False, jit_compile=True)
+
+    @property
+    def healthy(self) -> Tensor:
+        """False from the first loss or gradient that is not finite."""
+        return self._healthy.read_value()  # the variable of several replicas is always true
 
     def step(self, number: int, batch: Batch, learning_rate: float) -> dict[str, Tensor]:
         """One step of the optimiser; the loss parts stay on the device.
@@ -260,8 +265,8 @@ class Trainer:
         parts = {k: self.strategy.experimental_local_results(v)[0] for k, v in found.items()}
         mean = parts.pop("mean_positives")
         finite = tf.math.is_finite(parts["loss"]) & tf.math.is_finite(parts["gradient_norm"])
-        healthy = self.healthy.read_value() & finite
-        self.healthy.assign(healthy)
+        healthy = self.healthy & finite
+        self._healthy.assign(healthy)
 
         def update() -> None:
             self.mean_positives.assign(mean)
