@@ -88,12 +88,11 @@ def shown(cells: Cells, name: str | None, metric: str = "AP") -> str:
         return ""
     values = 100 * np.array(cells[name][metric])
     steps = [step for step in cells[name]["diverged"] if step is not None]
-    if len(steps) == len(values):
-        return (
-            f"diverged at step {min(steps)}"
-            if len(steps) == 1
-            else (f"diverged at steps {min(steps)} to {max(steps)}")
-        )
+    if steps:
+        where = f"step {steps[0]}" if len(steps) == 1 else f"steps {min(steps)} to {max(steps)}"
+        if len(steps) == len(values):
+            return f"diverged at {where}"
+        return f"{len(steps)} of {len(values)} diverged at {where}; at most {values.max():.1f}"
     return f"{values.mean():.1f} ({values.min():.1f} to {values.max():.1f})"
 
 

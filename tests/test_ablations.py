@@ -95,7 +95,9 @@ def test_means_and_spread():
     cells = {
         "a": {"AP": [0.1, 0.2], "diverged": [None, None]},
         "b": {"AP": [0.0, 0.0], "diverged": [7, 9]},
+        "c": {"AP": [0.0, 0.2], "diverged": [7, None]},
     }
     assert ablations_page.shown(cells, "a") == "15.0 (10.0 to 20.0)"
     assert ablations_page.shown(cells, "b") == "diverged at steps 7 to 9"
-    assert ablations_page.shown(cells, "c") == ""
+    assert ablations_page.shown(cells, "c") == "1 of 2 diverged at step 7; at most 20.0"
+    assert ablations_page.shown(cells, "d") == ""
