@@ -76,6 +76,10 @@ def replicas(device: str | None = None) -> Replicas:
         place = "cuda" if distributed.get_backend() == "nccl" else "cpu"
         found = torch.tensor(value, device=place)
         distributed.all_reduce(found, distributed.ReduceOp.MAX)
+        if distributed.get_backend() == "gloo":
+            # gloo's thread lets go of `found` after we went on. If that waits until the interpreter
+            # ends, as it may where this was the last thing to do, the process is aborted.
+            distributed.monitored_barrier(timeout=PATIENCE)
         return int(found)
 
     return Replicas(rank, count, maximum=maximum)
