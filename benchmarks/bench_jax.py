@@ -15,12 +15,14 @@ from benchmarks.common import (
     ALPHA,
     CLASSES,
     GAMMA,
+    PHASES,
     SETTING,
     Case,
     add_share_of_copy,
     compare,
     copy_bandwidth,
     example,
+    losses_in_fresh_processes,
     record,
     times_table,
 )
@@ -61,8 +63,8 @@ def forward_backward(loss: Callable[..., Array], x: Array, t: Array) -> Case:
     return jitted(jax.value_and_grad(loss), x, t)
 
 
-def main() -> None:
-    """Measure, write, print."""
+def compare_losses() -> dict[str, Any]:
+    """Forward, backward and both of each case, both sides."""
     x, labels, y = map(jnp.asarray, example())
     pairs = {
         "dense, sum": (dense, optax_dense, y),
@@ -84,9 +86,15 @@ def main() -> None:
             losses[phase][name] = compare(sides)
             if phase == "both":
                 add_share_of_copy(losses[phase][name], 2 * x.nbytes + t.nbytes, bandwidth)
+    return losses
+
+
+def main() -> None:
+    """Measure, write, print."""
+    losses = losses_in_fresh_processes("benchmarks.bench_jax")
     record("jax_cpu", "python -m benchmarks", setting=SETTING, losses=losses)
     print(f"JAX and optax, {SETTING}; jitted, median (least) in ms\n")
-    for phase in phases:
+    for phase in PHASES:
         print(f"{phase}\n{times_table(losses[phase])}\n")
 
 

@@ -13,12 +13,14 @@ from benchmarks.common import (
     ALPHA,
     CLASSES,
     GAMMA,
+    PHASES,
     SETTING,
     Case,
     add_share_of_copy,
     compare,
     copy_bandwidth,
     example,
+    losses_in_fresh_processes,
     record,
     times_table,
 )
@@ -75,8 +77,8 @@ def grad(loss: Loss) -> Loss:
     return lambda x, t: both(x, t)[1]
 
 
-def main() -> None:
-    """Measure, write, print."""
+def compare_losses() -> dict[str, Any]:
+    """Forward, backward and both of each case, both sides."""
     x, labels, y = map(tf.constant, example())
     pairs = {
         "dense, sum": (dense, keras_dense, y),
@@ -104,9 +106,15 @@ def main() -> None:
                     nbytes = 2 * x.numpy().nbytes + t.numpy().nbytes
                     add_share_of_copy(case, nbytes, bandwidth)
                 losses[phase][name + (", jit_compile" if compiled else "")] = case
+    return losses
+
+
+def main() -> None:
+    """Measure, write, print."""
+    losses = losses_in_fresh_processes("benchmarks.bench_tensorflow")
     record("tensorflow_cpu", "python -m benchmarks", setting=SETTING, losses=losses)
     print(f"TensorFlow and Keras, {SETTING}; tf.function, median (least) in ms\n")
-    for phase in phases:
+    for phase in PHASES:
         print(f"{phase}\n{times_table(losses[phase])}\n")
 
 

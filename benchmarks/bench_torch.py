@@ -16,6 +16,7 @@ from benchmarks.common import (
     ALPHA,
     CLASSES,
     GAMMA,
+    PHASES,
     SETTING,
     Case,
     Staged,
@@ -23,6 +24,7 @@ from benchmarks.common import (
     compare,
     copy_bandwidth,
     example,
+    losses_in_fresh_processes,
     record,
     summary,
     table,
@@ -173,11 +175,11 @@ def main() -> None:
         setting=SETTING,
         threads=torch.get_num_threads(),
         import_focal=import_time(),
-        losses=compare_losses(),
+        losses=losses_in_fresh_processes("benchmarks.bench_torch"),
         training_step=training_steps(),
     )
     print(f"PyTorch, {SETTING}; median (least) in ms\n")
-    for phase in ("both", "forward", "backward"):
+    for phase in PHASES:
         print(f"{phase}\n{times_table(report['losses'][phase])}\n")
     memory = [("peak memory in logits", "focal", "textbook")]
     for name, case in report["losses"]["both"].items():

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,8 @@ ROWS, CLASSES, POSITIVES = 40_000, 80, 0.01
 ALPHA, GAMMA = 0.25, 2.0
 SETTING = f"float32 {ROWS} x {CLASSES}, {POSITIVES:.0%} positive rows, gamma {GAMMA}, alpha {ALPHA}"
 RESULTS = Path(__file__).parent / "results"
+PHASES = ("both", "forward", "backward")
+PROCESSES = 5
 
 
 def example() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -55,6 +59,34 @@ def compare(sides: Mapping[str, Case]) -> dict[str, Any]:
     times = interleaved(sides)
     ours, other, *_ = times.values()
     return {**times, "ratio_of_medians": round(other["median_ms"] / ours["median_ms"], 2)}
+
+
+def losses_in_fresh_processes(module: str) -> dict[str, Any]:
+    """What `compare_losses` of a module finds: for each case the process of the median ratio.
+
+    Within a process all repetitions share what malloc happens to have kept mapped, which decides
+    over a factor of two.
+    """
+    program = (
+        f"import json; from {module} import compare_losses; print(json.dumps(compare_losses()))"
+    )
+    runs = []
+    for _ in range(PROCESSES):
+        done = subprocess.run(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True
+        )
+        runs.append(json.loads(done.stdout.splitlines()[-1]))
+    found: dict[str, Any] = {
+        "processes": PROCESSES,
+        "copy_gb_per_s": statistics.median(run["copy_gb_per_s"] for run in runs),
+    }
+    for phase in PHASES:
+        found[phase] = {}
+        for name in runs[0][phase]:
+            cases = sorted((run[phase][name] for run in runs), key=itemgetter("ratio_of_medians"))
+            ratios = [case["ratio_of_medians"] for case in cases]
+            found[phase][name] = {**cases[PROCESSES // 2], "ratios": ratios}
+    return found
 
 
 def copy_bandwidth(nbytes: int) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.common import RESULTS, sides_of
+from benchmarks.common import PHASES, RESULTS, sides_of
 from benchmarks.pages import fill, markdown
 from focal.retinanet.draw import PALETTE
 from focal.retinanet.weights import write_atomically
@@ -54,16 +54,17 @@ def provenance(found: Cases) -> str:
 
 def losses_table(losses: Mapping[str, Any]) -> str:
     """Every case, forward and backward together, then each alone."""
-    rows = [("case", "focal, ms", "other, ms", "ratio", "share of a copy")]
-    for phase in ("both", "forward", "backward"):
+    rows = [("case", "focal, ms", "other, ms", "ratio", "all processes", "share of a copy")]
+    for phase in PHASES:
         for name, case in losses[phase].items():
             ours, other, *floor = sides_of(case)
             label = name if phase == "both" else f"{name}; {phase}"
             share = f"{ours['share_of_copy']:.0%}" if phase == "both" else ""
             ratio = f"{case['ratio_of_medians']:.2f}"
-            rows.append((label, _cell(ours), _cell(other), ratio, share))
+            spread = f"{case['ratios'][0]:.2f} to {case['ratios'][-1]:.2f}"
+            rows.append((label, _cell(ours), _cell(other), ratio, spread, share))
             for side in floor:
-                rows.append(("... exponential and logarithm alone", _cell(side), "", "", ""))
+                rows.append(("... exponential and logarithm alone", _cell(side), *[""] * 4))
     return markdown(rows)
 
 

@@ -261,13 +261,11 @@ def test_memory_layouts(name, x, reduction):
 
 
 def test_many_blocks_equal_one_row_at_a_time(monkeypatch):
-    from focal.torch import _pointwise
-
     x, y = logits(40, 7), soft(40, 7)
     labels = torch.randint(-2, 7, (40,), generator=torch.Generator().manual_seed(4))
     expected = [F.sigmoid_focal_loss(x, y), F.sparse_sigmoid_focal_loss(x, labels)]
     for block in (1, 7, 50):
-        monkeypatch.setattr(_pointwise, "CPU_BLOCK", block)
+        monkeypatch.setattr(torch_cpu, "BLOCK", block)
         torch.testing.assert_close(F.sigmoid_focal_loss(x, y), expected[0], rtol=1e-6, atol=0)
         torch.testing.assert_close(
             F.sparse_sigmoid_focal_loss(x, labels), expected[1], rtol=1e-6, atol=0
@@ -292,10 +290,49 @@ def test_the_pass_on_a_cpu_equals_the_formula(gamma, alpha, targets):
     else:
         t = soft(20, 5, dtype=torch.float64)
         t = (t > 0.5).double() if targets == "hard" else t
-    value, slope = torch_cpu.BlockPass(xp, formula, x.numel(), x)(x, t)
+    if targets != "labels":
+        x, t = x.reshape(-1), t.reshape(-1)
+    kernels = torch_cpu.Kernels(xp)
     expected = formula.value_and_grad(xp, x, t)
-    torch.testing.assert_close(value, expected[0], rtol=1e-14, atol=0)
+    slope = kernels.slope(formula, x, t, torch.ones((), dtype=x.dtype))
+    torch.testing.assert_close(kernels.value(formula, x, t), expected[0], rtol=1e-14, atol=0)
     torch.testing.assert_close(slope, expected[1], rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, 50_001])
+@pytest.mark.parametrize(
+    "positives", ["none", "one", "the last", "few", "many", "all", "a soft one"]
+)
+def test_listed_positives_change_nothing(monkeypatch, positives, size):
+    """Blocks of any number of positives, listed or masked, and those of other formulas."""
+    monkeypatch.setattr(torch_cpu, "WORTH_LISTING", 0)
+    monkeypatch.setattr(torch_cpu, "BLOCK", 7_000)
+    generator = torch.Generator().manual_seed(size)
+    x = 5 * torch.randn(size, generator=generator, dtype=torch.float64)
+    share = {"few": 0.01, "a soft one": 0.01, "many": 0.3, "all": 1.0}.get(positives, 0.0)
+    t = (torch.rand(size, generator=generator) < share).double()
+    if size and positives == "one":
+        t[size // 2] = 1
+    if size and positives == "the last":
+        t[-1] = 1
+    if size and positives == "a soft one":
+        t[size // 3] = 0.25
+    kernels = torch_cpu.Kernels(xp)
+    listed = positives not in ("many", "all", "a soft one")
+    if size > 1:
+        assert (torch_cpu._rare(t) is not None) == listed
+    if size == 0:
+        return
+    for alpha in (None, 0.1, 0.25, 1.0):
+        for gamma in (0.0, 0.5, 2.0, 3.3):
+            formula = formulas.SigmoidFocal(alpha, gamma)
+            value, slope = formula.value_and_grad(xp, x, t)
+            total, of_total = kernels.total_and_slope(formula, x, t)
+            torch.testing.assert_close(total, value.sum(), rtol=1e-13, atol=0)
+            torch.testing.assert_close(of_total, slope, rtol=1e-13, atol=0)
+            torch.testing.assert_close(kernels.value(formula, x, t), value, rtol=1e-13, atol=0)
+            scaled = kernels.slope(formula, x, t, x)
+            torch.testing.assert_close(scaled, slope * x, rtol=1e-13, atol=0)
 
 
 def test_fake_tensors_and_traces_do_not_see_values():

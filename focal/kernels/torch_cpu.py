@@ -6,10 +6,15 @@ For hard targets the loss depends on one number, the logit counted towards the w
     FL = a m^gamma softplus(w),    dFL/dw = a m^gamma (gamma p_t softplus(w) + m).
 
 This is half the work of the formulas for targets between 0 and 1 in `focal.core.formulas`,
-which it equals, and to which a block with such targets is left.
+which it equals, and to which a block with such targets is left. Where positives are rare, as in
+detection, what differs for them is done at their indices instead of everywhere.
 """
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,108 +22,225 @@ from torch import Tensor
 from focal.core.formulas import SigmoidFocal, Sparse
 from focal.core.namespace import Namespace
 
-__all__ = ["BlockPass"]
+__all__ = ["Kernels"]
+
+BLOCK = 3 << 17
+"""Logits per block: larger ones leave the cache, smaller ones wait for Python."""
+STRIP = 128
+"""Targets that are looked through at once: to add them up takes less time than to search them."""
+RARE = 1 / 64
+"""The share of positives up to which they are listed."""
+WORTH_LISTING = 1 << 15
+"""Targets from which on this saves time."""
 
 
-class BlockPass:
-    """Loss and derivative of one block of logits after another.
+class Kernels:
+    """What `focal.kernels.torch_triton` is on a GPU, for operands of any type on a CPU.
 
     Args:
         xp: The array namespace of PyTorch.
-        formula: `SigmoidFocal`, for targets like the logits, or that in `Sparse`, for labels.
-        size: Logits in the largest block.
-        like: A tensor of the type to compute in.
     """
 
-    def __init__(
-        self, xp: Namespace, formula: SigmoidFocal | Sparse, size: int, like: Tensor
-    ) -> None:
+    def __init__(self, xp: Namespace) -> None:
         self.xp = xp
-        self.formula = formula
-        self.buffers = [like.new_empty(size) for _ in range(5)]
 
-    def __call__(
-        self, x: Tensor, t: Tensor, value: Tensor | None = None, slope: Tensor | None = None
+    def value(self, formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor) -> Tensor:
+        """FL of every logit, in the type of x.
+
+        Args:
+            formula: `SigmoidFocal`, for targets like the logits, or that in `Sparse`, for labels.
+            x: Logits: any number of them, or (rows, classes) for labels.
+            t: Targets, or a label for each row.
+        """
+        out = x.new_empty(x.numel())
+        for here, value, _ in self._blocks(formula, x, t, value=out):
+            if value.dtype != out.dtype:
+                out[here] = value
+        return out.view(x.shape)
+
+    def slope(self, formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor, scale: Tensor) -> Tensor:
+        """dFL/dx * scale, in the type of x; `scale` is a scalar, or one number for each logit."""
+        out = x.new_empty(x.numel())
+        scale = scale.reshape(-1) if scale.ndim else scale
+        for here, _, slope in self._blocks(formula, x, t, slope=out):
+            slope.mul_(scale[here] if scale.ndim else scale)
+            if slope.dtype != out.dtype:
+                out[here] = slope
+        return out.view(x.shape)
+
+    def total(self, formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor) -> Tensor:
+        """The sum of FL, in float32 or better."""
+        sums = [value.sum() for _, value, _ in self._blocks(formula, x, t)]
+        return torch.stack(sums).sum()
+
+    def total_and_slope(
+        self, formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """FL and dFL/dx, written to `value` and `slope`, or to a buffer where one is not given."""
-        scratch = [buffer[: x.numel()].view(x.shape) for buffer in self.buffers]
-        value = scratch.pop() if value is None else value
-        slope = scratch.pop() if slope is None else slope
-        if isinstance(self.formula, Sparse):
-            self._sparse(x, t, value, slope, scratch)
-        else:
-            self._dense(x, t, value, slope, scratch)
-        return value, slope
+        """The sum of FL and dFL/dx in one pass, for logits of float32 or better."""
+        out = x.new_empty(x.numel())
+        sums = [value.sum() for _, value, _ in self._blocks(formula, x, t, slope=out)]
+        return torch.stack(sums).sum(), out.view(x.shape)
 
-    def _dense(
-        self, x: Tensor, y: Tensor, value: Tensor, slope: Tensor, scratch: list[Tensor]
-    ) -> None:
-        sign, *scratch = scratch
-        torch.add(x.new_ones(()), y, alpha=-2, out=sign)
-        if torch.abs(sign, out=slope).amin() == 1:
-            wrong = torch.mul(x, sign, out=value)
-            _margin_pass(self.formula, wrong, y, value, slope, scratch)
-            slope.mul_(sign)
-        else:
-            plain = self.formula.value_and_grad(self.xp, x, y)
-            value.copy_(plain[0])
-            slope.copy_(plain[1])
+    def _blocks(
+        self,
+        formula: SigmoidFocal | Sparse,
+        x: Tensor,
+        t: Tensor,
+        value: Tensor | None = None,
+        slope: Tensor | None = None,
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Which logits, their FL and their dFL/dx, for one block after another.
 
-    def _sparse(
-        self, x: Tensor, labels: Tensor, value: Tensor, slope: Tensor, scratch: list[Tensor]
-    ) -> None:
-        loss = self.formula.formula
-        _margin_pass(loss, x, None, value, slope, scratch)
-        # One logit a row by the formula for any target: that of the label, or else of class 0.
-        at = labels.clamp(min=0).long()[:, None]
-        y_at = (labels >= 0).to(x.dtype)[:, None]
-        value_at, slope_at = loss.value_and_grad(self.xp, x.gather(1, at), y_at)
-        value.scatter_(1, at, value_at)
-        slope.scatter_(1, at, slope_at)
-        ignored = torch.nonzero(labels < -1)[:, 0]
-        value.index_fill_(0, ignored, 0)
-        slope.index_fill_(0, ignored, 0)
+        The results stand in `value` and `slope`, where these are given and of the type to compute
+        in, and otherwise in memory that the next block uses again.
+        """
+        sparse = isinstance(formula, Sparse)
+        loss = formula.formula if sparse else formula
+        wide = torch.promote_types(x.dtype, torch.float32)
+        classes = x.shape[1] if sparse else 1
+        rows = max(1, BLOCK // classes)
+        buffers: list[Tensor] = []
+        listed = _labelled(t, classes) if sparse else _rare(t)
+        for start in range(0, len(x), rows):
+            xb = x[start : start + rows].to(wide).reshape(-1)
+            tb = t[start : start + rows]
+            here = slice(start * classes, start * classes + len(xb))
+            scratch = _scratch(buffers, xb)
+            v = value[here] if value is not None and value.dtype == wide else next(scratch)
+            s = slope[here] if slope is not None and slope.dtype == wide else next(scratch)
+            m, ce = next(scratch), next(scratch)
+            positives: _Listed | _Masked | None
+            if listed is not None:
+                positives = listed.within(here)
+            else:
+                positives = _masked(tb.to(wide), m, scratch)
+            if positives is not None:
+                _margin_pass(loss, xb, positives, v, s, m, ce)
+            else:
+                plain = loss.value_and_grad(self.xp, xb, tb.to(wide))
+                v.copy_(plain[0])
+                s.copy_(plain[1])
+            if sparse:
+                ignored = torch.nonzero(tb < -1)[:, 0]
+                v.view(-1, classes).index_fill_(0, ignored, 0)
+                s.view(-1, classes).index_fill_(0, ignored, 0)
+            yield here, v, s
+
+
+def _scratch(buffers: list[Tensor], like: Tensor) -> Iterator[Tensor]:
+    """Memory for one array like this after another, made when first needed."""
+    for i in itertools.count():
+        if i == len(buffers):
+            buffers.append(torch.empty_like(like))
+        yield buffers[i][: len(like)]
+
+
+class _Listed(NamedTuple):
+    """Positives by their indices, in rising order."""
+
+    at: Tensor
+
+    def within(self, here: slice) -> _Listed:
+        """Those of a block, counted from its start."""
+        first, last = (int(torch.searchsorted(self.at, end)) for end in (here.start, here.stop))
+        return _Listed(self.at[first:last] - here.start)
+
+    def flip(self, values: Tensor) -> None:
+        """Change the sign of the positives' values."""
+        values.index_copy_(0, self.at, values[self.at].neg_())
+
+    def weighted_power(self, loss: SigmoidFocal, m: Tensor) -> None:
+        """The factor a m^gamma in the memory of m."""
+        if loss.alpha is None:
+            _power(m, loss.gamma)
+            return
+        positive = _power(m[self.at], loss.gamma).mul_(loss.alpha)
+        if loss.gamma == 2:  # the usual case in one operation
+            torch.addcmul(m.new_zeros(()), m, m, value=1 - loss.alpha, out=m)
+        else:
+            _power(m, loss.gamma).mul_(1 - loss.alpha)
+        m.index_copy_(0, self.at, positive)
+
+
+class _Masked(NamedTuple):
+    """Positives by targets of 0 and 1, and 1 - 2 y."""
+
+    y: Tensor
+    sign: Tensor
+
+    def flip(self, values: Tensor) -> None:
+        """Change the sign of the positives' values."""
+        values.mul_(self.sign)
+
+    def weighted_power(self, loss: SigmoidFocal, m: Tensor) -> None:
+        """The factor a m^gamma in the memory of m."""
+        _power(m, loss.gamma)
+        if loss.alpha is None:
+            return
+        if loss.alpha < 0.25:  # from the end where nothing cancels
+            share = torch.add(m.new_tensor(loss.alpha), 1 - self.y, alpha=1 - 2 * loss.alpha)
+        else:
+            share = torch.add(m.new_tensor(1 - loss.alpha), self.y, alpha=2 * loss.alpha - 1)
+        m.mul_(share)
+
+
+def _labelled(labels: Tensor, classes: int) -> _Listed:
+    """The logits of the labels' classes."""
+    rows = torch.nonzero(labels >= 0)[:, 0]
+    return _Listed(rows * classes + labels[rows])
+
+
+def _rare(y: Tensor) -> _Listed | None:
+    """The targets of 1, if they are few and all others are 0."""
+    if len(y) < WORTH_LISTING:
+        return None
+    whole = len(y) // STRIP * STRIP
+    strips = y[:whole].view(-1, STRIP)
+    found = torch.nonzero(strips.sum(1))[:, 0]
+    if len(found) > RARE * len(y):
+        return None
+    row, column = torch.nonzero(strips[found], as_tuple=True)
+    rest = torch.nonzero(y[whole:])[:, 0] + whole
+    at = torch.cat([found[row] * STRIP + column, rest])
+    return _Listed(at) if len(at) <= RARE * len(y) and bool((y[at] == 1).all()) else None
+
+
+def _masked(y: Tensor, spare: Tensor, scratch: Iterator[Tensor]) -> _Masked | None:
+    """The targets of 1, if all others are 0."""
+    sign = torch.add(y.new_ones(()), y, alpha=-2, out=next(scratch))
+    return _Masked(y, sign) if torch.abs(sign, out=spare).amin() == 1 else None
 
 
 def _margin_pass(
     loss: SigmoidFocal,
-    wrong: Tensor,
-    y: Tensor | None,
+    x: Tensor,
+    positives: _Listed | _Masked,
     value: Tensor,
     slope: Tensor,
-    scratch: list[Tensor],
+    m: Tensor,
+    ce: Tensor,
 ) -> None:
-    """FL and dFL/dw of margins w, which may stand in `value`; y None is 0."""
-    m, ce = scratch[:2]
-    torch.sigmoid(wrong, out=m)
-    p_t = torch.neg(wrong, out=slope).sigmoid_()
-    # softplus(w) = max(w, 0) - log(1 - min(m, p_t)); an infinite one must not meet p_t = 0.
+    """FL and dFL/dx of hard targets."""
+    # An infinite softplus must not meet p_t = 0.
+    largest = torch.finfo(x.dtype).max
+    w = torch.clamp(x, -largest, largest, out=value)
+    positives.flip(w)
+    torch.sigmoid(w, out=m)
+    p_t = torch.neg(w, out=slope).sigmoid_()
+    # softplus(w) = max(w, 0) - log(1 - min(m, p_t))
     torch.minimum(m, p_t, out=ce).neg_().log1p_()
-    torch.clamp(wrong, 0, torch.finfo(wrong.dtype).max, out=value).sub_(ce)
-    torch.add(m, p_t.mul_(value), alpha=loss.gamma, out=slope)
-    for factor in _factors(loss, m, y, ce):
-        value.mul_(factor)
-        slope.mul_(factor)
+    w.clamp_(min=0).sub_(ce)
+    torch.addcmul(m, p_t, w, value=loss.gamma, out=slope)
+    positives.weighted_power(loss, m)
+    value.mul_(m)
+    slope.mul_(m)
+    positives.flip(slope)
 
 
-def _factors(
-    loss: SigmoidFocal, m: Tensor, y: Tensor | None, spare: Tensor
-) -> list[Tensor | float]:
-    """The factor a m^gamma in the memory of m, or what of it is not 1."""
-    if loss.gamma == 0.5:
-        m.sqrt_()
-    elif loss.gamma == 2:
-        m.mul_(m)
-    elif loss.gamma not in (0, 1):
-        m.pow_(loss.gamma)
-    power = [] if loss.gamma == 0 else [m]
-    if loss.alpha is None:
-        return power
-    if y is None:
-        share: Tensor | float = 1 - loss.alpha
-    elif loss.alpha < 0.25:  # from the end where nothing cancels
-        torch.sub(m.new_ones(()), y, out=spare)
-        share = torch.add(m.new_tensor(loss.alpha), spare, alpha=1 - 2 * loss.alpha, out=spare)
-    else:
-        share = torch.add(m.new_tensor(1 - loss.alpha), y, alpha=2 * loss.alpha - 1, out=spare)
-    return [m.mul_(share)] if power else [share]
+def _power(m: Tensor, gamma: float) -> Tensor:
+    """m^gamma in the memory of m."""
+    if gamma == 0.5:
+        return m.sqrt_()
+    if gamma == 2:
+        return m.mul_(m)
+    return m if gamma == 1 else m.pow_(gamma)

@@ -36,12 +36,15 @@ __all__ = ["pointwise", "pointwise_sum"]
 xp = cast(Namespace, _ops)
 Targets = Tensor | float
 
+CPU_KERNELS = torch_cpu.Kernels(xp)
 CPU_BLOCK = 1 << 18
 """Elements per block: larger ones leave the cache, smaller ones wait for Python."""
 DEVICE_BLOCK = 1 << 22
 """Large enough that launching kernels costs nothing beside running them."""
 TRITON_DEVICE = "cuda"
 """Where the kernels of Triton run; its interpreter, for tests, runs them on the CPU."""
+BATCHED = tuple(torch._C._dispatch_key_parse(name) for name in ("Batched", "FuncTorchBatched"))
+"""What dispatch keys tell of a tensor that a vmap runs over."""
 
 
 def pointwise(formula: Formula, x: Tensor, t: Targets) -> Tensor:
@@ -61,7 +64,7 @@ def pointwise_sum(formula: Formula, x: Tensor, t: Targets) -> Tensor:
         return pointwise(formula, _wide(x), t).sum()
     # The slope of half-precision logits would be rounded before it is scaled: recompute it.
     with_slope = torch.is_grad_enabled() and x.requires_grad and _wide(x) is x
-    with_slope = with_slope and _gpu_kernels(formula, x, t) is None
+    with_slope = with_slope and _kernels(formula, x, t) in (None, CPU_KERNELS)
     return _Sum.apply(x, t, formula, with_slope)[0]
 
 
@@ -70,12 +73,10 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, t: Targets, formula: Formula) -> Tensor:
-        if (kernels := _gpu_kernels(formula, x, t)) is not None:
+        if (kernels := _kernels(formula, x, t)) is not None:
             flatten, restore = _layout(x, t)
             return restore(kernels.value(formula, flatten(x), flatten(t)))
-        if (run := _cpu_pass(formula, x, t)) is not None:
-            return _by_block(lambda xb, tb, out: run(xb, tb, value=out)[0], x, t)
-        return _by_block(lambda xb, tb, _: formula.value(xp, xb, tb), x, t)
+        return _by_block(functools.partial(formula.value, xp), x, t)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -111,15 +112,12 @@ class _Slope(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, t: Targets, scale: Tensor, formula: Formula) -> Tensor:
-        if (kernels := _gpu_kernels(formula, x, t, scale)) is not None:
+        if (kernels := _kernels(formula, x, t, scale)) is not None:
             flatten, restore = _layout(x, t)
             by = flatten(scale) if scale.ndim else scale
             return restore(kernels.slope(formula, flatten(x), flatten(t), by))
-        run = None if _is_batched(scale) else _cpu_pass(formula, x, t)
 
-        def block(xb: Tensor, tb: Targets, out: Tensor | None, sb: Tensor = scale) -> Tensor:
-            if run is not None:
-                return run(xb, tb, slope=out)[1].mul_(sb)
+        def block(xb: Tensor, tb: Targets, sb: Tensor = scale) -> Tensor:
             return formula.value_and_grad(xp, xb, tb)[1] * sb
 
         if scale.ndim or _is_batched(scale):
@@ -173,18 +171,17 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, t: Targets, formula: Formula, with_slope: bool) -> tuple[Tensor, Tensor]:
-        kernels = None if with_slope else _gpu_kernels(formula, x, t)
-        if kernels is not None:
-            flatten, _ = _layout(x, t)
-            return kernels.total(formula, flatten(x), flatten(t)), x.new_empty(0)
+        if (kernels := _kernels(formula, x, t)) is not None:
+            flatten, restore = _layout(x, t)
+            if not with_slope:
+                return kernels.total(formula, flatten(x), flatten(t)), x.new_empty(0)
+            total, slope = kernels.total_and_slope(formula, flatten(x), flatten(t))
+            return total, restore(slope)
         sums: list[Tensor] = []
-        run = _cpu_pass(formula, x, t)
 
-        def block(xb: Tensor, tb: Targets, out: Tensor | None) -> Tensor | None:
+        def block(xb: Tensor, tb: Targets) -> Tensor | None:
             slope = None
-            if run is not None:
-                value, slope = run(xb, tb, slope=out)
-            elif with_slope:
+            if with_slope:
                 value, slope = formula.value_and_grad(xp, xb, tb)
             else:
                 value = formula.value(xp, xb, tb)
@@ -288,8 +285,7 @@ def _is_batched(a: Any) -> bool:
     if not isinstance(a, Tensor):
         return False
     keys = torch._C._dispatch_keys(a)
-    names = ("Batched", "FuncTorchBatched")
-    return any(keys.has(torch._C._dispatch_key_parse(name)) for name in names)
+    return any(keys.has(key) for key in BATCHED)
 
 
 def _has_kernel(formula: Formula, x: Tensor, t: Targets, *more: Tensor) -> bool:
@@ -309,21 +305,15 @@ def _has_kernel(formula: Formula, x: Tensor, t: Targets, *more: Tensor) -> bool:
     )
 
 
-def _cpu_pass(formula: Formula, x: Tensor, t: Targets) -> torch_cpu.BlockPass | None:
-    """The kernel for CPUs, where there is one for this formula and it may write in place."""
-    if x.device.type != "cpu" or not _has_kernel(formula, x, t):
+def _kernels(formula: Formula, x: Tensor, t: Tensor | float, *more: Tensor) -> Any:
+    """`focal.kernels.torch_triton` or its like for a CPU, where one takes these operands."""
+    if not _has_kernel(formula, x, t, *more):
         return None
-    classes = x.shape[-1] if cast(Tensor, t).shape != x.shape else 1
-    size = min(max(CPU_BLOCK, classes), x.numel())
-    return torch_cpu.BlockPass(xp, formula, size, _wide(x))
-
-
-def _gpu_kernels(formula: Formula, x: Tensor, t: Targets, *more: Tensor) -> ModuleType | None:
-    """`focal.kernels.torch_triton`, where it takes these operands."""
-    if x.device.type != TRITON_DEVICE or not _has_kernel(formula, x, t, *more):
-        return None
-    kernels = _triton_on(x.device)
-    return kernels if kernels and kernels.takes(x, t, *more) else None
+    if x.device.type == TRITON_DEVICE:
+        kernels = _triton_on(x.device)
+        if kernels and kernels.takes(x, t, *more):
+            return kernels
+    return CPU_KERNELS if x.device.type == "cpu" else None
 
 
 @functools.cache
@@ -351,27 +341,24 @@ def _by_block(
     *more: Tensor,
     output: bool = True,
 ) -> Tensor:
-    """function(x, t, out, *more) elementwise, block by block, into a new tensor like x.
+    """function(x, t, *more) elementwise, block by block, into a new tensor like x.
 
-    The function may write its result to `out`. It is None where the result is of another type,
-    and without `output`, where the function is only called and the result is empty.
+    Without `output` the function is only called, and the result is empty.
     """
     if torch.compiler.is_compiling() or any(map(_is_batched, (x, t, *more))):
-        return cast(Tensor, function(*_wide_pair(x, t), None, *more)).to(x.dtype)
+        return cast(Tensor, function(*_wide_pair(x, t), *more)).to(x.dtype)
     flatten, restore = _layout(x, t)
     flat = flatten(x)
-    result = torch.empty_like(flat) if output else x.new_empty(0)
+    result = flat.new_empty(flat.shape) if output else x.new_empty(0)
     size = CPU_BLOCK if x.device.type == "cpu" else DEVICE_BLOCK
     rows = max(1, size // max(1, math.prod(flat.shape[1:])))
     operands = [flat, t, *more]
     blocks = [flatten(a).split(rows) if isinstance(a, Tensor) else None for a in operands[1:]]
-    direct = output and _wide(x) is x
     for i, xb in enumerate(flat.split(rows)):
         tb, *rest = (t if b is None else b[i] for b in blocks)
-        out = result[i * rows : i * rows + len(xb)]
-        values = function(*_wide_pair(xb, tb), out if direct else None, *rest)
-        if output and values is not out:
-            out.copy_(cast(Tensor, values))
+        values = function(*_wide_pair(xb, tb), *rest)
+        if output:
+            result[i * rows : i * rows + len(xb)] = cast(Tensor, values)
     return restore(result) if output else result
 
 
