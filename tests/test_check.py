@@ -4,10 +4,10 @@ import copy
 import dataclasses
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
+from bccd import BCCD, needs_bccd
 from PIL import Image
 
 from focal.numpy import anchors, box_iou
@@ -18,8 +18,6 @@ from focal.retinanet.cli import main
 from focal.retinanet.data.check import check_data, read_boxes
 from focal.retinanet.data.coverage import anchor_shapes, best_iou
 
-BCCD = Path(__file__).resolve().parents[2] / "shared/data/bccd"
-needs_bccd = pytest.mark.skipif(not BCCD.is_dir(), reason="the BCCD images are not here")
 TINY = PRESETS["tiny"].detector
 
 

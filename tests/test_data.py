@@ -7,10 +7,10 @@ import logging
 import re
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from bccd import BCCD, needs_bccd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -30,10 +30,6 @@ from focal.retinanet.data import (
 from focal.retinanet.data import transforms as T
 from focal.retinanet.data.images import exif_turns
 from focal.retinanet.data.shapes import _mask
-
-BCCD = Path(__file__).resolve().parents[2] / "shared/data/bccd"
-needs_bccd = pytest.mark.skipif(not BCCD.is_dir(), reason="the BCCD images are not here")
-
 
 # ---------------------------------------------------------------- images
 

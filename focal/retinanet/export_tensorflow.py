@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
 
 from focal.retinanet.backend_tensorflow import detections_of
+from focal.retinanet.exported import description
 from focal.retinanet.network_tensorflow import RetinaNet
 
 __all__ = ["export_saved_model"]
@@ -87,8 +87,7 @@ def export_saved_model(model: RetinaNet, path: str | os.PathLike[str]) -> None:
 
 
 def _write(model: RetinaNet, folder: Path) -> None:
-    config = model.config
-    height, width = config.canvas
+    height, width = model.config.canvas
 
     def detect(images: Tensor, sizes: Tensor) -> dict[str, Tensor]:
         # Without the device that the model is on: the loaded graph runs on whatever there is.
@@ -101,18 +100,11 @@ def _write(model: RetinaNet, folder: Path) -> None:
             "count": tf.math.count_nonzero(real, axis=-1),
         }
 
-    description = {
-        "format": FORMAT,
-        "version": VERSION,
-        "classes": config.classes,
-        "canvas": config.canvas,
-        "fill": np.rint(255 * np.array(config.mean)).astype(int).tolist(),
-        "config": json.loads(config.to_json()),
-    }
+    texts = {"format": FORMAT, "version": VERSION, **description(model.config)}
     # The asset takes the name of the file, which must be there when the rest is written.
     with TemporaryDirectory() as scratch:
         file = Path(scratch) / DESCRIPTION
-        file.write_text(json.dumps(description, indent=2))
+        file.write_text(json.dumps(texts, indent=2))
         module = tf.Module()
         module.detect = tf.function(
             detect,

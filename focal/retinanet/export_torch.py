@@ -14,11 +14,11 @@ import os
 import warnings
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from focal.retinanet.backend_torch import detections_of
+from focal.retinanet.exported import description
 from focal.retinanet.network_torch import RetinaNet
 from focal.retinanet.weights import write_atomically
 
@@ -89,7 +89,6 @@ def export_onnx(model: RetinaNet, path: str | os.PathLike[str]) -> None:
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     program = _program(model, "export_onnx")
-    config = model.config
     with _quiet():
         graph = torch.onnx.export(
             program,
@@ -102,13 +101,7 @@ def export_onnx(model: RetinaNet, path: str | os.PathLike[str]) -> None:
         )
     ClearMetadataAndDocStringPass()(graph.model)  # each operation's place in the source files
     written = graph.model_proto
-    description = {
-        "classes": config.classes,
-        "canvas": config.canvas,
-        "fill": np.rint(255 * np.array(config.mean)).astype(int).tolist(),
-        "config": json.loads(config.to_json()),
-    }
-    texts = {key: json.dumps(value) for key, value in description.items()}
+    texts = {key: json.dumps(value) for key, value in description(model.config).items()}
     onnx.helper.set_model_props(written, {"format": FORMAT, "version": VERSION, **texts})
     written.doc_string = DESCRIPTION
     write_atomically(path, written.SerializeToString())

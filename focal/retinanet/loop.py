@@ -8,7 +8,8 @@ import json
 import math
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 import focal
 from focal.retinanet.config import RetinaNetConfig, TrainConfig
-from focal.retinanet.data import Dataset, eval_batches, train_batches
+from focal.retinanet.data import Batch, Dataset, eval_batches, train_batches
 from focal.retinanet.detector import backend_module, detect
 from focal.retinanet.evaluate import evaluate
 from focal.retinanet.first_loss import check_first_loss
@@ -106,10 +107,9 @@ def train(
     if initial is not None:
         library.load_state(model, initial)
     trainer = library.Trainer(model, train_config, replicas)
-    steps = train_config.steps
     first, before = 0, 0.0
     if resume:
-        tensors, first, before = folder.resume(steps)
+        tensors, first, before = folder.resume(train_config.steps)
         trainer.load_state(tensors)
     else:
         folder.start()
@@ -124,110 +124,178 @@ def train(
         **(notes or {}),
     }
     folder.write_config(record)
-    begin = time.monotonic() - before
+    share = replicas.rank, replicas.processes
+    batches = train_batches(dataset, config, train_config, start=first, share=share)
+    run = _Run(
+        config=config,
+        train=train_config,
+        validation=validation,
+        backend=backend,
+        device=device,
+        trainer=trainer,
+        folder=folder,
+        replicas=replicas,
+        first=first,
+        before=before,
+        check_start=initial is None and config.loss == "focal" and replicas.processes == 1,
+    )
+    with run.signals:
+        with contextlib.closing(batches):
+            run.steps(batches)
+        record["seconds"] = run.seconds(1)
+        model = run.measured(train_config.steps)
+        folder.write_config(record)
+        run.wait()  # for the measurement
+    return model
 
-    def every(interval: int, step: int) -> bool:
-        return interval > 0 and step % interval == 0
 
-    def save(step: int) -> Path:
-        return folder.save_checkpoint(trainer.state(), step, time.monotonic() - begin)
+@dataclass
+class _Run:
+    """A run between its first step and its last."""
 
-    def stop(number: int, step: int) -> NoReturn:
-        path = save(step)
-        replicas.maximum(0)  # a launcher may end the others when one process ends
+    config: RetinaNetConfig
+    train: TrainConfig
+    validation: Dataset | None
+    backend: str
+    device: str | None
+    trainer: Any
+    folder: RunFolder
+    replicas: Replicas
+    first: int
+    """Steps that are done already."""
+    before: float
+    """Seconds that they took."""
+    check_start: bool
+    """Whether the first loss is to be what the initialisation promises."""
+    signals: Signals = field(default_factory=Signals)
+    unread: list[tuple[int, Mapping[str, Any], np.ndarray]] = field(default_factory=list)
+    """Number, loss parts and images of the steps since the device was last waited for."""
+
+    def __post_init__(self) -> None:
+        self.begin = time.monotonic() - self.before
+
+    def seconds(self, digits: int) -> float:
+        """Since the run began, without the time between a stop and going on."""
+        return round(time.monotonic() - self.begin, digits)
+
+    def steps(self, batches: Iterator[Batch]) -> None:
+        """All steps that are left, with what they log, save and measure on the way."""
+        train, first = self.train, self.first
+        if 0 < first < train.steps and _every(train.eval_every, first):
+            self.measured(first)
+        silent = self.replicas.rank > 0
+        bar = _Bar(
+            total=train.steps, initial=first, unit="step", dynamic_ncols=True, disable=silent
+        )
+        with bar:
+            speed = _Speed(train.batch_size, first)
+            for done in range(first + 1, train.steps + 1):
+                rate = learning_rate(train, done - 1)
+                batch = next(batches)
+                parts = self.trainer.step(done - 1, batch, rate)
+                self.unread.append((done, parts, batch.image_ids))
+                bar.update()
+                logs = _every(train.log_every, done) or done == train.steps
+                saves = _every(train.save_every, done) or done == train.steps
+                evaluates = _every(train.eval_every, done) and done < train.steps
+                starts = done == 1 and self.check_start
+                stopping = self.stopping(logs or saves or evaluates or starts)
+                # One process has a part of the batch, and knows the loss of the whole.
+                if starts:
+                    check_first_loss(float(parts["classification"]), batch, self.config)
+                if logs:
+                    self.log(done, parts, rate, speed.since_last(done), bar)
+                if stopping:
+                    self.stop(stopping, done)
+                if saves:
+                    self.save(done)
+                if evaluates:
+                    self.measured(done)
+
+    def stopping(self, looks: bool) -> int:
+        """The signal for which all processes are to stop, or 0.
+
+        Only here is the device waited for, and are the other processes: where a step `looks` at
+        its results, and now and then.
+        """
+        received = self.signals.received if self.replicas.processes == 1 else 0
+        if not (looks or received or len(self.unread) == UNREAD):
+            return 0
+        if not self.trainer.healthy:
+            self.refuse()
+        self.unread.clear()
+        return self.replicas.maximum(self.signals.received)
+
+    def log(
+        self, step: int, parts: Mapping[str, Any], rate: float, speed: float, bar: tqdm[Any]
+    ) -> None:
+        """A line of the metrics, and what the bar shows of it."""
+        values = {name: float(value) for name, value in parts.items()}
+        values |= {"learning_rate": rate, "images_per_second": speed, "seconds": self.seconds(2)}
+        self.folder.log({"kind": "train", "step": step, **values})
+        bar.set_postfix_str(
+            f"loss {values['loss']:.3f} (class {values['classification']:.3f}, "
+            f"box {values['box']:.3f}), lr {rate:.1e}, {speed:.0f} img/s"
+        )
+
+    def save(self, step: int, state: dict[str, np.ndarray] | None = None) -> Path:
+        """A checkpoint of the state after a step; default: of the trainer's."""
+        state = self.trainer.state() if state is None else state
+        return self.folder.save_checkpoint(state, step, time.monotonic() - self.begin)
+
+    def stop(self, number: int, step: int) -> NoReturn:
+        """Save, and say that a signal came."""
+        path = self.save(step)
+        self.wait()
         name = signal.Signals(number).name
-        text = f"stopped by {name} after step {step} of {steps}; {path} is saved"
+        text = f"stopped by {name} after step {step} of {self.train.steps}; {path} is saved"
         raise Stopped(number, text)
 
-    def refuse() -> NoReturn:
+    def refuse(self) -> NoReturn:
         """Say what is not finite; since then no step has changed anything."""
-        step, reason = _first_not_finite(unread)
-        state = trainer.state()
+        step, reason = _first_not_finite(self.unread)
+        state = self.trainer.state()
         # From before the run's first step nothing is missing.
-        if step - 1 > first and all(np.isfinite(x).all() for x in state.values()):
-            path = folder.save_checkpoint(state, step - 1, time.monotonic() - begin)
-            replicas.maximum(0)
+        if step - 1 > self.first and all(np.isfinite(x).all() for x in state.values()):
+            path = self.save(step - 1, state)
+            self.wait()
             reason += f"; {path} is the state before it"
         raise FloatingPointError(reason)
 
-    @functools.cache
-    def candidate() -> Any:
+    def wait(self) -> None:
+        """For the other processes: a launcher may end them when one ends."""
+        self.replicas.maximum(0)
+
+    @functools.cached_property
+    def candidate(self) -> Any:
         """The model to keep. One for all evaluations: a framework may keep the graph of each."""
-        return library.build(config, train_config.seed, device)
+        return backend_module(self.backend).build(self.config, self.train.seed, self.device)
 
-    def measured(step: int) -> Any:
+    def measured(self, step: int) -> Any:
         """The model with the weights to keep, which are saved, and measured if asked to."""
-        signals.at_once = replicas.processes == 1  # nothing here needs to be finished
+        self.signals.at_once = self.replicas.processes == 1  # nothing here needs to be finished
         try:
-            weights = trainer.weights()
-            if replicas.rank == 0:
-                save_weights(folder.weights, weights, config)
-            library.load_state(candidate(), weights)
+            weights = self.trainer.weights()
+            if self.replicas.rank == 0:
+                save_weights(self.folder.weights, weights, self.config)
+            backend_module(self.backend).load_state(self.candidate, weights)
             # A run that goes on from here may have it already, or was stopped in the midst of it.
-            wanted = validation is not None and replicas.rank == 0
-            if wanted and not folder.evaluated(step):
-                metrics, _ = evaluate_model(candidate(), validation)
-                folder.log({"kind": "eval", "split": validation.name, "step": step, **metrics})
-            return candidate()
+            if self.validation is not None and self.replicas.rank == 0:
+                if not self.folder.evaluated(step):
+                    metrics, _ = evaluate_model(self.candidate, self.validation)
+                    split = self.validation.name
+                    self.folder.log({"kind": "eval", "split": split, "step": step, **metrics})
+            return self.candidate
         except KeyboardInterrupt:
-            if not signals.received:
+            if not self.signals.received:
                 raise
-            stop(signals.received, step)
+            self.stop(self.signals.received, step)
         finally:
-            signals.at_once = False
+            self.signals.at_once = False
 
-    share = replicas.rank, replicas.processes
-    batches = train_batches(dataset, config, train_config, start=first, share=share)
-    silent = replicas.rank > 0
-    bar = _Bar(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=silent)
-    unread: list[tuple[int, Mapping[str, Any], np.ndarray]] = []
-    with Signals() as signals:
-        if 0 < first < steps and every(train_config.eval_every, first):
-            measured(first)
-        with contextlib.closing(batches), bar:
-            speed = _Speed(train_config.batch_size, first)
-            for done in range(first + 1, steps + 1):
-                rate = learning_rate(train_config, done - 1)
-                batch = next(batches)
-                parts = trainer.step(done - 1, batch, rate)
-                unread.append((done, parts, batch.image_ids))
-                bar.update()
-                logs = every(train_config.log_every, done) or done == steps
-                saves = every(train_config.save_every, done) or done == steps
-                evaluates = every(train_config.eval_every, done) and done < steps
-                starts = done == 1 and initial is None
-                alone = replicas.processes == 1
-                stopping = signals.received if alone else 0
-                if logs or saves or evaluates or stopping or starts or len(unread) == UNREAD:
-                    # Only here is the device waited for, and are the other processes.
-                    if not trainer.healthy:
-                        refuse()
-                    unread.clear()
-                    stopping = replicas.maximum(signals.received)
-                # One process has a part of the batch, and knows the loss of the whole.
-                if starts and alone and config.loss == "focal":
-                    check_first_loss(float(parts["classification"]), batch, config)
-                if logs:
-                    values = {name: float(value) for name, value in parts.items()}
-                    values |= {"learning_rate": rate, "images_per_second": speed.since_last(done)}
-                    values["seconds"] = round(time.monotonic() - begin, 2)
-                    folder.log({"kind": "train", "step": done, **values})
-                    bar.set_postfix_str(
-                        f"loss {values['loss']:.3f} (class {values['classification']:.3f}, "
-                        f"box {values['box']:.3f}), lr {rate:.1e}, "
-                        f"{values['images_per_second']:.0f} img/s"
-                    )
-                if stopping:
-                    stop(stopping, done)
-                if saves:
-                    save(done)
-                if evaluates:
-                    measured(done)
-        record["seconds"] = round(time.monotonic() - begin, 1)
-        model = measured(steps)
-        folder.write_config(record)
-        replicas.maximum(0)  # for the measurement: a launcher may end the run when one process ends
-    return model
+
+def _every(interval: int, step: int) -> bool:
+    return interval > 0 and step % interval == 0
 
 
 def _first_not_finite(steps: list[tuple[int, Mapping[str, Any], np.ndarray]]) -> tuple[int, str]:

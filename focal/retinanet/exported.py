@@ -1,0 +1,22 @@
+"""What an exported detector says about itself, in whatever format."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from focal.retinanet.config import RetinaNetConfig
+
+__all__ = ["description"]
+
+
+def description(config: RetinaNetConfig) -> dict[str, Any]:
+    """What is needed to prepare images and to read the labels, as JSON can hold it."""
+    return {
+        "classes": config.classes,
+        "canvas": config.canvas,
+        "fill": np.rint(255 * np.array(config.mean)).astype(int).tolist(),
+        "config": json.loads(config.to_json()),
+    }
