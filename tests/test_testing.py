@@ -318,10 +318,11 @@ def test_the_grid_holds_the_extremes(dtype: str) -> None:
 # ---------------------------------------------------------------- every number of a type
 
 
+@pytest.mark.parametrize("alpha", [None, 0.25])
 @pytest.mark.parametrize("backend_name", ["numpy", *AUTODIFF])
-def test_float32_sweep_with_a_stride(backend_name: str) -> None:
+def test_float32_sweep_with_a_stride(backend_name: str, alpha: float | None) -> None:
     load(backend_name)
-    settings = Settings(backend_name, "float32", (0.0, 0.5, 2.0), None, STRIDE)
+    settings = Settings(backend_name, "float32", (0.0, 0.5, 2.0), alpha, STRIDE)
     record = exhaustive.exhaustive(settings, 1, None, "")
     assert record["kept"]
     assert record["logits"] == -(-(2**32) // STRIDE)

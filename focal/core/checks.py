@@ -215,7 +215,8 @@ def wide(xp: Namespace, array: Array) -> Array:
 
 def wide_pair(xp: Namespace, a: Array, b: Array) -> tuple[Array, Array]:
     """Two arrays in one type to compute in: the wider of theirs."""
-    wider = max(wide_type(xp, a), wide_type(xp, b), key=lambda dtype: int(xp.finfo(dtype).bits))
+    one, other = wide_type(xp, a), wide_type(xp, b)
+    wider = one if xp.finfo(one).bits >= xp.finfo(other).bits else other
     return xp.astype(a, wider), xp.astype(b, wider)
 
 
