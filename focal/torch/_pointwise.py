@@ -171,10 +171,11 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, t: Targets, formula: Formula, with_slope: bool) -> tuple[Tensor, Tensor]:
-        if (kernels := _kernels(formula, x, t)) is not None:
-            flatten, restore = _layout(x, t)
-            if not with_slope:
-                return kernels.total(formula, flatten(x), flatten(t)), x.new_empty(0)
+        kernels = _kernels(formula, x, t)
+        flatten, restore = _layout(x, t)
+        if kernels is not None and not with_slope:
+            return kernels.total(formula, flatten(x), flatten(t)), x.new_empty(0)
+        if kernels is CPU_KERNELS:
             total, slope = kernels.total_and_slope(formula, flatten(x), flatten(t))
             return total, restore(slope)
         sums: list[Tensor] = []
@@ -305,7 +306,7 @@ def _has_kernel(formula: Formula, x: Tensor, t: Targets, *more: Tensor) -> bool:
     )
 
 
-def _kernels(formula: Formula, x: Tensor, t: Tensor | float, *more: Tensor) -> Any:
+def _kernels(formula: Formula, x: Tensor, t: Targets, *more: Tensor) -> Any:
     """`focal.kernels.torch_triton` or its like for a CPU, where one takes these operands."""
     if not _has_kernel(formula, x, t, *more):
         return None
