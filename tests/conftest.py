@@ -65,3 +65,14 @@ def autodiff(request: pytest.FixtureRequest) -> Backend:
 def closed_form(request: pytest.FixtureRequest) -> Backend:
     """Every backend with the closed-form derivatives, in turn."""
     return load(request.param)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """PyTorch on one: more gain nothing on small networks, and lose much where cores are shared."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -22,7 +22,6 @@ from focal.retinanet.cli import main
 
 pytest.importorskip("torch")
 pytest.importorskip("pycocotools")
-import torch
 
 from focal.retinanet import load
 from focal.retinanet.data import ShapesDataset
@@ -44,13 +43,7 @@ RUN_FILES = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads gain nothing on networks this small, and lose much where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def shell(*arguments, **options):

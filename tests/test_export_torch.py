@@ -57,13 +57,7 @@ def picture(height, width, seed=0):
 PICTURES = [picture(48, 64), picture(240, 320, 1), picture(300, 90, 2), picture(77, 131, 3)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads gain nothing on networks this small, and lose much where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def spread(config: RetinaNetConfig, images: list[np.ndarray]) -> torch.nn.Module:

@@ -41,13 +41,7 @@ THREE = {"levels": (3, 4, 5), "anchors": AnchorConfig((8, 16, 32), (12.0, 24.0, 
 RUN = TrainConfig(batch_size=2, weight_decay=1e-4, precision="float32", workers=0)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads gain nothing on networks this small, and lose much where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def pair(config, seed=0):
