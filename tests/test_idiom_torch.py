@@ -299,7 +299,7 @@ def test_the_pass_on_a_cpu_equals_the_formula(gamma, alpha, targets):
     torch.testing.assert_close(slope, expected[1], rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize("size", [0, 1, 1000, 50_001])
+@pytest.mark.parametrize("size", [1, 1000, 50_001])
 @pytest.mark.parametrize(
     "positives", ["none", "one", "the last", "few", "many", "all", "a soft one"]
 )
@@ -311,18 +311,16 @@ def test_listed_positives_change_nothing(monkeypatch, positives, size):
     x = 5 * torch.randn(size, generator=generator, dtype=torch.float64)
     share = {"few": 0.01, "a soft one": 0.01, "many": 0.3, "all": 1.0}.get(positives, 0.0)
     t = (torch.rand(size, generator=generator) < share).double()
-    if size and positives == "one":
+    if positives == "one":
         t[size // 2] = 1
-    if size and positives == "the last":
+    if positives == "the last":
         t[-1] = 1
-    if size and positives == "a soft one":
+    if positives == "a soft one":
         t[size // 3] = 0.25
     kernels = torch_cpu.Kernels(xp)
     listed = positives not in ("many", "all", "a soft one")
     if size > 1:
         assert (torch_cpu._rare(t) is not None) == listed
-    if size == 0:
-        return
     for alpha in (None, 0.1, 0.25, 1.0):
         for gamma in (0.0, 0.5, 2.0, 3.3):
             formula = formulas.SigmoidFocal(alpha, gamma)
