@@ -166,7 +166,8 @@ class _Run:
     before: float
     """Seconds that they took."""
     check_start: bool
-    """Whether the first loss is to be what the initialisation promises."""
+    """Whether the first loss is to be what the initialisation promises. Not for several processes:
+    each has a part of the batch, and knows the loss of the whole."""
     signals: Signals = field(default_factory=Signals)
     unread: list[tuple[int, Mapping[str, Any], np.ndarray]] = field(default_factory=list)
     """Number, loss parts and images of the steps since the device was last waited for."""
@@ -200,7 +201,6 @@ class _Run:
                 evaluates = _every(train.eval_every, done) and done < train.steps
                 starts = done == 1 and self.check_start
                 stopping = self.stopping(logs or saves or evaluates or starts)
-                # One process has a part of the batch, and knows the loss of the whole.
                 if starts:
                     check_first_loss(float(parts["classification"]), batch, self.config)
                 if logs:
