@@ -11,11 +11,13 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import array_api_strict as xp
+import numpy as np
 from array_api_strict import (  # noqa: F401
     abs,
     any,
     argsort,
     astype,
+    clip,
     concat,
     exp,
     finfo,
@@ -38,6 +40,7 @@ from array_api_strict import (  # noqa: F401
 )
 from array_api_strict import int64 as index_type  # noqa: F401
 
+from focal.core import softmax
 from focal.core.namespace import Formula, Namespace
 
 Array = Any
@@ -55,6 +58,14 @@ def constant(value: Any, like: Array) -> Array:
 
 def shape(x: Array) -> tuple[int, ...]:
     return tuple(x.shape)
+
+
+def to_numpy(x: Array) -> Any:
+    return np.asarray(x)
+
+
+def stop_gradient(x: Array) -> Array:
+    return x
 
 
 def sigmoid(x: Array) -> Array:
@@ -99,6 +110,10 @@ def pointwise(formula: Formula, x: Array, t: Any) -> Array:
 
 def pointwise_sum(formula: Formula, x: Array, t: Any) -> Array:
     return xp.sum(pointwise(formula, x, t))
+
+
+def label_margin(x: Array, at: Array, valid: Array) -> Array:
+    return softmax.margin(_self, x, at, valid)[0]
 
 
 def fori_loop(n: int, body: Callable[[Any, Any], Any], state: Any) -> Any:

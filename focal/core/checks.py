@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,44 @@ def check_number(
     """A finite real number in [low, high], as a float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{function}: {parameter} must be a number; got {_kind(value)}")
-    number = float(value)
-    if not (math.isfinite(number) and low <= number <= high):
+    number = value if type(value) is float else float(value)  # a traced one would become constant
+    # The difference is 0 for finite numbers alone; `math.isfinite` is not for traced ones.
+    if not (number - number == 0 and low <= number <= high):
         raise ValueError(
             f"{function}: {parameter} must be a finite number{_range(low, high)}; got {value!r}"
         )
     return number
+
+
+def check_scalar(
+    xp: Namespace,
+    function: str,
+    parameter: str,
+    value: Any,
+    like: Array,
+    low: float = -INFINITY,
+    high: float = INFINITY,
+) -> float | Array:
+    """A number as in `check_number`, or an array without axes, in the type to compute in.
+
+    The value of such an array is not looked at: it may be traced.
+    """
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if not is_array(value):
+        return check_number(function, parameter, value, low, high)
+    array = xp.to_array(value)
+    if array is None or not xp.isdtype(array.dtype, ("integral", "real floating")):
+        raise TypeError(
+            f"{function}: {parameter} must be a number or {xp.array_name} without axes, of a real "
+            f"type; got {_kind(value)}"
+        )
+    if tuple(array.shape) != ():
+        raise ValueError(
+            f"{function}: {parameter} must be a number or an array without axes; "
+            f"got shape {tuple(array.shape)}"
+        )
+    return xp.astype(xp.constant(array, like), wide_type(xp, like))
 
 
 def check_integer(function: str, parameter: str, value: Any, low: int) -> int:
@@ -57,10 +90,21 @@ def check_alpha(function: str, alpha: Any) -> float | None:
     return float(alpha)
 
 
-def is_sequence(value: object) -> bool:
-    """Whether a parameter is a list, tuple or array rather than one number."""
-    is_array = hasattr(value, "shape") and not isinstance(value, numbers.Number)
-    return is_array or isinstance(value, (list, tuple))
+def check_alpha_scalar(xp: Namespace, function: str, alpha: Any, like: Array) -> Any:
+    """As `check_alpha`, or an array without axes."""
+    if isinstance(alpha, np.ndarray) or not is_array(alpha):
+        return check_alpha(function, alpha[()] if isinstance(alpha, np.ndarray) else alpha)
+    return check_scalar(xp, function, "alpha", alpha, like)
+
+
+def is_array(value: Any) -> bool:
+    """Whether a parameter is an array (of any framework) rather than a number."""
+    return not isinstance(value, (float, numbers.Number)) and hasattr(value, "shape")
+
+
+def is_sequence(value: Any) -> bool:
+    """Whether a parameter is a list, tuple or array with axes rather than one number."""
+    return isinstance(value, (list, tuple)) or (is_array(value) and tuple(value.shape) != ())
 
 
 def check_class_alphas(
@@ -71,9 +115,54 @@ def check_class_alphas(
         alpha = np.array([check_number(function, "alpha", a, 0, high) for a in alpha], np.float64)
     if isinstance(alpha, np.ndarray):
         alpha = xp.constant(alpha, like)
-    alpha = check_real(xp, function, "alpha", alpha)
+    alpha = xp.constant(check_real(xp, function, "alpha", alpha), like)
     check_shape(function, "alpha", alpha, (classes,), "(K,)")
     return xp.astype(alpha, wide_type(xp, like))
+
+
+def check_class_axis(function: str, axis: Any, inputs: Array) -> int:
+    """The axis of the classes, counted from the front."""
+    shape = tuple(inputs.shape)
+    if isinstance(axis, bool) or not isinstance(axis, int):
+        raise TypeError(f"{function}: axis must be an integer; got {axis!r}")
+    if not -len(shape) <= axis < len(shape):
+        raise ValueError(f"{function}: axis must be an axis of inputs {shape}; got {axis}")
+    return axis % len(shape)
+
+
+def check_labels_fit(function: str, labels: Array, inputs: Array, axis: int) -> None:
+    """Labels of the shape of the logits without the axis of the classes."""
+    shape = tuple(inputs.shape)
+    expected = shape[:axis] + shape[axis + 1 :]
+    source = "inputs.shape[:-1]" if axis == len(shape) - 1 else "inputs.shape without axis"
+    check_shape(function, "labels", labels, expected, source)
+
+
+def check_label_values(
+    xp: Namespace,
+    function: str,
+    labels: Array,
+    is_wrong: Callable[[Array], Array],
+    ignored: int,
+    expected: str,
+) -> Array:
+    """Labels, where those that are wrong must not reach another class or row.
+
+    On a CPU they are an error. Where looking at them would wait for a device or break a trace,
+    they become `ignored`.
+    """
+    values = xp.to_numpy(labels)
+    if values is None:
+        return xp.where(is_wrong(labels), xp.zeros_like(labels) + ignored, labels)
+    wrong = is_wrong(values)
+    if wrong.any():
+        raise ValueError(f"{function}: labels must {expected}; got {values[wrong][0]}")
+    return labels
+
+
+def as_factor(xp: Namespace, size: Any, dtype: Any) -> Any:
+    """A size to compute with: an array where it is not known while tracing."""
+    return xp.astype(size, dtype) if is_array(size) else size
 
 
 def check_gamma(function: str, gamma: Any) -> float:
@@ -223,9 +312,7 @@ def wide_pair(xp: Namespace, a: Array, b: Array) -> tuple[Array, Array]:
 def count(xp: Namespace, array: Array, dtype: Any) -> Any:
     """The number of elements, at least 1: what the sum of a mean is divided by."""
     size = math.prod(xp.shape(array))
-    if all(n is not None for n in array.shape):
-        return max(1, size)
-    return xp.astype(xp.maximum(size, 1), dtype)
+    return as_factor(xp, xp.maximum(size, 1) if is_array(size) else max(1, size), dtype)
 
 
 def check_leading_axes(

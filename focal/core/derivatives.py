@@ -10,6 +10,7 @@ from typing import Literal
 
 from focal.core import checks
 from focal.core.losses import (
+    along_last_axis,
     checked_weight,
     class_balance,
     dense_arguments,
@@ -149,8 +150,8 @@ def sigmoid_focal_loss_star_grad(
     Source: Lin et al. 2017, appendix B, equation 11.
     """
     name = "sigmoid_focal_loss_star_grad"
-    formula = star_formula(name, alpha, gamma, beta)
     inputs, targets = dense_arguments(xp, name, inputs, targets)
+    formula = star_formula(xp, name, alpha, gamma, beta, inputs)
     return _derivative(xp, name, formula, 1, inputs, targets, weight)
 
 
@@ -165,9 +166,12 @@ def _focal_derivative(
     weight: Array | None,
     label_smoothing: float,
 ) -> Array:
-    inputs, targets = dense_arguments(xp, name, inputs, targets, label_smoothing)
-    formula, alphas = focal_formula(xp, name, alpha, gamma, inputs)
-    balance = None if alphas is None else class_balance(alphas, xp.astype(targets, alphas.dtype))
+    inputs, targets = dense_arguments(xp, name, inputs, targets)
+    formula, alphas = focal_formula(xp, name, alpha, gamma, label_smoothing, inputs)
+    balance = None
+    if alphas is not None:
+        y = formula.smoothed(xp.astype(targets, alphas.dtype))
+        balance = class_balance(along_last_axis(xp, alphas, inputs), y)
     return _derivative(xp, name, formula, order, inputs, targets, weight, balance)
 
 

@@ -16,7 +16,7 @@ logit (`1 - y` for x >= 0, else `y`),
 
 which needs one exponential and one logarithm for loss and gradient together. Augmented
 assignments (`w -= s`) save memory traffic where arrays are mutable; they only ever touch an
-array that was made here and is not needed again.
+array that was made here and is not needed again, not by a derivative either.
 """
 
 from __future__ import annotations
@@ -24,56 +24,69 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from focal.core.namespace import Array, Namespace
+from focal.core.parameters import is_number
 
-__all__ = ["SigmoidFocal", "SigmoidFocalStar", "Sparse"]
+__all__ = ["SigmoidFocal", "SigmoidFocalStar", "Sparse", "curvature", "power"]
+
+Parameter = float | Array
+"""A Python number, or an array without axes (`focal.core.parameters`)."""
 
 
 class SigmoidFocal(NamedTuple):
-    """FL = a m^gamma ce (paper, equation 5); soft targets blend inside m and ce."""
+    """FL = a m^gamma ce (paper, equation 5); soft targets blend inside m and ce.
 
-    alpha: float | None
-    gamma: float
+    With `smoothing` s the targets are y (1 - s) + s / 2.
+    """
+
+    alpha: Parameter | None
+    gamma: Parameter
+    smoothing: Parameter = 0.0
 
     def value(self, xp: Namespace, x: Array, y: Array) -> Array:
         """FL."""
+        y = self.smoothed(y)
         _, _, _, ce, m = _parts(xp, x, y)
         return _weighted_power(xp, self, m, y) * ce
 
     def value_and_grad(self, xp: Namespace, x: Array, y: Array) -> tuple[Array, Array]:
         """FL and dFL/dx = a m^gamma (gamma (1 - 2 y) (p q / m) ce + dce/dx)."""
+        y = self.smoothed(y)
         sign, s, w, ce, m = _parts(xp, x, y)
         factor = _weighted_power(xp, self, m, y)
         slope = w - s
-        if self.gamma != 0:
+        if not _is_zero(self.gamma):
             bend = s - s * s  # p q; over m before anything else, or it underflows
             bend /= m
             bend *= xp.addcmul(-self.gamma, w, 2 * self.gamma)
             slope = xp.addcmul(slope, bend, ce)
         slope *= factor
         slope *= sign
-        ce *= factor
-        return ce, slope
+        return ce * factor, slope
 
     def background(self, xp: Namespace, x: Array) -> Array:
         """FL for y = 0, half the work: (1 - alpha) p^gamma softplus(x)."""
+        if not _is_zero(self.smoothing):
+            return self.value(xp, x, 0.0)
         _, p, ce = _background_parts(xp, x)
         return _weighted_power(xp, self, p, 0.0) * ce
 
     def background_and_grad(self, xp: Namespace, x: Array) -> tuple[Array, Array]:
         """FL and dFL/dx = (1 - alpha) p^gamma (gamma q softplus(x) + p) for y = 0."""
+        if not _is_zero(self.smoothing):
+            return self.value_and_grad(xp, x, 0.0)
         q, p, ce = _background_parts(xp, x)
         factor = _weighted_power(xp, self, p, 0.0)
         q *= ce
         slope = xp.addcmul(p, q, self.gamma)
         slope *= factor
-        ce *= factor
-        return ce, slope
+        return ce * factor, slope
 
     def hess(self, xp: Namespace, x: Array, y: Array) -> Array:
         """d2FL/dx2; with k = (1 - 2 y) p q / m and d = dce/dx it is.
 
         a m^gamma (gamma^2 k^2 ce + 2 gamma k d + gamma k (q - p - k) ce + p q)
         """
+        x, y = _finite(xp, x), self.smoothed(y)
         p, q = xp.sigmoid(x), xp.sigmoid(-x)
         m = _at_least_tiny(xp, y * q + (1 - y) * p)
         ce = y * xp.softplus(-x) + (1 - y) * xp.softplus(x)
@@ -82,6 +95,12 @@ class SigmoidFocal(NamedTuple):
         g = self.gamma
         return _weighted_power(xp, self, m, y) * curvature(g, k, ce, d, p * q, q - p)
 
+    def smoothed(self, y: Array) -> Array:
+        """The targets y (1 - s) + s / 2."""
+        if _is_zero(self.smoothing):
+            return y
+        return y * (1 - self.smoothing) + self.smoothing / 2
+
 
 class SigmoidFocalStar(NamedTuple):
     """FL* (paper, appendix A): cross entropy of the margin scaled by gamma, shifted by beta.
@@ -89,15 +108,14 @@ class SigmoidFocalStar(NamedTuple):
     a (y softplus(-(gamma x + beta)) + (1 - y) softplus(gamma x - beta)) / gamma
     """
 
-    alpha: float | None
-    gamma: float
-    beta: float
+    alpha: Parameter | None
+    gamma: Parameter
+    beta: Parameter
 
     def value(self, xp: Namespace, x: Array, y: Array) -> Array:
         """FL*."""
-        positive, negative = self._margins(x)
-        ce = y * xp.softplus(-positive) + (1 - y) * xp.softplus(-negative)
-        return _times(_alpha_factor(xp, self.alpha, y), ce / self.gamma)
+        ce = y * self._negative(xp, -x) + (1 - y) * self._negative(xp, x)
+        return _times(_alpha_factor(xp, self.alpha, y), ce)
 
     def value_and_grad(self, xp: Namespace, x: Array, y: Array) -> tuple[Array, Array]:
         """FL* and dFL*/dx = a ((1 - y) sigmoid(gamma x - beta) - y sigmoid(-gamma x - beta))."""
@@ -117,34 +135,33 @@ class SigmoidFocalStar(NamedTuple):
         """Gamma x_t + beta of a positive and of a negative."""
         return self.gamma * x + self.beta, self.beta - self.gamma * x
 
+    def _negative(self, xp: Namespace, x: Array) -> Array:
+        """softplus(gamma x - beta) / gamma; beyond `large`, where gamma x might overflow, + x."""
+        x = _finite(xp, x)
+        large = xp.finfo(x.dtype).max / 2**20
+        near = xp.softplus(self.gamma * xp.clip(x, -large, large) - self.beta) / self.gamma
+        return near + (xp.maximum(x, large) - large)
+
 
 class Sparse(NamedTuple):
     """A formula for integer labels: class in [0, K), -1 background, -2 ignored.
 
     All logits are background but one a row, so the row's one positive is computed apart and
-    written over; a one-hot tensor never exists. Targets are 1 and 0, or `1 - smoothing / 2` and
-    `smoothing / 2`.
+    written over; a one-hot tensor never exists.
     """
 
     formula: SigmoidFocal
-    smoothing: float = 0.0
 
     def value(self, xp: Namespace, x: Array, labels: Array) -> Array:
         """The loss of every logit."""
         at, x_at, y_at = self._labelled(xp, x, labels)
-        if self.smoothing:
-            background = self.formula.value(xp, x, self.smoothing / 2)
-        else:
-            background = self.formula.background(xp, x)
+        background = self.formula.background(xp, x)
         return self._merge(xp, background, at, self.formula.value(xp, x_at, y_at), labels)
 
     def value_and_grad(self, xp: Namespace, x: Array, labels: Array) -> tuple[Array, Array]:
         """The loss of every logit and its derivative."""
         at, x_at, y_at = self._labelled(xp, x, labels)
-        if self.smoothing:
-            background = self.formula.value_and_grad(xp, x, self.smoothing / 2)
-        else:
-            background = self.formula.background_and_grad(xp, x)
+        background = self.formula.background_and_grad(xp, x)
         labelled = self.formula.value_and_grad(xp, x_at, y_at)
         value, grad = (
             self._merge(xp, b, at, v, labels) for b, v in zip(background, labelled, strict=True)
@@ -154,15 +171,13 @@ class Sparse(NamedTuple):
     def hess(self, xp: Namespace, x: Array, labels: Array) -> Array:
         """The second derivative at every logit."""
         at, x_at, y_at = self._labelled(xp, x, labels)
-        background = self.formula.hess(xp, x, self.smoothing / 2)
+        background = self.formula.hess(xp, x, 0.0)
         return self._merge(xp, background, at, self.formula.hess(xp, x_at, y_at), labels)
 
     def _labelled(self, xp: Namespace, x: Array, labels: Array) -> tuple[Array, Array, Array]:
         """Per row one index, its logit and its target: that of the label, or else of class 0."""
         at = xp.maximum(labels, xp.zeros_like(labels))[..., None]
         y_at = xp.astype(labels >= 0, x.dtype)[..., None]
-        if self.smoothing:
-            y_at = y_at * (1 - self.smoothing) + self.smoothing / 2
         return at, xp.take_along_axis(x, at, axis=-1), y_at
 
     def _merge(
@@ -171,8 +186,10 @@ class Sparse(NamedTuple):
         return xp.keep_rows(xp.put_along_axis(background, at, labelled), labels >= -1)
 
 
-def power(xp: Namespace, m: Array, gamma: float) -> Array | float:
+def power(xp: Namespace, m: Array, gamma: Parameter) -> Array | float:
     """m^gamma; the usual exponents in cheaper, more accurate operations."""
+    if not is_number(gamma):
+        return m**gamma
     if gamma == 0:
         return 1.0
     if gamma == 0.5:
@@ -184,7 +201,7 @@ def power(xp: Namespace, m: Array, gamma: float) -> Array | float:
     return m**gamma
 
 
-def curvature(gamma: float, k: Array, ce: Array, d: Array, bend: Array, tilt: Array) -> Array:
+def curvature(gamma: Parameter, k: Array, ce: Array, d: Array, bend: Array, tilt: Array) -> Array:
     """(m^gamma ce)'' / m^gamma; k = m' / m, d = ce', bend = ce'', tilt = q - p = m'' / m'."""
     return gamma * k * (ce * (gamma * k + tilt - k) + 2 * d) + bend
 
@@ -225,13 +242,26 @@ def _weighted_power(xp: Namespace, loss: SigmoidFocal, m: Array, y: Array) -> Ar
     return _times(_alpha_factor(xp, loss.alpha, y), power(xp, m, loss.gamma))
 
 
-def _alpha_factor(xp: Namespace, alpha: float | None, y: Array) -> Array | None:
+def _alpha_factor(xp: Namespace, alpha: Parameter | None, y: Array) -> Array | None:
     """The factor a: alpha for y = 1, 1 - alpha for y = 0, linear between; None if it is off."""
     if alpha is None:
         return None
+    if not is_number(alpha):
+        return alpha * y + (1 - alpha) * (1 - y)
     if alpha < 0.25:  # 1 - alpha + (2 alpha - 1) would lose the digits of a small alpha
         return xp.addcmul(alpha, 1 - y, 1 - 2 * alpha)
     return xp.addcmul(1 - alpha, y, 2 * alpha - 1)
+
+
+def _finite(xp: Namespace, x: Array) -> Array:
+    """The largest finite number for an infinite one, so that a factor of 0 makes it 0."""
+    largest = xp.finfo(x.dtype).max
+    return xp.clip(x, -largest, largest)
+
+
+def _is_zero(parameter: Parameter) -> bool:
+    """Whether a parameter is known to be 0."""
+    return is_number(parameter) and parameter == 0
 
 
 def _times(factor: Array | None, values: Array) -> Array:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from focal.core import checks
 from focal.core.formulas import SigmoidFocal, SigmoidFocalStar, Sparse
 from focal.core.namespace import Array, Formula, Namespace, Reduction, SparseReduction
+from focal.core.parameters import is_number
 
 __all__ = [
     "balanced_cross_entropy",
@@ -73,9 +74,12 @@ def sigmoid_focal_loss(
     `torchvision.ops.sigmoid_focal_loss`.
     """
     name = "sigmoid_focal_loss"
-    inputs, targets = dense_arguments(xp, name, inputs, targets, label_smoothing)
-    formula, alphas = focal_formula(xp, name, alpha, gamma, inputs)
-    balance = None if alphas is None else class_balance(alphas, xp.astype(targets, alphas.dtype))
+    inputs, targets = dense_arguments(xp, name, inputs, targets)
+    formula, alphas = focal_formula(xp, name, alpha, gamma, label_smoothing, inputs)
+    balance = None
+    if alphas is not None:
+        y = formula.smoothed(xp.astype(targets, alphas.dtype))
+        balance = class_balance(along_last_axis(xp, alphas, inputs), y)
     return dense_loss(xp, name, formula, inputs, targets, reduction, weight, balance)
 
 
@@ -116,7 +120,8 @@ def balanced_cross_entropy(
     Source: Lin et al. 2017, equation 3 and Table 1a.
     """
     name = "balanced_cross_entropy"
-    formula = SigmoidFocal(checks.check_alpha(name, alpha), 0.0)
+    inputs, targets = dense_arguments(xp, name, inputs, targets)
+    formula = SigmoidFocal(checks.check_alpha_scalar(xp, name, alpha, inputs), 0.0)
     return dense_loss(xp, name, formula, inputs, targets, reduction, weight)
 
 
@@ -167,7 +172,8 @@ def sigmoid_focal_loss_star(
     no beta.
     """
     name = "sigmoid_focal_loss_star"
-    formula = star_formula(name, alpha, gamma, beta)
+    inputs, targets = dense_arguments(xp, name, inputs, targets)
+    formula = star_formula(xp, name, alpha, gamma, beta, inputs)
     return dense_loss(xp, name, formula, inputs, targets, reduction, weight)
 
 
@@ -180,7 +186,8 @@ def sparse_sigmoid_focal_loss(
     reduction: SparseReduction = "none",
     *,
     weight: Array | None = None,
-    label_smoothing: float = 0.0,
+    label_smoothing: float | Array = 0.0,
+    axis: int = -1,
 ) -> Array:
     r"""Sigmoid focal loss with class labels instead of dense targets: a detector's loss.
 
@@ -221,33 +228,43 @@ def sparse_sigmoid_focal_loss(
     """
     name = "sparse_sigmoid_focal_loss"
     checks.check_choice(name, "reduction", reduction, (*checks.REDUCTIONS, "positives"))
-    smoothing = checks.check_number(name, "label_smoothing", label_smoothing, 0, 1)
     inputs = checks.check_floating(xp, name, "inputs", inputs)
     labels = checks.check_labels(xp, name, "labels", labels)
-    if len(inputs.shape) == 0 or not inputs.shape[-1]:
+    axis = checks.check_class_axis(name, axis, inputs)
+    if inputs.shape[axis] == 0:
         raise ValueError(
-            f"{name}: inputs must have at least one class on their last axis; "
+            f"{name}: inputs must have at least one class on their class axis; "
             f"got shape {tuple(inputs.shape)}"
         )
-    checks.check_shape(name, "labels", labels, tuple(inputs.shape[:-1]), "inputs.shape[:-1]")
-    formula, alphas = focal_formula(xp, name, alpha, gamma, inputs)
-
+    checks.check_labels_fit(name, labels, inputs, axis)
+    classes = xp.shape(inputs)[axis]
+    expected = f"lie in [0, {classes}) or be negative"
+    labels = checks.check_label_values(xp, name, labels, lambda a: a >= classes, -2, expected)
+    formula, alphas = focal_formula(xp, name, alpha, gamma, label_smoothing, inputs, axis)
     wide = checks.wide_type(xp, inputs)
+    if weight is not None:
+        weight = checked_weight(xp, name, weight, inputs, wide)
+    last = len(inputs.shape) - 1
+    if axis != last:
+        inputs = xp.moveaxis(inputs, axis, last)
+        weight = None if weight is None else xp.moveaxis(weight, axis, last)
+
     count: Array | int = 1
     if reduction == "positives":
         count = xp.maximum(xp.sum(xp.astype(labels >= 0, wide)), 1)
     elif reduction == "mean":
         rows = xp.sum(xp.astype(labels >= -1, wide))
-        count = xp.maximum(rows * inputs.shape[-1], 1)
+        count = xp.maximum(rows * checks.as_factor(xp, classes, wide), 1)
     balance = None
     if alphas is not None:
         at = xp.maximum(labels, xp.zeros_like(labels))
-        y_at = xp.astype(labels >= 0, wide)[..., None] * (1 - smoothing) + smoothing / 2
+        y_at = formula.smoothed(xp.astype(labels >= 0, wide)[..., None])
         own = xp.reshape(xp.take(alphas, xp.reshape(at, (-1,)), axis=0), xp.shape(at))[..., None]
-        background = xp.zeros_like(xp.astype(inputs, wide)) + class_balance(alphas, smoothing / 2)
+        others = class_balance(along_last_axis(xp, alphas, inputs), formula.smoothed(0.0))
+        background = xp.zeros_like(xp.astype(inputs, wide)) + others
         balance = xp.put_along_axis(background, at[..., None], class_balance(own, y_at))
-    sparse = Sparse(formula, smoothing)
-    return _reduced(xp, name, sparse, inputs, labels, reduction, weight, count, balance)
+    losses = reduced(xp, Sparse(formula), inputs, labels, reduction, weight, count, balance)
+    return xp.moveaxis(losses, last, axis) if reduction == "none" and axis != last else losses
 
 
 def num_positives(
@@ -293,17 +310,17 @@ def dense_loss(
     weight: Array | None,
     balance: Array | None = None,
 ) -> Array:
-    """A loss with targets like the logits; `balance` are factors of its elements."""
+    """A loss with targets like the logits, both checked; `balance` are factors of its elements."""
     checks.check_choice(name, "reduction", reduction, checks.REDUCTIONS)
-    inputs, targets = dense_arguments(xp, name, inputs, targets)
-    mean = reduction == "mean"
-    count = checks.count(xp, inputs, checks.wide_type(xp, inputs)) if mean else 1
-    return _reduced(xp, name, formula, inputs, targets, reduction, weight, count, balance)
+    wide = checks.wide_type(xp, inputs)
+    if weight is not None:
+        weight = checked_weight(xp, name, weight, inputs, wide)
+    count = checks.count(xp, inputs, wide) if reduction == "mean" else 1
+    return reduced(xp, formula, inputs, targets, reduction, weight, count, balance)
 
 
-def _reduced(
+def reduced(
     xp: Namespace,
-    name: str,
     formula: Formula,
     inputs: Array,
     targets: Array,
@@ -313,11 +330,10 @@ def _reduced(
     balance: Array | None,
 ) -> Array:
     """The loss reduced as asked; `count` is what a sum is divided by."""
-    wide = checks.wide_type(xp, inputs)
     if weight is not None:
-        weight = checked_weight(xp, name, weight, inputs, wide)
         balance = weight if balance is None else balance * weight
     if balance is not None:
+        wide = checks.wide_type(xp, inputs)
         losses = xp.pointwise(formula, xp.astype(inputs, wide), targets) * balance
         if reduction == "none":
             return xp.astype(losses, inputs.dtype)
@@ -330,31 +346,40 @@ def _reduced(
 
 
 def dense_arguments(
-    xp: Namespace, name: str, inputs: Array, targets: Array, label_smoothing: float = 0.0
+    xp: Namespace, name: str, inputs: Array, targets: Array
 ) -> tuple[Array, Array]:
     inputs = checks.check_floating(xp, name, "inputs", inputs)
     targets = checks.check_real(xp, name, "targets", targets)
     checks.check_same_shape(name, "targets", targets, "inputs", inputs)
-    smoothing = checks.check_number(name, "label_smoothing", label_smoothing, 0, 1)
-    if smoothing:
-        wide = checks.wide_type(xp, inputs)
-        targets = xp.astype(targets, wide) * (1 - smoothing) + smoothing / 2
     return inputs, targets
 
 
 def focal_formula(
-    xp: Namespace, name: str, alpha: object, gamma: float, inputs: Array
+    xp: Namespace,
+    name: str,
+    alpha: object,
+    gamma: object,
+    label_smoothing: object,
+    inputs: Array,
+    axis: int = -1,
 ) -> tuple[SigmoidFocal, Array | None]:
     """The formula, and one alpha per class where alpha is that: factors of a loss without alpha."""
-    gamma = checks.check_gamma(name, gamma)
+    exponent = checks.check_scalar(xp, name, "gamma", gamma, inputs, low=0)
+    smoothing = checks.check_scalar(xp, name, "label_smoothing", label_smoothing, inputs, 0, 1)
     if not checks.is_sequence(alpha):
-        return SigmoidFocal(checks.check_alpha(name, alpha), gamma), None
+        own = checks.check_alpha_scalar(xp, name, alpha, inputs)
+        return SigmoidFocal(own, exponent, smoothing), None
     if not len(inputs.shape):
         raise ValueError(
             f"{name}: one alpha per class needs inputs with a class axis; got shape ()"
         )
-    alphas = checks.check_class_alphas(xp, name, alpha, inputs.shape[-1], inputs, high=1)
-    return SigmoidFocal(None, gamma), alphas
+    alphas = checks.check_class_alphas(xp, name, alpha, inputs.shape[axis], inputs, high=1)
+    return SigmoidFocal(None, exponent, smoothing), alphas
+
+
+def along_last_axis(xp: Namespace, alphas: Array, inputs: Array) -> Array:
+    """One alpha per class with the axes of the logits."""
+    return xp.reshape(alphas, (1,) * (len(inputs.shape) - 1) + (-1,))
 
 
 def class_balance(alphas: Array, y: Array | float) -> Array:
@@ -365,13 +390,20 @@ def class_balance(alphas: Array, y: Array | float) -> Array:
 def checked_weight(xp: Namespace, name: str, weight: Array, inputs: Array, wide: object) -> Array:
     weight = checks.check_real(xp, name, "weight", weight)
     checks.check_broadcasts(name, "weight", weight, "inputs", tuple(inputs.shape))
+    missing = len(inputs.shape) - len(weight.shape)
+    if missing:
+        weight = xp.reshape(weight, (1,) * missing + xp.shape(weight))
     return xp.astype(weight, wide)
 
 
-def star_formula(name: str, alpha: float | None, gamma: float, beta: float) -> SigmoidFocalStar:
-    slope = checks.check_gamma(name, gamma)
-    if slope == 0:
+def star_formula(
+    xp: Namespace, name: str, alpha: object, gamma: object, beta: object, inputs: Array
+) -> SigmoidFocalStar:
+    slope = checks.check_scalar(xp, name, "gamma", gamma, inputs, low=0)
+    if is_number(slope) and slope == 0:
         raise ValueError(f"{name}: gamma must be > 0, the loss is divided by it; got {gamma!r}")
     return SigmoidFocalStar(
-        checks.check_alpha(name, alpha), slope, checks.check_number(name, "beta", beta)
+        checks.check_alpha_scalar(xp, name, alpha, inputs),
+        slope,
+        checks.check_scalar(xp, name, "beta", beta, inputs),
     )

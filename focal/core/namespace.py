@@ -24,6 +24,7 @@ SparseReduction = Literal["none", "mean", "sum", "positives"]
 class Formula(Protocol):
     """An elementwise loss of logits `x` and targets `t`, with its derivatives in `x`.
 
+    It is a named tuple of its parameters: numbers, arrays without axes, or formulas.
     `t` is an array of the shape of `x`, a number, or (where a formula says so) an integer
     array of labels that lacks the last axis of `x`.
     """
@@ -46,6 +47,7 @@ class Namespace(Protocol):
     any: Callable[..., Array]
     argsort: Callable[..., Array]
     astype: Callable[..., Array]
+    clip: Callable[..., Array]
     concat: Callable[..., Array]
     exp: Callable[..., Array]
     finfo: Callable[..., Any]
@@ -65,19 +67,25 @@ class Namespace(Protocol):
     where: Callable[..., Array]
     zeros_like: Callable[..., Array]
 
-    array_name: str
     float32: Any
     index_type: Any
+    array_name: str
     """How error messages call an array of this framework, such as "a torch.Tensor"."""
 
     def to_array(self, value: object) -> Array | None:
         """`value` as an array if this framework takes it for one, else None."""
 
     def constant(self, value: Any, like: Array) -> Array:
-        """A NumPy array as an array of this framework, where `like` is (device)."""
+        """An array as one of this framework, where `like` is (device)."""
 
     def shape(self, x: Array) -> tuple[Any, ...]:
         """`x.shape`, with a scalar array for a size that is not known while tracing."""
+
+    def to_numpy(self, x: Array) -> Any | None:
+        """As a NumPy array, or None where x is traced or on a device that one would wait for."""
+
+    def stop_gradient(self, x: Array) -> Array:
+        """A constant in the eyes of autodiff."""
 
     # Stable primitives, differentiable by the framework
     def sigmoid(self, x: Array) -> Array:
@@ -111,6 +119,9 @@ class Namespace(Protocol):
 
     def pointwise_sum(self, formula: Formula, x: Array, t: Array) -> Array:
         """The sum of `formula.value`, in float32 or better."""
+
+    def label_margin(self, x: Array, at: Array, valid: Array) -> Array:
+        """`focal.core.softmax.margin`, with a derivative that costs as little as it."""
 
     # Loops that may be traced
     def fori_loop(self, n: int, body: Callable[[Any, Any], Any], state: Any) -> Any:

@@ -8,9 +8,11 @@ from typing import Any
 
 from focal.core import checks
 from focal.core.formulas import SigmoidFocal
+from focal.core.losses import along_last_axis
 from focal.core.namespace import Array, Namespace, Reduction
+from focal.core.parameters import is_number
 
-__all__ = ["softmax_focal_loss", "softmax_focal_loss_grad"]
+__all__ = ["margin", "margin_grad", "softmax_focal_loss", "softmax_focal_loss_grad"]
 
 
 def softmax_focal_loss(
@@ -68,19 +70,19 @@ def softmax_focal_loss(
     """
     name = "softmax_focal_loss"
     checks.check_choice(name, "reduction", reduction, checks.REDUCTIONS)
-    formula = SigmoidFocal(None, checks.check_gamma(name, gamma))
-    x, labels, alphas = _softmax_arguments(xp, name, inputs, labels, alpha, ignore_index, axis)
-    valid = labels != ignore_index
-    at = xp.where(valid, labels, xp.zeros_like(labels))
-    smoothing = checks.check_number(name, "label_smoothing", label_smoothing, 0, 1)
-    if smoothing:
-        each = xp.pointwise(formula, _all_margins(xp, x, valid), 1.0)
-        each = each if alphas is None else each * alphas
-        own = xp.take_along_axis(each, at[..., None], axis=-1)[..., 0]
-        losses = (1 - smoothing) * own + smoothing / x.shape[-1] * xp.sum(each, axis=-1)
-    else:
-        z = -xp.logsumexp(_others(xp, x, at, valid))
+    x, at, valid, alphas = _softmax_arguments(xp, name, inputs, labels, alpha, ignore_index, axis)
+    formula = SigmoidFocal(None, checks.check_scalar(xp, name, "gamma", gamma, x, low=0))
+    smoothing = checks.check_scalar(xp, name, "label_smoothing", label_smoothing, x, 0, 1)
+    if is_number(smoothing) and smoothing == 0:
+        z = xp.label_margin(x, at, valid)
         losses = _times_alphas(xp, xp.pointwise(formula, z, 1.0), alphas, at)
+    else:
+        each = xp.pointwise(formula, _all_margins(xp, x, valid), 1.0)
+        if alphas is not None:
+            each = each * (alphas if is_number(alphas) else along_last_axis(xp, alphas, x))
+        own = xp.take_along_axis(each, at[..., None], axis=-1)[..., 0]
+        share = smoothing / checks.as_factor(xp, xp.shape(x)[-1], x.dtype)
+        losses = (1 - smoothing) * own + share * xp.sum(each, axis=-1)
     losses = xp.where(valid, losses, xp.zeros_like(losses))
     if reduction == "none":
         return xp.astype(losses, inputs.dtype)
@@ -130,17 +132,45 @@ def softmax_focal_loss_grad(
     Source: chain rule on equation 4 of Lin et al. 2017; docs/math.md derives it.
     """
     name = "softmax_focal_loss_grad"
-    formula = SigmoidFocal(None, checks.check_gamma(name, gamma))
-    x, labels, alphas = _softmax_arguments(xp, name, inputs, labels, alpha, ignore_index, axis)
-    valid = labels != ignore_index
-    at = xp.where(valid, labels, xp.zeros_like(labels))
-    others = _others(xp, x, at, valid)
-    z = -xp.logsumexp(others)
+    x, at, valid, alphas = _softmax_arguments(xp, name, inputs, labels, alpha, ignore_index, axis)
+    formula = SigmoidFocal(None, checks.check_scalar(xp, name, "gamma", gamma, x, low=0))
+    z, odds = margin(xp, x, at, valid)
     _, slope = formula.value_and_grad(xp, z, 1.0)
     slope = _times_alphas(xp, xp.where(valid, slope, xp.zeros_like(slope)), alphas, at)
-    slope = slope[..., None]
-    grad = xp.put_along_axis(-slope * xp.exp(others + z[..., None]), at[..., None], slope)
+    grad = margin_grad(xp, odds, at, slope)
     return xp.astype(xp.moveaxis(grad, -1, axis), inputs.dtype)
+
+
+def margin(xp: Namespace, x: Array, at: Array, valid: Array) -> tuple[Array, Array]:
+    """The margin z = x_c - log(sum_{j != c} exp(x_j)) of class c = `at`.
+
+    And the other classes' exp(x_j - max_{j != c} x_j), with 0 for the class itself. To be relative
+    to the greatest of the others keeps the digits of large logits, whichever class they belong to.
+
+    Args:
+        xp: The namespace.
+        x: Logits (..., K), float32 or float64. Infinite ones (masked classes) count as large
+            finite ones.
+        at: (...) integers in [0, K).
+        valid: (...) booleans; the logits of other rows count as zeros.
+    """
+    limit = xp.finfo(x.dtype).max / 4
+    x = xp.keep_rows(xp.clip(x, -limit, limit), valid)
+    c = at[..., None]
+    own = xp.take_along_axis(x, c, axis=-1)
+    # The least finite number instead of -inf, which makes NaN where there is only one class.
+    others = xp.put_along_axis(x, c, xp.zeros_like(own) + xp.finfo(x.dtype).min)
+    top = xp.stop_gradient(xp.max(others, axis=-1, keepdims=True))
+    odds = xp.exp(others - top)
+    z = (own - top) - xp.log(xp.sum(odds, axis=-1, keepdims=True))
+    return z[..., 0], odds
+
+
+def margin_grad(xp: Namespace, odds: Array, at: Array, upstream: Array) -> Array:
+    """upstream dz/dx, with dz/dx = e_c - odds / sum(odds), from the second result of `margin`."""
+    upstream = upstream[..., None]
+    grad = odds * (-upstream / xp.sum(odds, axis=-1, keepdims=True))
+    return xp.put_along_axis(grad, at[..., None], upstream)
 
 
 def _softmax_arguments(
@@ -148,29 +178,30 @@ def _softmax_arguments(
     name: str,
     inputs: Array,
     labels: Array,
-    alpha: float | Sequence[float] | None,
-    ignore_index: int,
+    alpha: object,
+    ignore_index: int | None,
     axis: int,
-) -> tuple[Array, Array, Array | float | None]:
-    """The logits in a wide type with the classes last, the labels, the checked alphas."""
+) -> tuple[Array, Array, Array, Array | float | None]:
+    """The logits in a wide type with the classes last, the labels, which count, and the alphas."""
     inputs = checks.check_floating(xp, name, "inputs", inputs)
     labels = checks.check_labels(xp, name, "labels", labels)
-    checks.check_integer(name, "ignore_index", ignore_index, low=-(2**63))
-    shape = tuple(inputs.shape)
-    if isinstance(axis, bool) or not isinstance(axis, int):
-        raise TypeError(f"{name}: axis must be an integer; got {axis!r}")
-    if not -len(shape) <= axis < len(shape):
-        raise ValueError(f"{name}: axis must be an axis of inputs {shape}; got {axis}")
-    axis %= len(shape)
-    classes = shape[axis]
-    checks.check_shape(
-        name, "labels", labels, shape[:axis] + shape[axis + 1 :], "inputs.shape without axis"
-    )
-    alphas = _checked_alphas(xp, name, alpha, classes, inputs)
-    wide = xp.moveaxis(checks.wide(xp, inputs), axis, -1)
-    # Infinite logits (masked classes) become finite ones of the same softmax.
-    bound = xp.finfo(wide.dtype).max / 4
-    return xp.minimum(xp.maximum(wide, -bound), bound), labels, alphas
+    axis = checks.check_class_axis(name, axis, inputs)
+    checks.check_labels_fit(name, labels, inputs, axis)
+    alphas = _checked_alphas(xp, name, alpha, inputs.shape[axis], inputs)
+    classes = xp.shape(inputs)[axis]
+    ignored, expected = -1, f"lie in [0, {classes})"
+    if ignore_index is not None:
+        ignored = checks.check_integer(name, "ignore_index", ignore_index, low=-(2**63))
+        expected = f"{expected} or be {ignored}"
+
+    def is_wrong(labels: Array) -> Array:
+        outside = (labels >= classes) | (labels < 0)
+        return outside if ignore_index is None else outside & (labels != ignored)
+
+    labels = checks.check_label_values(xp, name, labels, is_wrong, ignored, expected)
+    valid = labels != ignored
+    at = xp.where(valid, labels, xp.zeros_like(labels))
+    return xp.moveaxis(checks.wide(xp, inputs), axis, -1), at, valid, alphas
 
 
 def _checked_alphas(
@@ -181,19 +212,7 @@ def _checked_alphas(
         return None
     if checks.is_sequence(alpha):
         return checks.check_class_alphas(xp, name, alpha, classes, like)
-    return checks.check_number(name, "alpha", alpha, low=0)
-
-
-def _others(xp: Namespace, x: Array, at: Array, valid: Array) -> Array:
-    """x_j - x_c, with the label's own entry out of the race and ignored rows at zero.
-
-    Subtracting first keeps the margin's digits when all logits are large. The least finite
-    number stands for -inf, which would turn into NaN where there is only one class.
-    """
-    c = at[..., None]
-    own = xp.take_along_axis(x, c, axis=-1)
-    out = xp.zeros_like(own) + xp.finfo(x.dtype).min
-    return xp.keep_rows(xp.put_along_axis(x - own, c, out), valid)
+    return checks.check_scalar(xp, name, "alpha", alpha, like, low=0)
 
 
 def _all_margins(xp: Namespace, x: Array, valid: Array) -> Array:
@@ -202,18 +221,20 @@ def _all_margins(xp: Namespace, x: Array, valid: Array) -> Array:
     Relative to the greatest logit, whose own margin is computed without it; from the sum of the
     others, which then contains a 1, each can be subtracted.
     """
+    limit = xp.finfo(x.dtype).max / 4
+    x = xp.keep_rows(xp.clip(x, -limit, limit), valid)
     _, top = xp.top_k(x, 1)
-    others = _others(xp, x, top[..., 0], valid)
-    e = xp.exp(others)
+    z_top, _ = margin(xp, x, top[..., 0], valid)
+    x = x - xp.take_along_axis(x, top, axis=-1)
+    e = xp.put_along_axis(xp.exp(x), top, xp.zeros_like(z_top)[..., None])
     rest = xp.log(1 + (xp.sum(e, axis=-1)[..., None] - e))
-    rest = xp.put_along_axis(rest, top, xp.logsumexp(others)[..., None])
-    return xp.put_along_axis(others, top, xp.zeros_like(rest[..., :1])) - rest
+    return xp.put_along_axis(x - rest, top, z_top[..., None])
 
 
 def _times_alphas(xp: Namespace, values: Array, alphas: Array | float | None, at: Array) -> Array:
     if alphas is None:
         return values
-    if isinstance(alphas, float):
+    if not checks.is_sequence(alphas):
         return values * alphas
     picked = xp.take(alphas, xp.reshape(at, (-1,)), axis=0)
     return values * xp.reshape(picked, xp.shape(at))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from focal.core.formulas import SigmoidFocal, curvature, power
+from focal.core.formulas import Parameter, SigmoidFocal, curvature, power
 from focal.core.namespace import Array, Namespace
 
 __all__ = ["AsymmetricFocal", "HeatmapFocal", "QualityFocal", "Varifocal"]
@@ -19,7 +19,7 @@ CROSS_ENTROPY = SigmoidFocal(None, 0.0)
 class QualityFocal(NamedTuple):
     """QFL = |d|^beta ce with d = p - y, which is also dce/dx (Li et al. 2020, equation 2)."""
 
-    beta: float
+    beta: Parameter
 
     def value(self, xp: Namespace, x: Array, y: Array) -> Array:
         """QFL."""
@@ -50,8 +50,8 @@ class QualityFocal(NamedTuple):
 class Varifocal(NamedTuple):
     """VFL (Zhang et al. 2021, equation 2): y ce for y > 0, alpha p^gamma softplus(x) for y = 0."""
 
-    alpha: float
-    gamma: float
+    alpha: Parameter
+    gamma: Parameter
 
     def value(self, xp: Namespace, x: Array, y: Array) -> Array:
         """VFL."""
@@ -83,8 +83,8 @@ class HeatmapFocal(NamedTuple):
     A target of 1 is a positive. All others are negatives, reduced by r = (1 - y)^beta.
     """
 
-    gamma: float
-    beta: float
+    gamma: Parameter
+    beta: Parameter
 
     def value(self, xp: Namespace, x: Array, y: Array) -> Array:
         """The loss."""
@@ -115,8 +115,8 @@ class HeatmapFocal(NamedTuple):
 class AsymmetricFocal(NamedTuple):
     """ASL (Ridnik et al. 2021): a focal loss for each side, mixed by y."""
 
-    gamma_positive: float
-    gamma_negative: float
+    gamma_positive: Parameter
+    gamma_negative: Parameter
     margin: float
 
     def value(self, xp: Namespace, x: Array, y: Array) -> Array:
@@ -146,7 +146,7 @@ class AsymmetricFocal(NamedTuple):
 class _Shifted(NamedTuple):
     """u^gamma (-log(1 - u)) with u = max(p - margin, 0): a negative that may score `margin`."""
 
-    gamma: float
+    gamma: Parameter
     margin: float
 
     def background(self, xp: Namespace, x: Array) -> Array:

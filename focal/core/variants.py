@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from focal.core import checks
-from focal.core.losses import dense_loss
+from focal.core.losses import dense_arguments, dense_loss
 from focal.core.namespace import Array, Namespace, Reduction, SparseReduction
 from focal.core.variant_formulas import AsymmetricFocal, HeatmapFocal, QualityFocal, Varifocal
 
@@ -55,7 +55,8 @@ def quality_focal_loss(
     Source: Li et al. 2020, "Generalized Focal Loss" (arXiv 2006.04388), equation 2.
     """
     name = "quality_focal_loss"
-    formula = QualityFocal(checks.check_number(name, "beta", beta, low=0))
+    inputs, targets = dense_arguments(xp, name, inputs, targets)
+    formula = QualityFocal(checks.check_scalar(xp, name, "beta", beta, inputs, low=0))
     return dense_loss(xp, name, formula, inputs, targets, reduction, weight)
 
 
@@ -100,8 +101,11 @@ def varifocal_loss(
     Source: Zhang et al. 2021, "VarifocalNet" (arXiv 2008.13367), equation 2.
     """
     name = "varifocal_loss"
-    factor = checks.check_number(name, "alpha", alpha, low=0)
-    formula = Varifocal(factor, checks.check_gamma(name, gamma))
+    inputs, targets = dense_arguments(xp, name, inputs, targets)
+    formula = Varifocal(
+        checks.check_scalar(xp, name, "alpha", alpha, inputs, low=0),
+        checks.check_scalar(xp, name, "gamma", gamma, inputs, low=0),
+    )
     return dense_loss(xp, name, formula, inputs, targets, reduction, weight)
 
 
@@ -150,13 +154,15 @@ def heatmap_focal_loss(
     """
     name = "heatmap_focal_loss"
     checks.check_choice(name, "reduction", reduction, (*checks.REDUCTIONS, "positives"))
+    inputs, targets = dense_arguments(xp, name, inputs, targets)
     formula = HeatmapFocal(
-        checks.check_gamma(name, gamma), checks.check_number(name, "beta", beta, low=0)
+        checks.check_scalar(xp, name, "gamma", gamma, inputs, low=0),
+        checks.check_scalar(xp, name, "beta", beta, inputs, low=0),
     )
     if reduction != "positives":
         return dense_loss(xp, name, formula, inputs, targets, reduction, weight)
     total = dense_loss(xp, name, formula, inputs, targets, "sum", weight)
-    peaks = xp.astype(checks.check_real(xp, name, "targets", targets), total.dtype) >= 1
+    peaks = xp.astype(targets, total.dtype) >= 1
     return total / xp.maximum(xp.sum(xp.astype(peaks, total.dtype)), 1)
 
 
@@ -210,9 +216,10 @@ def asymmetric_focal_loss(
     shift = checks.check_number(name, "margin", margin, 0, 1)
     if shift == 1:
         raise ValueError(f"{name}: margin must be < 1; got {margin!r}")
+    inputs, targets = dense_arguments(xp, name, inputs, targets)
     formula = AsymmetricFocal(
-        checks.check_number(name, "gamma_positive", gamma_positive, low=0),
-        checks.check_number(name, "gamma_negative", gamma_negative, low=0),
+        checks.check_scalar(xp, name, "gamma_positive", gamma_positive, inputs, low=0),
+        checks.check_scalar(xp, name, "gamma_negative", gamma_negative, inputs, low=0),
         shift,
     )
     return dense_loss(xp, name, formula, inputs, targets, reduction, weight)

@@ -15,6 +15,7 @@ from jax.numpy import (  # noqa: F401  (the part that has the standard's names)
     any,
     argsort,
     astype,
+    clip,
     concat,
     exp,
     finfo,
@@ -55,6 +56,17 @@ def to_array(value: object) -> Array | None:
 def constant(value: Any, like: Array | None) -> Array:
     """A NumPy array, not committed to a device, so that it goes where `like` is."""
     return _asarray(value)
+
+
+def to_numpy(x: Array) -> Any | None:
+    """Where it is not traced, on a CPU."""
+    on_cpu = not _is_traced(x) and {device.platform for device in x.devices()} == {"cpu"}
+    return np.asarray(x) if on_cpu else None
+
+
+def stop_gradient(x: Array) -> Array:
+    """A constant in the eyes of autodiff."""
+    return lax.stop_gradient(x)
 
 
 def log1p(x: Array) -> Array:

@@ -1,8 +1,8 @@
 """A formula of the core as a differentiable JAX function.
 
 The value and the slope are each a `jax.custom_jvp`: the tangent of one is the next formula,
-and what lies beyond the second derivative is left to JAX. A derivative in the targets is only
-formed where someone asks for it.
+and what lies beyond the second derivative is left to JAX. Derivatives in the targets and in
+parameters that are arrays are only formed where someone asks for them.
 """
 
 from __future__ import annotations
@@ -16,24 +16,33 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
-from focal.core import checks
+from focal.core import checks, parameters, softmax
 from focal.core.namespace import Formula, Namespace
 from focal.jax import _ops
 
-__all__ = ["pointwise", "pointwise_sum"]
+__all__ = ["label_margin", "pointwise", "pointwise_sum"]
 
 xp = cast(Namespace, _ops)
 Targets = Array | float
+Numbers = tuple[Array, ...]
+"""The parameters of a formula that are arrays."""
 
 
 def pointwise(formula: Formula, x: Array, t: Targets) -> Array:
     """`formula.value` in the type of x, with its registered derivative."""
-    return _value(formula, *_wide_pair(x, t)).astype(x.dtype)
+    formula, numbers = parameters.split(formula)
+    return _value(formula, *_wide_pair(x, t), numbers).astype(x.dtype)
 
 
 def pointwise_sum(formula: Formula, x: Array, t: Targets) -> Array:
     """The sum of `formula.value`, in float32 or better."""
-    return jnp.sum(_value(formula, *_wide_pair(x, t)))
+    formula, numbers = parameters.split(formula)
+    return jnp.sum(_value(formula, *_wide_pair(x, t), numbers))
+
+
+def label_margin(x: Array, at: Array, valid: Array) -> Array:
+    """`focal.core.softmax.margin`: autodiff of it costs no more."""
+    return softmax.margin(xp, x, at, valid)[0]
 
 
 # Compiled, so that outside of `jit` too a loss is one pass over the logits.
@@ -42,59 +51,78 @@ _compiled = partial(jax.jit, static_argnums=0, inline=True)
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 @_compiled
-def _value(formula: Formula, x: Array, t: Targets) -> Array:
+def _value(formula: Formula, x: Array, t: Targets, numbers: Numbers) -> Array:
     """FL(x, t) of each logit."""
-    return formula.value(xp, x, t)
+    return parameters.fill(formula, numbers).value(xp, x, t)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 @_compiled
-def _value_and_slope(formula: Formula, x: Array, t: Targets) -> tuple[Array, Array]:
+def _value_and_slope(
+    formula: Formula, x: Array, t: Targets, numbers: Numbers
+) -> tuple[Array, Array]:
     """FL(x, t) and dFL/dx."""
-    return formula.value_and_grad(xp, x, t)
+    return parameters.fill(formula, numbers).value_and_grad(xp, x, t)
 
 
 @_compiled
-def _hess(formula: Formula, x: Array, t: Targets) -> Array:
-    return formula.hess(xp, x, t)
+def _hess(formula: Formula, x: Array, t: Targets, numbers: Numbers) -> Array:
+    return parameters.fill(formula, numbers).hess(xp, x, t)
 
 
 @partial(_value.defjvp, symbolic_zeros=True)
 def _value_jvp(
-    formula: Formula, primals: tuple[Any, Any], tangents: tuple[Any, Any]
+    formula: Formula, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Array, Array]:
     value, slope = _value_and_slope(formula, *primals)
-    by_t = _by_t(formula.value, primals, tangents)
-    return value, _total(slope, tangents, by_t)
+    by_others = _by_others(_value.fun, formula, primals, tangents)
+    return value, _total(slope, tangents, by_others)
 
 
 @partial(_value_and_slope.defjvp, symbolic_zeros=True)
 def _value_and_slope_jvp(
-    formula: Formula, primals: tuple[Any, Any], tangents: tuple[Any, Any]
+    formula: Formula, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     value, slope = _value_and_slope(formula, *primals)
-    by_t = _by_t(formula.value_and_grad, primals, tangents)
-    value_by_t, slope_by_t = (None, None) if by_t is None else by_t
+    by_others = _by_others(_value_and_slope.fun, formula, primals, tangents)
+    value_by_others, slope_by_others = (None, None) if by_others is None else by_others
     return (value, slope), (
-        _total(slope, tangents, value_by_t),
-        _total(_hess(formula, *primals), tangents, slope_by_t),
+        _total(slope, tangents, value_by_others),
+        _total(_hess(formula, *primals), tangents, slope_by_others),
     )
 
 
-def _by_t(function: Callable[..., Any], primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> Any:
-    """What the tangent of the targets adds, by autodiff of the formula; None if there is none."""
-    (x, t), (_, dt) = primals, tangents
-    if isinstance(dt, SymbolicZero):
+def _by_others(
+    function: Callable[..., Any],
+    formula: Formula,
+    primals: tuple[Any, ...],
+    tangents: tuple[Any, ...],
+) -> Any:
+    """What the tangents of targets and parameters add, by autodiff; None if there are none."""
+    x, *others = primals
+    _, *others_tangents = tangents
+    leaves, tree = jax.tree.flatten(others)
+    directions = jax.tree.leaves(others_tangents, is_leaf=lambda a: isinstance(a, SymbolicZero))
+    moving = [i for i, d in enumerate(directions) if not isinstance(d, SymbolicZero)]
+    if not moving:
         return None
-    return jax.jvp(partial(function, xp, x), (t,), (dt,))[1]
+
+    def of_moving(*values: Array) -> Any:
+        given = dict(zip(moving, values, strict=True))
+        filled = [given.get(i, leaf) for i, leaf in enumerate(leaves)]
+        return function(formula, x, *jax.tree.unflatten(tree, filled))
+
+    return jax.jvp(
+        of_moving, tuple(leaves[i] for i in moving), tuple(directions[i] for i in moving)
+    )[1]
 
 
-def _total(slope: Array, tangents: tuple[Any, Any], by_t: Array | None) -> Array:
-    """The sum slope * dx + by_t, less what is not there."""
+def _total(slope: Array, tangents: tuple[Any, ...], by_others: Array | None) -> Array:
+    """The sum slope * dx + by_others, less what is not there."""
     dx = tangents[0]
     if isinstance(dx, SymbolicZero):
-        return jnp.zeros_like(slope) if by_t is None else by_t
-    return slope * dx if by_t is None else slope * dx + by_t
+        return jnp.zeros_like(slope) if by_others is None else by_others
+    return slope * dx if by_others is None else slope * dx + by_others
 
 
 def _wide_pair(x: Array, t: Targets) -> tuple[Array, Targets]:

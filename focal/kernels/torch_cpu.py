@@ -5,6 +5,11 @@ For hard targets the loss depends on one number, the logit counted towards the w
 
     FL = a m^gamma softplus(w),    dFL/dw = a m^gamma (gamma p_t softplus(w) + m).
 
+Label smoothing s moves every target by e = s / 2 towards the other side. With p = sigmoid(w),
+
+    m = e + (1 - 2 e) p,    ce = softplus(w) - e w,
+    FL = a m^gamma ce,      dFL/dw = a m^gamma (gamma (1 - 2 e) (p (1 - p) / m) ce + p - e).
+
 This is half the work of the formulas for targets between 0 and 1 in `focal.core.formulas`,
 which it equals, and to which a block with such targets is left. Where positives are rare, as in
 detection, what differs for them is done at their indices instead of everywhere.
@@ -44,29 +49,37 @@ class Kernels:
     def __init__(self, xp: Namespace) -> None:
         self.xp = xp
 
-    def value(self, formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor) -> Tensor:
-        """FL of every logit, in the type of x.
+    def value(
+        self, formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor, out: Tensor
+    ) -> None:
+        """FL of every logit.
 
         Args:
             formula: `SigmoidFocal`, for targets like the logits, or that in `Sparse`, for labels.
             x: Logits: any number of them, or (rows, classes) for labels.
             t: Targets, or a label for each row.
+            out: Where it is written to, of the shape and type of x.
         """
-        out = x.new_empty(x.numel())
+        out = out.view(-1)
         for here, value, _ in self._blocks(formula, x, t, value=out):
             if value.dtype != out.dtype:
                 out[here] = value
-        return out.view(x.shape)
 
-    def slope(self, formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor, scale: Tensor) -> Tensor:
-        """dFL/dx * scale, in the type of x; `scale` is a scalar, or one number for each logit."""
-        out = x.new_empty(x.numel())
+    def slope(
+        self,
+        formula: SigmoidFocal | Sparse,
+        x: Tensor,
+        t: Tensor,
+        scale: Tensor,
+        out: Tensor,
+    ) -> None:
+        """dFL/dx * scale; `scale` is a scalar, or one number for each logit."""
+        out = out.view(-1)
         scale = scale.reshape(-1) if scale.ndim else scale
         for here, _, slope in self._blocks(formula, x, t, slope=out):
             slope.mul_(scale[here] if scale.ndim else scale)
             if slope.dtype != out.dtype:
                 out[here] = slope
-        return out.view(x.shape)
 
     def total(self, formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor) -> Tensor:
         """The sum of FL, in float32 or better."""
@@ -74,12 +87,11 @@ class Kernels:
         return torch.stack(sums).sum()
 
     def total_and_slope(
-        self, formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The sum of FL and dFL/dx in one pass, for logits of float32 or better."""
-        out = x.new_empty(x.numel())
-        sums = [value.sum() for _, value, _ in self._blocks(formula, x, t, slope=out)]
-        return torch.stack(sums).sum(), out.view(x.shape)
+        self, formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor, out: Tensor
+    ) -> Tensor:
+        """The sum of FL, and dFL/dx in `out`, in one pass, for logits of float32 or better."""
+        sums = [value.sum() for _, value, _ in self._blocks(formula, x, t, slope=out.view(-1))]
+        return torch.stack(sums).sum()
 
     def _blocks(
         self,
@@ -154,11 +166,12 @@ class _Listed(NamedTuple):
         if loss.alpha is None:
             _power(m, loss.gamma)
             return
-        positive = _power(m[self.at], loss.gamma).mul_(loss.alpha)
+        alpha, rest = _shares(loss)
+        positive = _power(m[self.at], loss.gamma).mul_(alpha)
         if loss.gamma == 2:  # the usual case in one operation
-            torch.addcmul(m.new_zeros(()), m, m, value=1 - loss.alpha, out=m)
+            torch.addcmul(m.new_zeros(()), m, m, value=rest, out=m)
         else:
-            _power(m, loss.gamma).mul_(1 - loss.alpha)
+            _power(m, loss.gamma).mul_(rest)
         m.index_copy_(0, self.at, positive)
 
 
@@ -177,10 +190,11 @@ class _Masked(NamedTuple):
         _power(m, loss.gamma)
         if loss.alpha is None:
             return
-        if loss.alpha < 0.25:  # from the end where nothing cancels
-            share = torch.add(m.new_tensor(loss.alpha), 1 - self.y, alpha=1 - 2 * loss.alpha)
+        alpha, rest = _shares(loss)
+        if alpha < 0.25:  # from the end where nothing cancels
+            share = torch.add(m.new_tensor(alpha), 1 - self.y, alpha=rest - alpha)
         else:
-            share = torch.add(m.new_tensor(1 - loss.alpha), self.y, alpha=2 * loss.alpha - 1)
+            share = torch.add(m.new_tensor(rest), self.y, alpha=alpha - rest)
         m.mul_(share)
 
 
@@ -193,6 +207,8 @@ def _labelled(labels: Tensor, classes: int) -> _Listed:
 def _rare(y: Tensor) -> _Listed | None:
     """The targets of 1, if they are few and all others are 0."""
     if len(y) < WORTH_LISTING:
+        return None
+    if y.amin() < 0:  # out of range, and might cancel others in the sums below
         return None
     whole = len(y) // STRIP * STRIP
     strips = y[:whole].view(-1, STRIP)
@@ -208,7 +224,8 @@ def _rare(y: Tensor) -> _Listed | None:
 def _masked(y: Tensor, spare: Tensor, scratch: Iterator[Tensor]) -> _Masked | None:
     """The targets of 1, if all others are 0."""
     sign = torch.add(y.new_ones(()), y, alpha=-2, out=next(scratch))
-    return _Masked(y, sign) if torch.abs(sign, out=spare).amin() == 1 else None
+    least, greatest = torch.abs(sign, out=spare).aminmax()
+    return _Masked(y, sign) if least == greatest == 1 else None
 
 
 def _margin_pass(
@@ -229,12 +246,28 @@ def _margin_pass(
     p_t = torch.neg(w, out=slope).sigmoid_()
     # softplus(w) = max(w, 0) - log(1 - min(m, p_t))
     torch.minimum(m, p_t, out=ce).neg_().log1p_()
-    w.clamp_(min=0).sub_(ce)
-    torch.addcmul(m, p_t, w, value=loss.gamma, out=slope)
+    e = loss.smoothing / 2
+    if e == 0:
+        w.clamp_(min=0).sub_(ce)
+        torch.addcmul(m, p_t, w, value=loss.gamma, out=slope)
+    else:
+        # softplus(w) - e w = (1 - e) max(w, 0) + e max(-w, 0) - log(1 - min(p, p_t))
+        torch.nn.functional.leaky_relu_(w, -e / (1 - e)).mul_(1 - e).sub_(ce)
+        bend = p_t.mul_(m)
+        p, m = m, torch.add(m.new_tensor(e), m, alpha=1 - 2 * e, out=ce)
+        bend.div_(m).mul_(w)
+        torch.add(p.sub_(e), bend, alpha=loss.gamma * (1 - 2 * e), out=slope)
     positives.weighted_power(loss, m)
     value.mul_(m)
     slope.mul_(m)
     positives.flip(slope)
+
+
+def _shares(loss: SigmoidFocal) -> tuple[float, float]:
+    """The factor a of positives and of the others."""
+    assert loss.alpha is not None
+    alpha, y = loss.alpha, loss.smoothed(1.0)
+    return alpha * y + (1 - alpha) * (1 - y), alpha * (1 - y) + (1 - alpha) * y
 
 
 def _power(m: Tensor, gamma: float) -> Tensor:

@@ -39,15 +39,18 @@ def takes(x: Tensor, t: Tensor, *more: Tensor) -> bool:
     return here and x.dtype in LOGITS and t.dtype in TARGETS
 
 
-def value(formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor) -> Tensor:
-    """FL of every logit, in the type of x.
+def value(
+    formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """FL of every logit.
 
     Args:
         formula: `SigmoidFocal`, for targets like the logits, or that in `Sparse`, for labels.
         x: Logits: any number of them, or (rows, classes) for labels.
         t: Targets, or a label for each row.
+        out: Where it is written to, contiguous and of the shape of x. Default: a new tensor.
     """
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = _like(x) if out is None else out
     _launch("value", formula, x, t, out)
     return out
 
@@ -59,14 +62,24 @@ def total(formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor) -> Tensor:
     return partial.sum()
 
 
-def slope(formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor, scale: Tensor) -> Tensor:
-    """dFL/dx * scale, in the type of x; `scale` is a scalar, or one number for each logit."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+def slope(
+    formula: SigmoidFocal | Sparse,
+    x: Tensor,
+    t: Tensor,
+    scale: Tensor,
+    out: Tensor | None = None,
+) -> Tensor:
+    """dFL/dx * scale; `scale` is a scalar, or one number for each logit."""
+    out = _like(x) if out is None else out
     if not any(scale.stride()):
         _launch("slope", formula, x, t, out, scale)
     else:
         _launch("slope", formula, x, t, out, scale.contiguous(), SCALES=True)
     return out
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _launch(
@@ -85,12 +98,13 @@ def _launch(
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _kernel[(triton.cdiv(x.numel(), BLOCK),)](
             *(x.contiguous(), t.contiguous(), scale, out, x.numel()),
-            *(loss.gamma, alpha, 1 - alpha),
+            *(loss.gamma, alpha, 1 - alpha, loss.smoothing / 2),
             TASK=task,
             GAMMA=loss.gamma if loss.gamma in OWN_KERNEL else None,
             BALANCED=loss.alpha is not None,
             CLASSES=x.shape[-1] if sparse else 0,
-            HARD=not t.is_floating_point(),
+            HARD=not t.is_floating_point() and loss.smoothing == 0,
+            SMOOTHED=loss.smoothing != 0,
             SCALES=SCALES,
             BLOCK=BLOCK,
         )
@@ -106,15 +120,19 @@ def _kernel(
     gamma: tl.float64,  # the exponent of a small base; float32 would not be exact enough
     alpha,
     alpha_rest,
+    half_smoothing,
     TASK: tl.constexpr,
     GAMMA: tl.constexpr,
     BALANCED: tl.constexpr,
     CLASSES: tl.constexpr,
     HARD: tl.constexpr,
+    SMOOTHED: tl.constexpr,
     SCALES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     at, inside, logits, y, counted = _load(x, t, n, CLASSES, BLOCK)
+    if SMOOTHED:
+        y = y * (1 - 2 * half_smoothing) + half_smoothing
     sign, s, w, ce, m = _parts(logits, y)
     factor = _power(m, gamma, GAMMA)
     if BALANCED:

@@ -12,6 +12,7 @@ from numpy import (  # noqa: F401  (the standard part of the namespace)
     any,
     argsort,
     astype,
+    clip,
     concat,
     exp,
     finfo,
@@ -35,6 +36,7 @@ from numpy import (  # noqa: F401  (the standard part of the namespace)
 )
 from numpy import int64 as index_type  # noqa: F401
 
+from focal.core import softmax
 from focal.core.namespace import Array, Formula, Namespace
 
 xp = cast(Namespace, sys.modules[__name__])
@@ -54,6 +56,16 @@ def to_array(value: object) -> Array | None:
 def constant(value: Any, like: Array) -> Array:
     """NumPy arrays are arrays already."""
     return value
+
+
+def to_numpy(x: Array) -> Array:
+    """It is one."""
+    return x
+
+
+def stop_gradient(x: Array) -> Array:
+    """NumPy has no autodiff."""
+    return x
 
 
 def sigmoid(x: Array) -> Array:
@@ -109,6 +121,11 @@ def pointwise(formula: Formula, x: Array, t: Array) -> Array:
 def pointwise_sum(formula: Formula, x: Array, t: Array) -> Array:
     """The sum of the values, in float32 or better."""
     return np.sum(_wide_value(formula, x, t))
+
+
+def label_margin(x: Array, at: Array, valid: Array) -> Array:
+    """NumPy has no autodiff: the value itself."""
+    return softmax.margin(xp, x, at, valid)[0]
 
 
 def fori_loop(n: int, body: Callable[[Any, Any], Any], state: Any) -> Any:

@@ -20,6 +20,7 @@ from tensorflow import (  # noqa: F401  (the part that has the standard's names)
     zeros_like,
 )
 from tensorflow import cast as astype
+from tensorflow import clip_by_value as clip
 from tensorflow import int64 as index_type
 from tensorflow.math import log, log1p  # noqa: F401
 
@@ -38,8 +39,18 @@ def to_array(value: object) -> Tensor | None:
 
 
 def constant(value: Any, like: Tensor | None) -> Tensor:
-    """A NumPy array as a tensor; TensorFlow places it."""
-    return tf.constant(value)
+    """An array as a tensor; TensorFlow places it."""
+    return tf.convert_to_tensor(value)
+
+
+def to_numpy(x: Tensor) -> Any | None:
+    """In eager mode, on a CPU."""
+    return x.numpy() if tf.executing_eagerly() and "CPU" in x.device else None
+
+
+def stop_gradient(x: Tensor) -> Tensor:
+    """A constant in the eyes of autodiff."""
+    return tf.stop_gradient(x)
 
 
 # The standard part, where TensorFlow has other names

@@ -13,15 +13,15 @@ from typing import Any, cast
 import tensorflow as tf
 from tensorflow import Tensor
 
-from focal.core import checks
+from focal.core import checks, parameters, softmax
 from focal.core.namespace import Formula, Namespace
 from focal.tensorflow import _ops
 
-__all__ = ["pointwise", "pointwise_sum"]
+__all__ = ["label_margin", "pointwise", "pointwise_sum"]
 
 xp = cast(Namespace, _ops)
 Targets = Tensor | float
-Function = Callable[[Tensor, Targets], Tensor]
+Function = Callable[[Formula, Tensor, Targets], Tensor]
 
 
 def pointwise(formula: Formula, x: Tensor, t: Targets) -> Tensor:
@@ -34,46 +34,70 @@ def pointwise_sum(formula: Formula, x: Tensor, t: Targets) -> Tensor:
     return tf.reduce_sum(_value(formula, *_wide_pair(x, t)))
 
 
+def label_margin(x: Tensor, at: Tensor, valid: Tensor) -> Tensor:
+    """`focal.core.softmax.margin`: autodiff of it costs no more."""
+    return softmax.margin(xp, x, at, valid)[0]
+
+
 def _value(formula: Formula, x: Tensor, t: Targets) -> Tensor:
     """FL(x, t) of each logit."""
-    return _registered(
-        lambda x, t: formula.value(xp, x, t), lambda x, t: _slope(formula, x, t), x, t
-    )
+    return _registered(_apply_value, _slope, formula, x, t)
 
 
 def _slope(formula: Formula, x: Tensor, t: Targets) -> Tensor:
     """dFL/dx of each logit."""
-    return _registered(
-        lambda x, t: formula.value_and_grad(xp, x, t)[1],
-        lambda x, t: formula.hess(xp, x, t),
-        x,
-        t,
-    )
+    return _registered(_apply_slope, _apply_hess, formula, x, t)
 
 
-def _registered(function: Function, derivative: Function, x: Tensor, t: Targets) -> Tensor:
-    """function(x, t), with its derivative in x as given and in dense targets by autodiff."""
+def _apply_value(formula: Formula, x: Tensor, t: Targets) -> Tensor:
+    return formula.value(xp, x, t)
+
+
+def _apply_slope(formula: Formula, x: Tensor, t: Targets) -> Tensor:
+    return formula.value_and_grad(xp, x, t)[1]
+
+
+def _apply_hess(formula: Formula, x: Tensor, t: Targets) -> Tensor:
+    return formula.hess(xp, x, t)
+
+
+def _registered(
+    function: Function, derivative: Function, formula: Formula, x: Tensor, t: Targets
+) -> Tensor:
+    """function(formula, x, t), with its derivative in x as given.
+
+    Those in dense targets and in parameters that are tensors are left to autodiff.
+    """
+    template, numbers = parameters.split(formula)
     dense = isinstance(t, Tensor) and t.dtype.is_floating
+    others = [t, *numbers] if dense else list(numbers)
+
+    def filled(*values: Tensor) -> tuple[Formula, Targets]:
+        own, rest = (values[0], values[1:]) if dense else (t, values)
+        return parameters.fill(template, tuple(rest)), own
+
     # A tape also follows what a custom gradient only captures.
-    fixed = tf.stop_gradient(t) if dense else t
+    fixed_formula, fixed_t = filled(*map(tf.stop_gradient, others))
 
     @tf.custom_gradient
     def by_x(x: Tensor) -> Any:
-        return function(x, fixed), lambda upstream: upstream * derivative(x, t)
+        value = function(fixed_formula, x, fixed_t)
+        return value, lambda upstream: upstream * derivative(formula, x, t)
 
     @tf.custom_gradient
-    def by_t(t: Tensor) -> Any:
-        def grad(upstream: Tensor) -> Tensor:
+    def by_others(*others: Tensor) -> Any:
+        def grad(upstream: Tensor) -> Any:
             with tf.GradientTape() as tape:
-                tape.watch(t)
-                result = function(x, t)
-            return tape.gradient(result, t, upstream)
+                tape.watch(others)
+                own_formula, own_t = filled(*others)
+                result = function(own_formula, x, own_t)
+            return tape.gradient(result, others, upstream)
 
-        return tf.zeros_like(t), grad
+        return tf.zeros_like(x), grad
 
-    # Two functions of one argument, because one of two would work out both derivatives although
-    # that in the targets is hardly ever wanted.
-    return by_x(x) + by_t(t) if dense else by_x(x)
+    # Two functions, because one of all operands would work out all derivatives although those in
+    # the others are hardly ever wanted.
+    return by_x(x) + by_others(*others) if others else by_x(x)
 
 
 def _wide_pair(x: Tensor, t: Targets) -> tuple[Tensor, Targets]:

@@ -9,6 +9,7 @@ import torch
 from torch import (  # noqa: F401  (the part that has the standard's names)
     Tensor,
     abs,
+    clip,
     exp,
     finfo,
     float32,
@@ -21,6 +22,8 @@ from torch import (  # noqa: F401  (the part that has the standard's names)
 )
 from torch import int64 as index_type  # noqa: F401
 
+from focal.torch._dispatch import is_plain
+
 array_name = "a torch.Tensor"
 
 
@@ -30,8 +33,18 @@ def to_array(value: object) -> Tensor | None:
 
 
 def constant(value: Any, like: Tensor | None) -> Tensor:
-    """A NumPy array as a tensor on the device of `like`."""
+    """An array as a tensor on the device of `like`."""
     return torch.as_tensor(value, device=None if like is None else like.device)
+
+
+def to_numpy(x: Tensor) -> Any | None:
+    """On a CPU, in eager mode."""
+    return x.detach().numpy() if x.device.type == "cpu" and is_plain(x) else None
+
+
+def stop_gradient(x: Tensor) -> Tensor:
+    """A constant in the eyes of autodiff."""
+    return x.detach()
 
 
 # The standard part, where PyTorch has other names
@@ -142,14 +155,14 @@ def logsumexp(x: Tensor) -> Tensor:
 # Fused operations
 
 
-def _recorded() -> bool:
-    """Whether autograd or a compiler follows the operations, so that none may be in place."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+def _recorded(*operands: Tensor) -> bool:
+    """Whether something follows the operations, so that none may be in place."""
+    return torch.is_grad_enabled() or not is_plain(*operands)
 
 
 def step(x: Tensor) -> Tensor:
     """1 where x >= 0, else 0; written in place of a conversion where nothing records it."""
-    if _recorded():
+    if _recorded(x):
         return (x >= 0).to(x.dtype)
     return torch.ge(x, 0, out=torch.empty_like(x))
 
@@ -167,14 +180,14 @@ def addcmul(a: Tensor | float, b: Tensor | float, c: Tensor | float) -> Tensor |
 
 def put_along_axis(x: Tensor, indices: Tensor, values: Tensor) -> Tensor:
     """One value replaced in each row; in place where nothing records it."""
-    if _recorded():
+    if _recorded(x, indices, values):
         return torch.scatter(x, -1, indices.long(), values)
     return x.scatter_(-1, indices.long(), values)
 
 
 def keep_rows(x: Tensor, keep: Tensor) -> Tensor:
     """Rows that are not kept become exact zeros."""
-    if _recorded() or x.device.type != "cpu":
+    if _recorded(x, keep) or x.device.type != "cpu":
         return torch.masked_fill(x, ~keep[..., None], 0)
     # A mask that broadcasts is slow on a CPU, and there no device waits for `nonzero`.
     dropped = torch.nonzero(~keep.reshape(-1))[:, 0]

@@ -1,10 +1,13 @@
 """A formula of the core as a differentiable PyTorch operation.
 
 Three `autograd.Function`s: the loss of each logit, its derivative times a scale (which can be
-differentiated again), and the sum. They keep logits and targets and recompute the rest. Only
-the sum works out its gradient together with the loss, where no kernel makes that a loss: one
-pass over the logits instead of two, and the memory is that of the gradient, which is needed
-next anyway.
+differentiated again), and the sum. They keep their operands and recompute the rest. Only the sum
+works out its gradient together with the loss, where no kernel makes that a loss: one pass over
+the logits instead of two, and the memory is that of the gradient, which is needed next anyway.
+
+The operands are the logits, the targets and the formula's parameters that are tensors. The
+derivatives in the logits are the core's formulas; those in the other operands are autodiff of
+these formulas, and are only worked out where they are asked for.
 
 In eager mode a pass is one kernel where there is Triton and a GPU for it. Otherwise it goes
 block by block, so that temporaries stay in the cache and nothing but the result has the size of
@@ -17,152 +20,164 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from focal.core import parameters, softmax
 from focal.core.formulas import SigmoidFocal, Sparse
 from focal.core.namespace import Formula, Namespace
 from focal.kernels import torch_cpu
 from focal.torch import _ops
+from focal.torch._dispatch import is_batched, is_plain, nests_forward_mode
 
-__all__ = ["pointwise", "pointwise_sum"]
+__all__ = ["label_margin", "pointwise", "pointwise_sum"]
 
 xp = cast(Namespace, _ops)
 Targets = Tensor | float
+Function = Callable[..., Tensor]
+"""function(x, t, *numbers), where `numbers` are the parameters that are tensors."""
 
 CPU_KERNELS = torch_cpu.Kernels(xp)
 CPU_BLOCK = 1 << 18
 """Elements per block: larger ones leave the cache, smaller ones wait for Python."""
 DEVICE_BLOCK = 1 << 22
 """Large enough that launching kernels costs nothing beside running them."""
+EXPONENTS = ("gamma", "beta", "gamma_positive", "gamma_negative")
+"""Parameters that a training run may change from step to step."""
+OWN_CODE = (0.0, 0.5, 1.0, 2.0)
+"""Exponents for which `focal.core.formulas.power` needs no power."""
 TRITON_DEVICE = "cuda"
 """Where the kernels of Triton run; its interpreter, for tests, runs them on the CPU."""
-BATCHED = tuple(torch._C._dispatch_key_parse(name) for name in ("Batched", "FuncTorchBatched"))
-"""What dispatch keys tell of a tensor that a vmap runs over."""
 
 
 def pointwise(formula: Formula, x: Tensor, t: Targets) -> Tensor:
     """`formula.value` in the type of x, with its registered derivative."""
     if torch.compiler.is_compiling():
-        return _Value.apply(x, t, formula)
-    if isinstance(t, Tensor) and t.requires_grad:
-        # Learned targets are rare: autograd adds the derivative in t to the registered one.
-        by_t = formula.value(xp, *_wide_pair(x.detach(), t)).to(x.dtype)
-        return _EagerValue.apply(x, t.detach(), formula) + (by_t - by_t.detach())
-    return _EagerValue.apply(x, t, formula)
+        return _compiled(formula, x, t)
+    formula, numbers = parameters.split(formula)
+    if nests_forward_mode():
+        return _value(formula)(x, t, *numbers)
+    return _Value.apply(x, t, formula, *numbers)
 
 
 def pointwise_sum(formula: Formula, x: Tensor, t: Targets) -> Tensor:
     """The sum of `formula.value`, in float32 or better."""
-    if torch.compiler.is_compiling() or (isinstance(t, Tensor) and t.requires_grad):
-        return pointwise(formula, _wide(x), t).sum()
+    if torch.compiler.is_compiling():
+        return _compiled(formula, _wide(x), t).sum()
+    formula, numbers = parameters.split(formula)
+    if nests_forward_mode():
+        return _value(formula)(_wide(x), t, *numbers).sum()
     # The slope of half-precision logits would be rounded before it is scaled: recompute it.
-    with_slope = torch.is_grad_enabled() and x.requires_grad and _wide(x) is x
+    with_slope = torch.is_grad_enabled() and x.requires_grad and _wide(x) is x and not numbers
     with_slope = with_slope and _kernels(formula, x, t) in (None, CPU_KERNELS)
-    return _Sum.apply(x, t, formula, with_slope)[0]
+    return _Sum.apply(x, t, formula, with_slope, *numbers)[0]
+
+
+def label_margin(x: Tensor, at: Tensor, valid: Tensor) -> Tensor:
+    """`focal.core.softmax.margin`, in blocks of rows that fit the cache."""
+    if torch.compiler.is_compiling() or nests_forward_mode():
+        return softmax.margin(xp, x, at, valid)[0]
+    return _Margin.apply(x, at, valid)
+
+
+# ---------------------------------------------------------------- the three operations
 
 
 class _Value(torch.autograd.Function):
     """FL(x, t) of each logit."""
 
     @staticmethod
-    def forward(x: Tensor, t: Targets, formula: Formula) -> Tensor:
-        if (kernels := _kernels(formula, x, t)) is not None:
-            flatten, restore = _layout(x, t)
-            return restore(kernels.value(formula, flatten(x), flatten(t)))
-        return _by_block(functools.partial(formula.value, xp), x, t)
+    def forward(x: Tensor, t: Targets, formula: Formula, *numbers: Tensor) -> Tensor:
+        if (kernels := _kernels(formula, x, t, *numbers)) is not None:
+            layout = _Layout(x, t)
+            out = layout.new()
+            kernels.value(formula, *map(layout.flat, (x, t)), out=layout.flat(out))
+            return out
+        return _by_block(_value(formula), numbers, x, t)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _save(ctx, *inputs[:3])
+        x, t, formula, *numbers = inputs
+        _save(ctx, formula, x, t, *numbers)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, t = _saved(ctx)
-        if torch.compiler.is_compiling():
-            slope = ctx.formula.value_and_grad(xp, *_wide_pair(x, t))[1]
-            return (slope * grad).to(x.dtype), None, None
-        return _Slope.apply(x, t, grad, ctx.formula), None, None
-
-
-class _EagerValue(_Value):
-    """What `torch.func` needs in addition, which `torch.compile` does not take."""
+        x, t, *numbers = _saved(ctx)
+        by_x = None
+        if ctx.needs_input_grad[0]:
+            by_x = _Slope.apply(x, t, grad, ctx.formula, *numbers)
+        needed = (ctx.needs_input_grad[1], *ctx.needs_input_grad[3:])
+        by_t, *by_numbers = _pull(_value(ctx.formula), x, (t, *numbers), needed, grad)
+        return by_x, by_t, None, *by_numbers
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[Any, ...], x: Tensor, t: Targets, formula: Formula
-    ) -> tuple[Tensor, int]:
-        x, t = _batch_first(info.batch_size, in_dims, x, t)
-        return _EagerValue.apply(x, t, formula), 0
+    def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[Tensor, int]:
+        return _Value.apply(*_batch_first(info.batch_size, in_dims, operands)), 0
 
     @staticmethod
-    def jvp(ctx: Any, x_tangent: Tensor, *_: Any) -> Tensor:
-        x, t = _saved(ctx)
-        return _Slope.apply(x, t, x_tangent, ctx.formula)
+    def jvp(ctx: Any, dx: Any, dt: Any, _: Any, *dnumbers: Any) -> Tensor:
+        x, t, *numbers = _saved(ctx)
+        result = _push(_value(ctx.formula), x, (t, *numbers), (dt, *dnumbers))
+        return result if dx is None else result + _Slope.apply(x, t, dx, ctx.formula, *numbers)
 
 
 class _Slope(torch.autograd.Function):
     """scale * dFL/dx, with `scale` of the shape of x or a scalar."""
 
     @staticmethod
-    def forward(x: Tensor, t: Targets, scale: Tensor, formula: Formula) -> Tensor:
-        if (kernels := _kernels(formula, x, t, scale)) is not None:
-            flatten, restore = _layout(x, t)
-            by = flatten(scale) if scale.ndim else scale
-            return restore(kernels.slope(formula, flatten(x), flatten(t), by))
+    def forward(x: Tensor, t: Targets, scale: Tensor, formula: Formula, *numbers: Tensor) -> Tensor:
+        slope = _slope(formula)
+        if is_batched(scale):
+            return slope(x, t, *numbers) * scale
+        if (kernels := _kernels(formula, x, t, scale, *numbers)) is not None:
+            layout = _Layout(x, t)
+            out = layout.new()
+            by = layout.flat(scale) if scale.ndim else scale
+            kernels.slope(formula, *map(layout.flat, (x, t)), by, out=layout.flat(out))
+            return out
 
-        def block(xb: Tensor, tb: Targets, sb: Tensor = scale) -> Tensor:
-            return formula.value_and_grad(xp, xb, tb)[1] * sb
+        def scaled(x: Tensor, t: Targets, *more: Tensor) -> Tensor:
+            factor, *rest = more if scale.ndim else (scale, *more)
+            return slope(x, t, *rest) * factor
 
-        if scale.ndim or _is_batched(scale):
-            return _by_block(block, x, t, scale)
-        return _by_block(block, x, t)
+        return _by_block(scaled, numbers, x, t, *([scale] if scale.ndim else []))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, t, scale, formula = inputs
-        _save(ctx, x, t, formula, scale)
+        x, t, scale, formula, *numbers = inputs
+        _save(ctx, formula, x, t, scale, *numbers)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, t, scale = _saved(ctx)
+        x, t, scale, *numbers = _saved(ctx)
         by_x = by_scale = None
         if ctx.needs_input_grad[0]:
-            by_x = (_wide(grad) * _wide(scale) * _hess(ctx.formula, x, t)).to(x.dtype)
+            by_x = (_wide(grad) * _wide(scale) * _hess(ctx.formula)(x, t, *numbers)).to(x.dtype)
         if ctx.needs_input_grad[2]:
-            by_scale = _Slope.apply(x, t, grad, ctx.formula)
+            by_scale = _Slope.apply(x, t, grad, ctx.formula, *numbers)
             by_scale = (by_scale if scale.ndim else by_scale.sum()).to(scale.dtype)
-        return by_x, None, by_scale, None
+        needed = (ctx.needs_input_grad[1], *ctx.needs_input_grad[4:])
+        by_t, *by_numbers = _pull(_slope(ctx.formula), x, (t, *numbers), needed, grad * scale)
+        return by_x, by_t, by_scale, None, *by_numbers
 
     @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[Any, ...],
-        x: Tensor,
-        t: Targets,
-        scale: Tensor,
-        formula: Formula,
-    ) -> tuple[Tensor, int]:
-        x, t = _batch_first(info.batch_size, in_dims, x, t)
-        if in_dims[2] is not None:
-            scale = scale.movedim(in_dims[2], 0)
-            scale = scale.reshape(scale.shape + (1,) * (x.ndim - scale.ndim))
-        return _Slope.apply(x, t, scale.expand_as(x), formula), 0
+    def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[Tensor, int]:
+        x, t, scale, formula, *numbers = _batch_first(info.batch_size, in_dims, operands)
+        return _Slope.apply(x, t, scale.expand_as(x), formula, *numbers), 0
 
     @staticmethod
-    def jvp(ctx: Any, x_tangent: Tensor | None, _: Any, scale_tangent: Any, __: Any) -> Tensor:
-        x, t, scale = _saved(ctx)
-        result = torch.zeros_like(x)
-        if x_tangent is not None:
-            result = result + x_tangent * scale * _hess(ctx.formula, x, t).to(x.dtype)
-        if scale_tangent is not None:
-            result = result + _Slope.apply(x, t, scale_tangent, ctx.formula)
+    def jvp(ctx: Any, dx: Any, dt: Any, dscale: Any, _: Any, *dnumbers: Any) -> Tensor:
+        x, t, scale, *numbers = _saved(ctx)
+        result = scale * _push(_slope(ctx.formula), x, (t, *numbers), (dt, *dnumbers))
+        if dx is not None:
+            bend = _wide(dx) * _wide(scale) * _hess(ctx.formula)(x, t, *numbers)
+            result = result + bend.to(x.dtype)
+        if dscale is not None:
+            result = result + _Slope.apply(x, t, dscale, ctx.formula, *numbers)
         return result
 
 
@@ -170,74 +185,241 @@ class _Sum(torch.autograd.Function):
     """The sum of FL(x, t), and dFL/dx for the first backward pass."""
 
     @staticmethod
-    def forward(x: Tensor, t: Targets, formula: Formula, with_slope: bool) -> tuple[Tensor, Tensor]:
-        kernels = _kernels(formula, x, t)
-        flatten, restore = _layout(x, t)
+    def forward(
+        x: Tensor, t: Targets, formula: Formula, with_slope: bool, *numbers: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        kernels = _kernels(formula, x, t, *numbers)
+        layout = _Layout(x, t)
         if kernels is not None and not with_slope:
-            return kernels.total(formula, flatten(x), flatten(t)), x.new_empty(0)
+            return kernels.total(formula, *map(layout.flat, (x, t))), x.new_empty(0)
         if kernels is CPU_KERNELS:
-            total, slope = kernels.total_and_slope(formula, flatten(x), flatten(t))
-            return total, restore(slope)
+            slope = layout.new()
+            flat = map(layout.flat, (x, t, slope))
+            return kernels.total_and_slope(formula, *flat), slope
         sums: list[Tensor] = []
 
-        def block(xb: Tensor, tb: Targets) -> Tensor | None:
-            slope = None
+        def block(x: Tensor, t: Targets, *numbers: Tensor) -> Tensor | None:
+            loss = cast(Any, parameters.fill(formula, numbers))
             if with_slope:
-                value, slope = formula.value_and_grad(xp, xb, tb)
+                value, slope = loss.value_and_grad(xp, x, t)
             else:
-                value = formula.value(xp, xb, tb)
+                value, slope = loss.value(xp, x, t), None
             sums.append(value.sum())
             return slope
 
-        slope = _by_block(block, x, t, output=with_slope)
+        slope = _by_block(block, numbers, x, t, output=with_slope)
         return torch.stack(sums).sum(), slope
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, t, formula, with_slope = inputs
-        _save(ctx, x, t, formula)
+        x, t, formula, with_slope, *numbers = inputs
+        _save(ctx, formula, x, t, *numbers)
         ctx.slope = output[1].detach() if with_slope else None
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        x, t, *numbers = _saved(ctx)
         if grad is None:
-            return None, None, None, None
-        slope, ctx.slope = ctx.slope, None
-        if slope is not None and not (torch.is_grad_enabled() or _is_batched(grad)):
-            # On a CPU it costs nothing to see that there is nothing to scale.
-            is_one = type(grad) is Tensor and grad.device.type == "cpu" and bool(grad == 1)
-            return slope if is_one else slope.mul_(grad), None, None, None
-        # A second pass through the graph, or one that is itself differentiated.
-        x, t = _saved(ctx)
-        return _Slope.apply(x, t, grad, ctx.formula), None, None, None
+            return (None,) * (4 + len(numbers))
+        by_x = None
+        if ctx.needs_input_grad[0]:
+            slope, ctx.slope = ctx.slope, None
+            if slope is None or torch.is_grad_enabled() or is_batched(grad):
+                # A second pass through the graph, or one that is itself differentiated.
+                by_x = _Slope.apply(x, t, grad, ctx.formula, *numbers)
+            else:
+                # On a CPU it costs nothing to see that there is nothing to scale.
+                is_one = type(grad) is Tensor and grad.device.type == "cpu" and bool(grad == 1)
+                by_x = slope if is_one else slope.mul_(grad)
+        needed = (ctx.needs_input_grad[1], *ctx.needs_input_grad[4:])
+        by_t, *by_numbers = _pull(_value(ctx.formula), x, (t, *numbers), needed, grad)
+        return by_x, by_t, None, None, *by_numbers
 
     @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[Any, ...],
-        x: Tensor,
-        t: Targets,
-        formula: Formula,
-        with_slope: bool,
-    ) -> tuple[tuple[Tensor, Tensor], tuple[int, None]]:
-        x, t = _batch_first(info.batch_size, in_dims, x, t)
-        losses = _EagerValue.apply(_wide(x), t, formula)
+    def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[Any, tuple[int, None]]:
+        x, t, formula, _, *numbers = _batch_first(info.batch_size, in_dims, operands)
+        losses = _Value.apply(_wide(x), t, formula, *numbers)
         return (losses.reshape(info.batch_size, -1).sum(1), x.new_empty(0)), (0, None)
 
     @staticmethod
-    def jvp(ctx: Any, x_tangent: Tensor, *_: Any) -> tuple[Tensor, None]:
-        x, t = _saved(ctx)
-        return _wide(_Slope.apply(x, t, x_tangent, ctx.formula)).sum(), None
+    def jvp(ctx: Any, dx: Any, dt: Any, _: Any, __: Any, *dnumbers: Any) -> tuple[Tensor, None]:
+        x, t, *numbers = _saved(ctx)
+        result = _push(_value(ctx.formula), _wide(x), (t, *numbers), (dt, *dnumbers))
+        if dx is not None:
+            result = result + _wide(_Slope.apply(x, t, dx, ctx.formula, *numbers))
+        return result.sum(), None
 
 
-def _hess(formula: Formula, x: Tensor, t: Targets) -> Tensor:
-    return formula.hess(xp, *_wide_pair(x, t))
+class _Compiled(torch.autograd.Function):
+    """FL(x, t) for `torch.compile`, which differentiates once and batches by itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, t: Targets, formula: Formula, *numbers: Tensor) -> Tensor:
+        _save(ctx, formula, x, t, *numbers)
+        return _value(formula)(x, t, *numbers)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, t, *numbers = _saved(ctx)
+        slope = parameters.fill(ctx.formula, numbers).value_and_grad(xp, *_wide_pair(x, t))[1]
+        return _narrow(slope * grad, x), None, None, *(None for _ in numbers)
 
 
-def _save(ctx: Any, x: Tensor, t: Targets, formula: Formula, *more: Tensor) -> None:
-    """Keep the arguments; targets may be a tensor or a number."""
+def _compiled(formula: Formula, x: Tensor, t: Targets) -> Tensor:
+    """`pointwise` in operations to compile."""
+    formula, numbers = parameters.split(_with_operands(formula, x))
+    others = [a for a in (t, *numbers) if isinstance(a, Tensor)]
+    if not any(a.requires_grad for a in others):
+        return _Compiled.apply(x, t, formula, *numbers)
+    fixed = [a.detach() if isinstance(a, Tensor) else a for a in (t, *numbers)]
+    value = _Compiled.apply(x, fixed[0], formula, *fixed[1:])
+    # Autodiff adds the derivatives in the other operands to the registered one.
+    by_others = _value(formula)(x.detach(), t, *numbers)
+    return value + (by_others - by_others.detach())
+
+
+def _with_operands(formula: Any, x: Tensor) -> Any:
+    """The formula with its exponents as tensors: one that changes does not compile anew.
+
+    The exponents that have code of their own in the core stay numbers.
+    """
+    fields = {}
+    for name, value in zip(formula._fields, formula, strict=True):
+        if isinstance(value, tuple):
+            fields[name] = _with_operands(value, x)
+        elif name in EXPONENTS and parameters.is_number(value) and value not in OWN_CODE:
+            fields[name] = _wide(x).new_ones(()) * value
+        else:
+            fields[name] = value
+    return type(formula)(**fields)
+
+
+# ---------------------------------------------------------------- the margin of softmax
+
+
+class _Margin(torch.autograd.Function):
+    """`focal.core.softmax.margin` of logits (..., K)."""
+
+    @staticmethod
+    def forward(x: Tensor, at: Tensor, valid: Tensor) -> Tensor:
+        if not is_plain(x, at, valid):
+            return softmax.margin(xp, x, at, valid)[0]
+        blocks = (softmax.margin(xp, *rows)[0] for rows in _rows(x, at, valid))
+        return torch.cat(list(blocks)).view(at.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, at, valid = ctx.saved_tensors
+        if torch.is_grad_enabled() or not is_plain(x, at, valid, grad):
+            odds = softmax.margin(xp, x, at, valid)[1]
+            return softmax.margin_grad(xp, odds, at, grad), None, None
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        flat, start = out.view(-1, x.shape[-1]), 0
+        for xb, atb, validb, gradb in _rows(x, at, valid, grad):
+            odds = softmax.margin(xp, xb, atb, validb)[1]
+            flat[start : start + len(xb)] = softmax.margin_grad(xp, odds, atb, gradb)
+            start += len(xb)
+        return out, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[Tensor, int]:
+        return _Margin.apply(*_batch_first(info.batch_size, in_dims, operands)), 0
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Any, *_: Any) -> Tensor:
+        x, at, valid = ctx.saved_tensors
+        odds = softmax.margin(xp, x, at, valid)[1]
+        slopes = softmax.margin_grad(xp, odds, at, torch.ones_like(odds[..., 0]))
+        return torch.sum(slopes * dx, -1)
+
+
+def _rows(x: Tensor, *others: Tensor) -> Any:
+    """Blocks of rows of logits (..., K) and of operands (...)."""
+    classes = x.shape[-1]
+    size = CPU_BLOCK if x.device.type == "cpu" else DEVICE_BLOCK
+    operands = (x.reshape(-1, classes), *(a.reshape(-1) for a in others))
+    return zip(*(a.split(max(1, size // max(1, classes))) for a in operands), strict=True)
+
+
+# ---------------------------------------------------------------- derivatives
+
+
+def _value(formula: Formula) -> Function:
+    def value(x: Tensor, t: Targets, *numbers: Tensor) -> Tensor:
+        return _narrow(parameters.fill(formula, numbers).value(xp, *_wide_pair(x, t)), x)
+
+    return value
+
+
+def _slope(formula: Formula) -> Function:
+    def slope(x: Tensor, t: Targets, *numbers: Tensor) -> Tensor:
+        loss = parameters.fill(formula, numbers)
+        return _narrow(loss.value_and_grad(xp, *_wide_pair(x, t))[1], x)
+
+    return slope
+
+
+def _hess(formula: Formula) -> Function:
+    def hess(x: Tensor, t: Targets, *numbers: Tensor) -> Tensor:
+        return parameters.fill(formula, numbers).hess(xp, *_wide_pair(x, t))
+
+    return hess
+
+
+def _pull(
+    function: Function,
+    x: Tensor,
+    others: Sequence[Any],
+    needed: Sequence[bool],
+    upstream: Tensor,
+) -> list[Tensor | None]:
+    """The gradients of upstream * function(x, *others) in those of the others that need one."""
+    if not any(needed):
+        return [None] * len(others)
+    chosen = [a for a, wanted in zip(others, needed, strict=True) if wanted]
+    value, pull = torch.func.vjp(_of(function, x, others, needed), *chosen)
+    gradients = iter(pull(upstream.to(value.dtype).expand_as(value)))
+    return [next(gradients) if wanted else None for wanted in needed]
+
+
+def _push(
+    function: Function, x: Tensor, others: Sequence[Any], tangents: Sequence[Any]
+) -> Tensor:
+    """What the tangents of the others add to function(x, *others)."""
+    given = [a is not None for a in tangents]
+    if not any(given):
+        return torch.zeros_like(x)
+    chosen = [a for a, wanted in zip(others, given, strict=True) if wanted]
+    value, pull = torch.func.vjp(_of(function, x, others, given), *chosen)
+    # The pullback is linear, so its own pullback is the derivative itself.
+    push = torch.func.vjp(pull, torch.zeros_like(value))[1]
+    return push(tuple(a for a in tangents if a is not None))[0]
+
+
+def _of(
+    function: Function, x: Tensor, others: Sequence[Any], chosen: Sequence[bool]
+) -> Callable[..., Tensor]:
+    """`function` of the chosen ones alone."""
+
+    def of_chosen(*values: Tensor) -> Tensor:
+        given = iter(values)
+        return function(x, *(next(given) if c else a for a, c in zip(others, chosen, strict=True)))
+
+    return of_chosen
+
+
+# ---------------------------------------------------------------- operands
+
+
+def _save(ctx: Any, formula: Formula, x: Tensor, t: Targets, *more: Tensor) -> None:
+    """Keep the operands; targets may be a tensor or a number."""
     tensors = (x, t, *more) if isinstance(t, Tensor) else (x, *more)
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)
@@ -246,7 +428,7 @@ def _save(ctx: Any, x: Tensor, t: Targets, formula: Formula, *more: Tensor) -> N
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:
-    """The tensors of `_save`, with the targets in second place."""
+    """The operands of `_save`, with the targets in second place."""
     tensors = ctx.saved_tensors
     return tensors if ctx.number is None else (tensors[0], ctx.number, *tensors[1:])
 
@@ -256,59 +438,49 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def _narrow(values: Tensor, x: Tensor) -> Tensor:
+    """In the type of x; without a conversion to its own type, which torch 2.11 miscompiles."""
+    return values if values.dtype == x.dtype else values.to(x.dtype)
+
+
 def _wide_pair(x: Tensor, t: Targets) -> tuple[Tensor, Targets]:
     """Logits and dense targets in the type to compute in; labels and numbers as they are."""
     x = _wide(x)
     return x, t.to(x.dtype) if isinstance(t, Tensor) and t.shape == x.shape else t
 
 
-def _batch_first(
-    size: int, in_dims: tuple[Any, ...], x: Tensor, t: Targets
-) -> tuple[Tensor, Targets]:
-    """Logits and targets with the axis that vmap adds in front."""
-    first, second = (
-        a
-        if not isinstance(a, Tensor)
-        else a.expand(size, *a.shape)
-        if d is None
-        else a.movedim(d, 0)
-        for a, d in zip((x, t), in_dims, strict=False)
+def _batch_first(size: int, in_dims: Sequence[Any], operands: Sequence[Any]) -> list[Any]:
+    """Operands with the axis that vmap adds in front; scalars broadcast along it."""
+    axes = 1 + max(
+        a.ndim - (d is not None)
+        for a, d in zip(operands, in_dims, strict=True)
+        if isinstance(a, Tensor)
     )
-    return first, second
+
+    def first(a: Any, d: int | None) -> Any:
+        if not isinstance(a, Tensor):
+            return a
+        if d is None:
+            return a.expand(size, *a.shape) if a.ndim else a
+        a = a.movedim(d, 0)
+        return a if a.ndim > 1 else a.reshape((size,) + (1,) * (axes - 1))
+
+    return [first(a, d) for a, d in zip(operands, in_dims, strict=True)]
 
 
-def _is_batched(a: Any) -> bool:
-    """Whether a vmap runs over the backward pass, so that nothing can be written in place.
-
-    `torch.autograd.grad(..., is_grads_batched=True)` has a batching of its own that reaches
-    the inside of an `autograd.Function`; only the dispatch keys tell.
-    """
-    if not isinstance(a, Tensor):
-        return False
-    keys = torch._C._dispatch_keys(a)
-    return any(keys.has(key) for key in BATCHED)
-
-
-def _has_kernel(formula: Formula, x: Tensor, t: Targets, *more: Tensor) -> bool:
-    """Whether kernels know this formula, and may go at the memory of these operands.
-
-    What traces operations, or computes them elsewhere, must be given the formula instead.
-    """
-    loss = formula.formula if isinstance(formula, Sparse) else formula
-    return not (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or not (isinstance(loss, SigmoidFocal) and isinstance(t, Tensor))
-        or (isinstance(formula, Sparse) and formula.smoothing != 0)
-        or x.numel() == 0
-        or is_in_torch_dispatch_mode()
-        or any(type(a) not in (Tensor, Parameter) or _is_batched(a) for a in (x, t, *more))
-    )
+# ---------------------------------------------------------------- kernels and blocks
 
 
 def _kernels(formula: Formula, x: Tensor, t: Targets, *more: Tensor) -> Any:
     """`focal.kernels.torch_triton` or its like for a CPU, where one takes these operands."""
-    if not _has_kernel(formula, x, t, *more):
+    loss = formula.formula if isinstance(formula, Sparse) else formula
+    if not (
+        isinstance(loss, SigmoidFocal)
+        and all(n is None or parameters.is_number(n) for n in loss)
+        and isinstance(t, Tensor)
+        and x.numel() > 0
+        and is_plain(x, t, *more)
+    ):
         return None
     if x.device.type == TRITON_DEVICE:
         kernels = _triton_on(x.device)
@@ -337,50 +509,61 @@ def _triton_on(device: torch.device) -> ModuleType | None:
 
 def _by_block(
     function: Callable[..., Tensor | None],
+    numbers: Sequence[Tensor],
     x: Tensor,
     t: Targets,
     *more: Tensor,
     output: bool = True,
 ) -> Tensor:
-    """function(x, t, *more) elementwise, block by block, into a new tensor like x.
+    """function(x, t, *more, *numbers) elementwise, block by block, into a new tensor like x.
 
     Without `output` the function is only called, and the result is empty.
     """
-    if torch.compiler.is_compiling() or any(map(_is_batched, (x, t, *more))):
-        return cast(Tensor, function(*_wide_pair(x, t), *more)).to(x.dtype)
-    flatten, restore = _layout(x, t)
-    flat = flatten(x)
-    result = flat.new_empty(flat.shape) if output else x.new_empty(0)
+    if not is_plain(x, t, *more, *numbers) or any(n.ndim for n in numbers):
+        result = function(*_wide_pair(x, t), *more, *numbers)
+        return x.new_empty(0) if result is None else _narrow(result, x)
+    layout = _Layout(x, t)
+    result = layout.new() if output else x.new_empty(0)
+    flat = layout.flat(x)
     size = CPU_BLOCK if x.device.type == "cpu" else DEVICE_BLOCK
     rows = max(1, size // max(1, math.prod(flat.shape[1:])))
-    operands = [flat, t, *more]
-    blocks = [flatten(a).split(rows) if isinstance(a, Tensor) else None for a in operands[1:]]
+    blocks = [
+        layout.flat(a).split(rows) if isinstance(a, Tensor) else None for a in (t, *more)
+    ]
+    target = layout.flat(result).split(rows) if output else None
     for i, xb in enumerate(flat.split(rows)):
         tb, *rest = (t if b is None else b[i] for b in blocks)
-        values = function(*_wide_pair(xb, tb), *rest)
-        if output:
-            result[i * rows : i * rows + len(xb)] = cast(Tensor, values)
-    return restore(result) if output else result
+        values = function(*_wide_pair(xb, tb), *rest, *numbers)
+        if target is not None:
+            target[i].copy_(cast(Tensor, values))
+    return result
 
 
-def _layout(x: Tensor, t: Targets) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """How to walk through memory: to one row per target, and back to the shape of x.
+class _Layout:
+    """How to walk through the memory of the operands: in the order in which x lies there.
 
-    Dense operands are taken in the memory order of x, so that channels-last logits (or any
-    other permutation) are neither copied nor walked against the grain.
+    Dense operands become one axis, so that channels-last logits (or any other permutation) are
+    neither copied nor walked against the grain. With one target per row, logits become
+    (rows, classes).
     """
-    if isinstance(t, Tensor) and t.shape != x.shape:
-        classes = x.shape[-1]
 
-        def flatten_rows(a: Tensor) -> Tensor:
-            return a.reshape(-1, classes) if a.ndim == x.ndim else a.reshape(-1)
+    def __init__(self, x: Tensor, t: Targets) -> None:
+        self.x = x
+        self.by_row = isinstance(t, Tensor) and t.shape != x.shape
+        self.order = sorted(range(x.ndim), key=x.stride, reverse=True)
 
-        return flatten_rows, lambda flat: flat.view(x.shape)
+    def new(self) -> Tensor:
+        """An empty tensor like x: not a view, so that its user may change it in place."""
+        if self.by_row:
+            return torch.empty_like(self.x, memory_format=torch.contiguous_format)
+        strides, step = [1] * self.x.ndim, 1
+        for axis in reversed(self.order):
+            strides[axis] = step
+            step *= max(1, self.x.shape[axis])
+        return self.x.new_empty_strided(self.x.shape, strides)
 
-    order = sorted(range(x.ndim), key=x.stride, reverse=True)
-    shape = [x.shape[d] for d in order]
-    inverse = sorted(range(x.ndim), key=order.__getitem__)
-    return (
-        lambda a: a.permute(order).reshape(-1),
-        lambda flat: flat.view(shape).permute(inverse),
-    )
+    def flat(self, a: Tensor) -> Tensor:
+        """An operand, or what `new` gave, as one axis or as rows; a view where it can be."""
+        if not self.by_row:
+            return a.permute(self.order).reshape(-1)
+        return a.reshape(-1, a.shape[-1]) if a.ndim == self.x.ndim else a.reshape(-1)

@@ -1,0 +1,73 @@
+"""What kind of tensor an operation sees: plain memory, or one that traces or batches.
+
+PyTorch offers no public way to ask this. Where a private name is gone, a tensor does not count
+as plain: results stay right, and the faster paths are not taken.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+try:
+    from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+except ImportError:
+
+    def is_in_torch_dispatch_mode() -> bool:  # type: ignore[misc]
+        """Unknown."""
+        return True
+
+
+try:
+    BATCHED = tuple(torch._C._dispatch_key_parse(name) for name in ("Batched", "FuncTorchBatched"))
+except (AttributeError, RuntimeError):
+    BATCHED = None
+
+try:
+    from torch._C._functorch import TransformType, get_interpreter_stack
+except ImportError:
+    get_interpreter_stack = None
+
+__all__ = ["is_batched", "is_plain", "nests_forward_mode"]
+
+
+def is_batched(a: Any) -> bool:
+    """Whether a vmap runs over this operand, so that nothing else may be written to with it.
+
+    `torch.autograd.grad(..., is_grads_batched=True)` has a batching of its own that reaches
+    the inside of an `autograd.Function`; only the dispatch keys show it.
+    """
+    if not isinstance(a, Tensor):
+        return False
+    if BATCHED is None:
+        return True
+    keys = torch._C._dispatch_keys(a)
+    return any(keys.has(key) for key in BATCHED)
+
+
+def is_plain(*operands: Any) -> bool:
+    """Whether operations run now, on the memory of just these tensors.
+
+    What traces operations, or computes them elsewhere, must be given the formula instead.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or is_in_torch_dispatch_mode()
+        or any(
+            isinstance(a, Tensor) and (type(a) not in (Tensor, Parameter) or is_batched(a))
+            for a in operands
+        )
+    )
+
+
+def nests_forward_mode() -> bool:
+    """Whether `torch.func.jvp` runs inside itself, as in `jacfwd(jacfwd(f))`.
+
+    PyTorch loses the second derivative of every `autograd.Function` there, and says nothing.
+    """
+    stack = None if get_interpreter_stack is None else get_interpreter_stack()
+    return stack is not None and sum(level.key() == TransformType.Jvp for level in stack) > 1
