@@ -345,9 +345,7 @@ def reduced(
     return total if reduction == "sum" else total / count
 
 
-def dense_arguments(
-    xp: Namespace, name: str, inputs: Array, targets: Array
-) -> tuple[Array, Array]:
+def dense_arguments(xp: Namespace, name: str, inputs: Array, targets: Array) -> tuple[Array, Array]:
     inputs = checks.check_floating(xp, name, "inputs", inputs)
     targets = checks.check_real(xp, name, "targets", targets)
     checks.check_same_shape(name, "targets", targets, "inputs", inputs)

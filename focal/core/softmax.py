@@ -167,7 +167,7 @@ def margin(xp: Namespace, x: Array, at: Array, valid: Array) -> tuple[Array, Arr
 
 
 def margin_grad(xp: Namespace, odds: Array, at: Array, upstream: Array) -> Array:
-    """upstream dz/dx, with dz/dx = e_c - odds / sum(odds), from the second result of `margin`."""
+    """The product upstream dz/dx, with dz/dx = e_c - odds / sum(odds)."""
     upstream = upstream[..., None]
     grad = odds * (-upstream / xp.sum(odds, axis=-1, keepdims=True))
     return xp.put_along_axis(grad, at[..., None], upstream)

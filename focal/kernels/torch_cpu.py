@@ -49,9 +49,7 @@ class Kernels:
     def __init__(self, xp: Namespace) -> None:
         self.xp = xp
 
-    def value(
-        self, formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor, out: Tensor
-    ) -> None:
+    def value(self, formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor, out: Tensor) -> None:
         """FL of every logit.
 
         Args:

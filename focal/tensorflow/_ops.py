@@ -20,7 +20,7 @@ from tensorflow import (  # noqa: F401  (the part that has the standard's names)
     zeros_like,
 )
 from tensorflow import cast as astype
-from tensorflow import clip_by_value as clip
+from tensorflow import clip_by_value as clip  # noqa: F401
 from tensorflow import int64 as index_type
 from tensorflow.math import log, log1p  # noqa: F401
 

@@ -389,9 +389,7 @@ def _pull(
     return [next(gradients) if wanted else None for wanted in needed]
 
 
-def _push(
-    function: Function, x: Tensor, others: Sequence[Any], tangents: Sequence[Any]
-) -> Tensor:
+def _push(function: Function, x: Tensor, others: Sequence[Any], tangents: Sequence[Any]) -> Tensor:
     """What the tangents of the others add to function(x, *others)."""
     given = [a is not None for a in tangents]
     if not any(given):
@@ -527,9 +525,7 @@ def _by_block(
     flat = layout.flat(x)
     size = CPU_BLOCK if x.device.type == "cpu" else DEVICE_BLOCK
     rows = max(1, size // max(1, math.prod(flat.shape[1:])))
-    blocks = [
-        layout.flat(a).split(rows) if isinstance(a, Tensor) else None for a in (t, *more)
-    ]
+    blocks = [layout.flat(a).split(rows) if isinstance(a, Tensor) else None for a in (t, *more)]
     target = layout.flat(result).split(rows) if output else None
     for i, xb in enumerate(flat.split(rows)):
         tb, *rest = (t if b is None else b[i] for b in blocks)

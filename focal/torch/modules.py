@@ -1,8 +1,13 @@
-"""The losses as `torch.nn.Module`s, and the prior bias of a layer."""
+"""The losses as `torch.nn.Module`s, and the prior bias of a layer.
 
-from __future__ import annotations
+The mean by default, as in `torch.nn`. Parameters that are tensors, such as one alpha per class,
+are buffers and move with the module.
 
-from collections.abc import Sequence
+Annotations are not postponed here: TorchScript reads them as types.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,17 +29,89 @@ __all__ = [
     "init_prior_bias_",
 ]
 
+Number = float | Tensor
+"""A number, or a tensor without axes."""
+Alphas = Number | Sequence[float] | None
+"""One for all classes or one per class."""
+
 
 class Loss(nn.Module):
-    """Parameters as attributes, shown in the repr."""
+    """The parameters of a loss function as attributes; those that are tensors as buffers.
+
+    They are checked when the module is made, by a call on a single zero logit.
+    """
+
+    _function: ClassVar[Callable[..., Tensor]]
+
+    def __init_subclass__(cls, function: Callable[..., Tensor] | None = None) -> None:
+        """The loss function of the core that a class stands for."""
+        super().__init_subclass__()
+        if function is None:
+            return
+        cls._function = staticmethod(function)
+
+        # TorchScript compiles `forward`, and calls these as the Python functions that they are.
+
+        @torch.jit.ignore
+        def plain(self, a: Tensor, b: Tensor) -> Tensor:
+            return function(xp, a, b, **{name: getattr(self, name) for name in self._names})
+
+        @torch.jit.ignore
+        def weighted(self, a: Tensor, b: Tensor, weight: Tensor | None) -> Tensor:
+            options = {name: getattr(self, name) for name in self._names}
+            return function(xp, a, b, weight=weight, **options)
+
+        cls._plain, cls._weighted = plain, weighted
+
+    def __init__(self, **parameters: Any) -> None:
+        super().__init__()
+        for name, value in parameters.items():
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+        self._names = tuple(parameters)
+        try:
+            self._try()
+        except (TypeError, ValueError) as error:
+            own = str(error).replace(self._function.__name__, type(self).__name__, 1)
+            raise type(error)(own) from None
 
     def extra_repr(self) -> str:
         """The parameters."""
-        own = {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "training"}
-        return ", ".join(f"{k}={v!r}" for k, v in own.items())
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._names)
+
+    def _try(self) -> None:
+        """One call, on as many classes as there are alphas."""
+        x = torch.zeros(1, self._classes())
+        self._plain(x, x)
+
+    def _classes(self) -> int:
+        alpha = getattr(self, "alpha", None)
+        return len(alpha) if checks.is_sequence(alpha) else 1
 
 
-class SigmoidFocalLoss(Loss):
+class DenseLoss(Loss):
+    """A loss of logits and targets of the same shape."""
+
+    def forward(self, inputs: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The loss of logits `inputs` and `targets` in [0, 1]."""
+        return self._weighted(inputs, targets, weight)
+
+
+class LabelLoss(Loss):
+    """A loss of logits with a class axis and of one label for each row."""
+
+    axis: int
+
+    def _try(self) -> None:
+        axes = max(2, self.axis + 1, -self.axis) if isinstance(self.axis, int) else 2
+        shape = [1] * axes
+        shape[self.axis if isinstance(self.axis, int) else -1] = self._classes()
+        self._plain(torch.zeros(shape), torch.zeros([1] * (axes - 1), dtype=torch.int64))
+
+
+class SigmoidFocalLoss(DenseLoss, function=losses.sigmoid_focal_loss):
     """`focal.torch.sigmoid_focal_loss` as a module; the mean by default, as in `torch.nn`.
 
     Args:
@@ -61,33 +138,17 @@ class SigmoidFocalLoss(Loss):
 
     def __init__(
         self,
-        alpha: float | Sequence[float] | None = 0.25,
-        gamma: float = 2.0,
+        alpha: Alphas = 0.25,
+        gamma: Number = 2.0,
         reduction: Reduction = "mean",
-        label_smoothing: float = 0.0,
+        label_smoothing: Number = 0.0,
     ) -> None:
-        super().__init__()
-        name = type(self).__name__
-        self.alpha = alpha if checks.is_sequence(alpha) else checks.check_alpha(name, alpha)
-        self.gamma = checks.check_gamma(name, gamma)
-        self.reduction = checks.check_choice(name, "reduction", reduction, checks.REDUCTIONS)
-        self.label_smoothing = checks.check_number(name, "label_smoothing", label_smoothing, 0, 1)
-
-    def forward(self, inputs: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
-        """The loss of logits `inputs` and `targets` in [0, 1]."""
-        return losses.sigmoid_focal_loss(
-            xp,
-            inputs,
-            targets,
-            self.alpha,
-            self.gamma,
-            self.reduction,
-            weight=weight,
-            label_smoothing=self.label_smoothing,
+        super().__init__(
+            alpha=alpha, gamma=gamma, reduction=reduction, label_smoothing=label_smoothing
         )
 
 
-class SparseSigmoidFocalLoss(Loss):
+class SparseSigmoidFocalLoss(LabelLoss, function=losses.sparse_sigmoid_focal_loss):
     """`focal.torch.sparse_sigmoid_focal_loss` as a module, for class labels.
 
     Args:
@@ -113,35 +174,26 @@ class SparseSigmoidFocalLoss(Loss):
 
     def __init__(
         self,
-        alpha: float | Sequence[float] | None = 0.25,
-        gamma: float = 2.0,
+        alpha: Alphas = 0.25,
+        gamma: Number = 2.0,
         reduction: SparseReduction = "positives",
-        label_smoothing: float = 0.0,
+        label_smoothing: Number = 0.0,
+        axis: int = -1,
     ) -> None:
-        super().__init__()
-        name = type(self).__name__
-        self.alpha = alpha if checks.is_sequence(alpha) else checks.check_alpha(name, alpha)
-        self.gamma = checks.check_gamma(name, gamma)
-        self.reduction = checks.check_choice(
-            name, "reduction", reduction, (*checks.REDUCTIONS, "positives")
+        super().__init__(
+            alpha=alpha,
+            gamma=gamma,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            axis=axis,
         )
-        self.label_smoothing = checks.check_number(name, "label_smoothing", label_smoothing, 0, 1)
 
     def forward(self, inputs: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
-        """The loss of logits `inputs` (..., K) and `labels` (...)."""
-        return losses.sparse_sigmoid_focal_loss(
-            xp,
-            inputs,
-            labels,
-            self.alpha,
-            self.gamma,
-            self.reduction,
-            weight=weight,
-            label_smoothing=self.label_smoothing,
-        )
+        """The loss of logits `inputs`, with the classes on `axis`, and `labels`."""
+        return self._weighted(inputs, labels, weight)
 
 
-class SoftmaxFocalLoss(Loss):
+class SoftmaxFocalLoss(LabelLoss, function=softmax.softmax_focal_loss):
     """`focal.torch.softmax_focal_loss` as a module.
 
     Args:
@@ -167,38 +219,28 @@ class SoftmaxFocalLoss(Loss):
 
     def __init__(
         self,
-        alpha: float | Sequence[float] | None = None,
-        gamma: float = 2.0,
+        alpha: Alphas = None,
+        gamma: Number = 2.0,
         reduction: Reduction = "mean",
-        ignore_index: int = -100,
+        ignore_index: int | None = -100,
         axis: int = -1,
-        label_smoothing: float = 0.0,
+        label_smoothing: Number = 0.0,
     ) -> None:
-        super().__init__()
-        name = type(self).__name__
-        self.alpha = alpha
-        self.gamma = checks.check_gamma(name, gamma)
-        self.reduction = checks.check_choice(name, "reduction", reduction, checks.REDUCTIONS)
-        self.ignore_index = ignore_index
-        self.axis = axis
-        self.label_smoothing = checks.check_number(name, "label_smoothing", label_smoothing, 0, 1)
-
-    def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """The loss of logits `inputs` and class indices `labels`."""
-        return softmax.softmax_focal_loss(
-            xp,
-            inputs,
-            labels,
-            self.alpha,
-            self.gamma,
-            self.reduction,
-            ignore_index=self.ignore_index,
-            axis=self.axis,
-            label_smoothing=self.label_smoothing,
+        super().__init__(
+            alpha=alpha,
+            gamma=gamma,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            axis=axis,
+            label_smoothing=label_smoothing,
         )
 
+    def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """The loss of logits `inputs`, with the classes on `axis`, and class indices `labels`."""
+        return self._plain(inputs, labels)
 
-class SigmoidFocalLossStar(Loss):
+
+class SigmoidFocalLossStar(DenseLoss, function=losses.sigmoid_focal_loss_star):
     """`focal.torch.sigmoid_focal_loss_star` as a module.
 
     Args:
@@ -221,33 +263,15 @@ class SigmoidFocalLossStar(Loss):
 
     def __init__(
         self,
-        alpha: float | None = 0.25,
-        gamma: float = 2.0,
-        beta: float = 1.0,
+        alpha: Number | None = 0.25,
+        gamma: Number = 2.0,
+        beta: Number = 1.0,
         reduction: Reduction = "mean",
     ) -> None:
-        super().__init__()
-        name = type(self).__name__
-        self.alpha = checks.check_alpha(name, alpha)
-        self.gamma = checks.check_gamma(name, gamma)
-        self.beta = checks.check_number(name, "beta", beta)
-        self.reduction = checks.check_choice(name, "reduction", reduction, checks.REDUCTIONS)
-
-    def forward(self, inputs: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
-        """The loss of logits `inputs` and `targets` in [0, 1]."""
-        return losses.sigmoid_focal_loss_star(
-            xp,
-            inputs,
-            targets,
-            self.alpha,
-            self.gamma,
-            self.beta,
-            self.reduction,
-            weight=weight,
-        )
+        super().__init__(alpha=alpha, gamma=gamma, beta=beta, reduction=reduction)
 
 
-class BalancedCrossEntropyLoss(Loss):
+class BalancedCrossEntropyLoss(DenseLoss, function=losses.balanced_cross_entropy):
     """`focal.torch.balanced_cross_entropy` as a module.
 
     Args:
@@ -266,20 +290,15 @@ class BalancedCrossEntropyLoss(Loss):
     Source: Lin et al. 2017, equation 3.
     """
 
-    def __init__(self, alpha: float | None = 0.75, reduction: Reduction = "mean") -> None:
-        super().__init__()
-        name = type(self).__name__
-        self.alpha = checks.check_alpha(name, alpha)
-        self.reduction = checks.check_choice(name, "reduction", reduction, checks.REDUCTIONS)
-
-    def forward(self, inputs: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
-        """The loss of logits `inputs` and `targets` in [0, 1]."""
-        return losses.balanced_cross_entropy(
-            xp, inputs, targets, self.alpha, self.reduction, weight=weight
-        )
+    def __init__(
+        self,
+        alpha: Number | None = 0.75,
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__(alpha=alpha, reduction=reduction)
 
 
-class GIoULoss(Loss):
+class GIoULoss(Loss, function=box_losses.giou_loss):
     """`focal.torch.giou_loss` as a module.
 
     Args:
@@ -298,14 +317,14 @@ class GIoULoss(Loss):
     """
 
     def __init__(self, reduction: Reduction = "mean") -> None:
-        super().__init__()
-        self.reduction = checks.check_choice(
-            type(self).__name__, "reduction", reduction, checks.REDUCTIONS
-        )
+        super().__init__(reduction=reduction)
 
     def forward(self, boxes1: Tensor, boxes2: Tensor) -> Tensor:
         """The loss of paired boxes."""
-        return box_losses.giou_loss(xp, boxes1, boxes2, self.reduction)
+        return self._plain(boxes1, boxes2)
+
+    def _try(self) -> None:
+        self._plain(torch.zeros(1, 4), torch.zeros(1, 4))
 
 
 def init_prior_bias_(layer: nn.Module, pi: ArrayLike = 0.01) -> nn.Module:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from focal.core import checks, variants
+from focal.core import variants
 from focal.core.namespace import Reduction, SparseReduction
-from focal.torch._namespace import xp
-from focal.torch.modules import Loss
+from focal.torch.modules import DenseLoss, Number
 
 __all__ = ["AsymmetricFocalLoss", "HeatmapFocalLoss", "QualityFocalLoss", "VarifocalLoss"]
 
 
-class QualityFocalLoss(Loss):
+class QualityFocalLoss(DenseLoss, function=variants.quality_focal_loss):
     """`focal.torch.quality_focal_loss` as a module.
 
     Args:
@@ -28,20 +25,15 @@ class QualityFocalLoss(Loss):
     Source: Li et al. 2020, equation 2.
     """
 
-    def __init__(self, beta: float = 2.0, reduction: Reduction = "mean") -> None:
-        super().__init__()
-        name = type(self).__name__
-        self.beta = checks.check_number(name, "beta", beta, low=0)
-        self.reduction = checks.check_choice(name, "reduction", reduction, checks.REDUCTIONS)
-
-    def forward(self, inputs: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
-        """The loss of logits `inputs` and `targets` in [0, 1]."""
-        return variants.quality_focal_loss(
-            xp, inputs, targets, self.beta, self.reduction, weight=weight
-        )
+    def __init__(
+        self,
+        beta: Number = 2.0,
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__(beta=beta, reduction=reduction)
 
 
-class VarifocalLoss(Loss):
+class VarifocalLoss(DenseLoss, function=variants.varifocal_loss):
     """`focal.torch.varifocal_loss` as a module.
 
     Args:
@@ -59,22 +51,15 @@ class VarifocalLoss(Loss):
     """
 
     def __init__(
-        self, alpha: float = 0.75, gamma: float = 2.0, reduction: Reduction = "mean"
+        self,
+        alpha: Number = 0.75,
+        gamma: Number = 2.0,
+        reduction: Reduction = "mean",
     ) -> None:
-        super().__init__()
-        name = type(self).__name__
-        self.alpha = checks.check_number(name, "alpha", alpha, low=0)
-        self.gamma = checks.check_gamma(name, gamma)
-        self.reduction = checks.check_choice(name, "reduction", reduction, checks.REDUCTIONS)
-
-    def forward(self, inputs: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
-        """The loss of logits `inputs` and `targets` in [0, 1]."""
-        return variants.varifocal_loss(
-            xp, inputs, targets, self.alpha, self.gamma, self.reduction, weight=weight
-        )
+        super().__init__(alpha=alpha, gamma=gamma, reduction=reduction)
 
 
-class HeatmapFocalLoss(Loss):
+class HeatmapFocalLoss(DenseLoss, function=variants.heatmap_focal_loss):
     """`focal.torch.heatmap_focal_loss` as a module.
 
     Args:
@@ -92,24 +77,15 @@ class HeatmapFocalLoss(Loss):
     """
 
     def __init__(
-        self, gamma: float = 2.0, beta: float = 4.0, reduction: SparseReduction = "positives"
+        self,
+        gamma: Number = 2.0,
+        beta: Number = 4.0,
+        reduction: SparseReduction = "positives",
     ) -> None:
-        super().__init__()
-        name = type(self).__name__
-        self.gamma = checks.check_gamma(name, gamma)
-        self.beta = checks.check_number(name, "beta", beta, low=0)
-        self.reduction = checks.check_choice(
-            name, "reduction", reduction, (*checks.REDUCTIONS, "positives")
-        )
-
-    def forward(self, inputs: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
-        """The loss of logits `inputs` and `targets` in [0, 1], 1 at a keypoint."""
-        return variants.heatmap_focal_loss(
-            xp, inputs, targets, self.gamma, self.beta, self.reduction, weight=weight
-        )
+        super().__init__(gamma=gamma, beta=beta, reduction=reduction)
 
 
-class AsymmetricFocalLoss(Loss):
+class AsymmetricFocalLoss(DenseLoss, function=variants.asymmetric_focal_loss):
     """`focal.torch.asymmetric_focal_loss` as a module.
 
     Args:
@@ -129,27 +105,14 @@ class AsymmetricFocalLoss(Loss):
 
     def __init__(
         self,
-        gamma_positive: float = 1.0,
-        gamma_negative: float = 4.0,
+        gamma_positive: Number = 1.0,
+        gamma_negative: Number = 4.0,
         margin: float = 0.05,
         reduction: Reduction = "mean",
     ) -> None:
-        super().__init__()
-        name = type(self).__name__
-        self.gamma_positive = checks.check_number(name, "gamma_positive", gamma_positive, low=0)
-        self.gamma_negative = checks.check_number(name, "gamma_negative", gamma_negative, low=0)
-        self.margin = checks.check_number(name, "margin", margin, 0, 1)
-        self.reduction = checks.check_choice(name, "reduction", reduction, checks.REDUCTIONS)
-
-    def forward(self, inputs: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
-        """The loss of logits `inputs` and `targets` in [0, 1]."""
-        return variants.asymmetric_focal_loss(
-            xp,
-            inputs,
-            targets,
-            self.gamma_positive,
-            self.gamma_negative,
-            self.margin,
-            self.reduction,
-            weight=weight,
+        super().__init__(
+            gamma_positive=gamma_positive,
+            gamma_negative=gamma_negative,
+            margin=margin,
+            reduction=reduction,
         )
