@@ -87,9 +87,10 @@ def smooth_l1_loss(
     if beta == 0:
         losses = distance
     else:
-        # With c = min(d, beta) both pieces are c^2 / (2 beta) + (d - c), without a branch.
+        # As a sum of both pieces the slope of a small difference would lose its digits.
         core = xp.minimum(distance, beta)
-        losses = core * core * (0.5 / beta) + (distance - core)
+        square = core * core * (0.5 / beta)
+        losses = xp.where(distance < beta, square, distance - beta / 2)
     return _reduce(xp, losses, reduction, inputs.dtype)
 
 

@@ -9,13 +9,13 @@ asked for.
     >>> from focal.numpy import sigmoid_focal_loss
     >>> from focal.testing import check_loss
     >>> report = check_loss(sigmoid_focal_loss, backend="numpy", gamma=2.0)
-    >>> report.kept
+    >>> report.passed
     True
 
 `python -m focal.testing exhaustive` evaluates the library's own loss at every number of a type.
 """
 
 from focal.testing.check import check_loss
-from focal.testing.report import Errors, LossReport, Part
+from focal.testing.report import Errors, LossReport, Part, Place
 
-__all__ = ["Errors", "LossReport", "Part", "check_loss"]
+__all__ = ["Errors", "LossReport", "Part", "Place", "check_loss"]

@@ -52,6 +52,14 @@ class Framework:
         """In NumPy; half types as float32, which holds them exactly."""
         raise NotImplementedError
 
+    def value(self, loss: Loss, x: Any, t: Any) -> Any:
+        """loss(x, t), where no gradient is asked for."""
+        return loss(x, t)
+
+    def shape(self, loss: Loss, x: Any, t: Any) -> tuple[int, ...]:
+        """That of loss(x, t)."""
+        return self.numpy(loss(x, t)).shape
+
     def value_and_gradient(self, loss: Loss, x: Any, t: Any) -> tuple[Any, Any]:
         """loss(x, t) and the gradient of its sum in x."""
         raise NotImplementedError
@@ -126,7 +134,11 @@ class Torch(Framework):
 
 
 class JAX(Framework):
-    """JAX; with 64-bit types switched on while it works in float64."""
+    """JAX; with 64-bit types switched on while it works in float64.
+
+    A loss is compiled as a whole, which takes less time than to compile its operations one by
+    one; one that cannot be traced runs as it is.
+    """
 
     name = "jax"
 
@@ -153,13 +165,35 @@ class JAX(Framework):
         half = array.dtype.itemsize == 2
         return np.asarray(array, np.float32 if half else None)
 
+    def value(self, loss: Loss, x: Any, t: Any) -> Any:
+        return self._compiled(loss, x, t)
+
+    def shape(self, loss: Loss, x: Any, t: Any) -> tuple[int, ...]:
+        return tuple(self._traced(self.jax.eval_shape, loss, x, t).shape)
+
     def value_and_gradient(self, loss: Loss, x: Any, t: Any) -> tuple[Any, Any]:
-        value, pull_back = self.jax.vjp(lambda x: loss(x, t), x)
-        return value, pull_back(self.jnp.ones_like(value))[0]
+        def both(x: Any, t: Any) -> tuple[Any, Any]:
+            value, pull_back = self.jax.vjp(lambda x: loss(x, t), x)
+            return value, pull_back(self.jnp.ones_like(value))[0]
+
+        return cast(tuple[Any, Any], self._compiled(both, x, t))
 
     def second(self, loss: Loss, x: Any, t: Any, pick: Any) -> Any:
-        _, pull_back = self.jax.vjp(lambda x: self.value_and_gradient(loss, x, t)[1], x)
-        return pull_back(pick)[0]
+        def bend(x: Any, t: Any, pick: Any) -> Any:
+            _, pull_back = self.jax.vjp(lambda x: self.value_and_gradient(loss, x, t)[1], x)
+            return pull_back(pick)[0]
+
+        return self._compiled(bend, x, t, pick)
+
+    def _compiled(self, function: Callable[..., Any], *arrays: Any) -> Any:
+        return self._traced(lambda f, *a: self.jax.jit(f)(*a), function, *arrays)
+
+    def _traced(self, how: Callable[..., Any], function: Callable[..., Any], *arrays: Any) -> Any:
+        errors = self.jax.errors
+        try:
+            return how(function, *arrays)
+        except (errors.JAXTypeError, errors.JAXIndexError):
+            return function(*arrays)
 
     def own_loss(self, alpha: float | None, gamma: float) -> Both:
         return cast(Both, self.jax.jit(super().own_loss(alpha, gamma)))

@@ -2,56 +2,115 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Errors", "LossReport", "Part"]
+__all__ = ["NO_AUTODIFF", "PASSED", "Errors", "LossReport", "Part", "Place"]
 
-HEADER = ("targets", "what", "ULP", "allowed", "relative", "at logit", "target", "NaN", "inf")
+HEADER = ("targets", "what", "ULP", "allowed", "relative", "beyond", "NaN", "inf")
+PASSED = "passed"
+NO_AUTODIFF = "not available: NumPy has no autodiff"
+PLACES = 3
+"""How many of the worst places are kept."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A result beside the exact one.
+
+    Attributes:
+        inputs: The logit; for losses of a row all its logits, for boxes the box. None for a
+            reduced loss.
+        targets: Its target, label or box.
+        column: Which of the inputs a gradient belongs to; None where there is one.
+        params: The parameters of the reference there.
+        expected: The exact result.
+        got: What came.
+        ulp: The error in units in the last place.
+        allowed: What is allowed there: the bound, and what comes on top of it.
+    """
+
+    inputs: float | tuple[float, ...] | None
+    targets: float | tuple[float, ...] | None
+    column: int | None
+    params: Mapping[str, Any]
+    expected: float
+    got: float
+    ulp: float
+    allowed: float
+
+    @property
+    def badness(self) -> float:
+        """The error beside what is allowed; infinite for a result that is not finite."""
+        return self.ulp / max(self.allowed, 1e-300)
+
+    def __str__(self) -> str:
+        where = ""
+        if self.inputs is not None:
+            column = "" if self.column is None else f"[{self.column}]"
+            where = f"logit {_numbers(self.inputs)}{column}, target {_numbers(self.targets)}: "
+        got = f"expected {self.expected:.9g}, got {self.got:.9g}"
+        return f"{where}{got}, {self.ulp:.4g} ULP ({self.allowed:.4g} allowed)"
 
 
 @dataclass(frozen=True)
 class Errors:
-    """The largest error of the values, or of the gradients, over the grid.
+    """The errors of the values, or of the gradients, over the grid and all parameters.
 
     Attributes:
         ulp: Largest error in units in the last place, at the place where it is largest beside
             what is allowed there.
-        allowed: What is allowed at that place: the bound, and for FL* and softmax what the
-            rounding of a margin explains.
+        allowed: What is allowed at that place: the bound, `atol`, and what the rounding of a
+            margin or a smoothed label explains.
         relative: Largest relative error of results that are normal numbers.
-        logit: The logit at the place of `ulp`.
-        target: Its target: a number in [0, 1].
-        nan: How many results are NaN.
-        infinite: How many are infinite.
+        beyond: How many results are beyond what is allowed.
+        nan: How many of them are NaN.
+        infinite: How many of them are infinite.
+        places: The worst places, the worst first.
     """
 
     ulp: float
     allowed: float
     relative: float
-    logit: float
-    target: float
+    beyond: int
     nan: int
     infinite: int
+    places: tuple[Place, ...]
 
     @property
-    def kept(self) -> bool:
+    def passed(self) -> bool:
         """Whether every result is finite and within the bound."""
-        return self.ulp <= self.allowed and not self.nan and not self.infinite
+        return not self.beyond
+
+    @classmethod
+    def merged(cls, parts: Sequence[Errors]) -> Errors:
+        """Those of several parameters in one."""
+        worst = max(parts, key=lambda e: e.ulp / max(e.allowed, 1e-300))
+        places = sorted((p for e in parts for p in e.places), key=lambda p: -p.badness)
+        return cls(
+            ulp=worst.ulp,
+            allowed=worst.allowed,
+            relative=max(e.relative for e in parts),
+            beyond=sum(e.beyond for e in parts),
+            nan=sum(e.nan for e in parts),
+            infinite=sum(e.infinite for e in parts),
+            places=tuple(places[:PLACES]),
+        )
 
 
 @dataclass(frozen=True)
 class Part:
-    """The results for one kind of targets.
+    """The results for one kind of targets, or for one reduction.
 
     Attributes:
-        targets: "hard", "soft" or "labels".
+        targets: "hard", "soft", "labels", "zero", "any" or "boxes"; "mean" or "sum" for a
+            reduction.
         value: Errors of the loss.
         gradient: Errors of the gradient; None where there is none.
-        gradient_status: "kept", "beyond the bound", or "not available" and why.
+        gradient_status: "passed", "beyond the bound", or "not available" and why.
         second_status: "close", "not close" and where, how many are NaN or infinite, or
-            "not available" and why. It is reported and does not decide.
+            "not available" or "not checked" and why. It is reported and does not decide.
     """
 
     targets: str
@@ -59,6 +118,24 @@ class Part:
     gradient: Errors | None
     gradient_status: str
     second_status: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether values and gradients are within the bound."""
+        return self.value.passed and self.gradient_status in (PASSED, NO_AUTODIFF)
+
+    @classmethod
+    def merged(cls, parts: Sequence[Part]) -> Part:
+        """Those of several parameters in one."""
+        gradients = [p.gradient for p in parts if p.gradient is not None]
+        bad = [p.gradient_status for p in parts if p.gradient_status != PASSED]
+        return cls(
+            targets=parts[0].targets,
+            value=Errors.merged([p.value for p in parts]),
+            gradient=Errors.merged(gradients) if gradients else None,
+            gradient_status=bad[0] if bad else PASSED,
+            second_status=parts[0].second_status,
+        )
 
 
 @dataclass(frozen=True)
@@ -68,49 +145,67 @@ class LossReport:
     Attributes:
         loss: Name of the function that was checked.
         reference: Name of the reference.
-        params: The reference's parameters.
+        params: The reference's parameters, in the first setting.
+        settings: All settings of the parameters that were checked.
         backend: The framework.
         dtype: The type of the logits.
-        max_ulp: The bound.
-        parts: The results, one for each kind of targets.
-        kept: Whether every value and every gradient is within the bound.
+        max_ulp: The bound; the largest of those of all settings.
+        parts: The results, one for each kind of targets and each reduction.
+        passed: Whether every value and every gradient is within the bound.
     """
 
     loss: str
     reference: str
     params: Mapping[str, Any]
+    settings: tuple[Mapping[str, Any], ...]
     backend: str
     dtype: str
     max_ulp: float
     parts: tuple[Part, ...]
-    kept: bool
+    passed: bool
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [HEADER]
-        notes = []
+        notes, places = [], []
         for part in self.parts:
             for what, errors in (("value", part.value), ("gradient", part.gradient)):
-                if errors is not None:
-                    rows.append((part.targets, what, *_cells(errors)))
+                if errors is None:
+                    continue
+                rows.append((part.targets, what, *_cells(errors)))
+                if not errors.passed:
+                    places += [
+                        f"{part.targets} {what}, {self._at(p)}"
+                        for p in errors.places
+                        if p.badness > 1
+                    ]
             notes += [
-                f"gradient, {part.targets} targets: {part.gradient_status}",
-                f"second derivative, {part.targets} targets: {part.second_status}",
+                f"gradient, {part.targets}: {part.gradient_status}",
+                f"second derivative, {part.targets}: {part.second_status}",
             ]
-        params = ", ".join(f"{name}={value}" for name, value in self.params.items())
-        verdict = "kept" if self.kept else "NOT KEPT"
-        return "\n".join(
-            [
-                f"{self.loss} against {self.reference}({params}), {self.backend}, {self.dtype}",
-                *_table(rows),
-                *notes,
-                f"bound of {self.max_ulp:g} ULP: {verdict}",
-            ]
-        )
+        bound = f"bound of {self.max_ulp:g} ULP: {PASSED if self.passed else 'FAILED'}"
+        if len(self.settings) > 1:
+            bound = f"{len(self.settings)} settings of the parameters, largest {bound}"
+        name = f"{self.reference}({_params(self.params)})"
+        title = f"{self.loss} against {name}, {self.backend}, {self.dtype}"
+        return "\n".join([title, *_table(rows), *places, *notes, bound])
+
+    def _at(self, place: Place) -> str:
+        return f"{_params(place.params)}, {place}" if len(self.settings) > 1 else str(place)
+
+
+def _params(params: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in params.items())
+
+
+def _numbers(values: Any) -> str:
+    if isinstance(values, tuple):
+        return f"({', '.join(f'{v:.9g}' for v in values)})"
+    return f"{values:.9g}"
 
 
 def _cells(errors: Errors) -> tuple[str, ...]:
-    numbers = (errors.ulp, errors.allowed, errors.relative, errors.logit, errors.target)
-    return (*(f"{number:.4g}" for number in numbers), str(errors.nan), str(errors.infinite))
+    numbers = (f"{number:.4g}" for number in (errors.ulp, errors.allowed, errors.relative))
+    return (*numbers, str(errors.beyond), str(errors.nan), str(errors.infinite))
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
