@@ -134,8 +134,7 @@ def check_labels_fit(function: str, labels: Array, inputs: Array, axis: int) -> 
     """Labels of the shape of the logits without the axis of the classes."""
     shape = tuple(inputs.shape)
     expected = shape[:axis] + shape[axis + 1 :]
-    source = "inputs.shape[:-1]" if axis == len(shape) - 1 else "inputs.shape without axis"
-    check_shape(function, "labels", labels, expected, source)
+    check_shape(function, "labels", labels, expected, "inputs.shape without axis")
 
 
 def check_label_values(

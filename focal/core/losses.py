@@ -27,11 +27,11 @@ def sigmoid_focal_loss(
     inputs: Array,
     targets: Array,
     alpha: float | Sequence[float] | Array | None = 0.25,
-    gamma: float = 2.0,
+    gamma: float | Array = 2.0,
     reduction: Reduction = "none",
     *,
     weight: Array | None = None,
-    label_smoothing: float = 0.0,
+    label_smoothing: float | Array = 0.0,
 ) -> Array:
     r"""Focal loss of independent binary classifications, from logits.
 
@@ -50,7 +50,9 @@ def sigmoid_focal_loss(
         alpha: Weight of positives, `1 - alpha` for negatives, in [0, 1]: a number, or one per
             class, K numbers for the K classes on the last axis. None or -1 turns it off.
             Default 0.25.
-        gamma: Focusing parameter, finite, >= 0; 0 is cross entropy. Default 2.
+        gamma: Focusing parameter, finite, >= 0; 0 is cross entropy. Default 2. Like `alpha` and
+            `label_smoothing`, a number or an array without axes, which may be traced or
+            learned; the value of an array is not checked.
         reduction: "none" (default), "mean" over all elements, or "sum".
         weight: Factors that broadcast to the shape of `inputs`, multiplied into the loss.
         label_smoothing: s in [0, 1]: each target y becomes `y (1 - s) + s / 2`, as in
@@ -87,7 +89,7 @@ def balanced_cross_entropy(
     xp: Namespace,
     inputs: Array,
     targets: Array,
-    alpha: float | None = 0.75,
+    alpha: float | Array | None = 0.75,
     reduction: Reduction = "none",
     *,
     weight: Array | None = None,
@@ -129,9 +131,9 @@ def sigmoid_focal_loss_star(
     xp: Namespace,
     inputs: Array,
     targets: Array,
-    alpha: float | None = 0.25,
-    gamma: float = 2.0,
-    beta: float = 1.0,
+    alpha: float | Array | None = 0.25,
+    gamma: float | Array = 2.0,
+    beta: float | Array = 1.0,
     reduction: Reduction = "none",
     *,
     weight: Array | None = None,
@@ -151,7 +153,7 @@ def sigmoid_focal_loss_star(
         alpha: Weight of positives, `1 - alpha` for negatives, in [0, 1]. None or -1 turns it
             off. Default 0.25.
         gamma: Slope of the margin, finite, > 0. Default 2.
-        beta: Shift of the margin, finite. Default 1.
+        beta: Shift of the margin, finite. Default 1. All three may be arrays without axes.
         reduction: "none" (default), "mean" over all elements, or "sum".
         weight: Factors that broadcast to the shape of `inputs`, multiplied into the loss.
 
@@ -182,7 +184,7 @@ def sparse_sigmoid_focal_loss(
     inputs: Array,
     labels: Array,
     alpha: float | Sequence[float] | Array | None = 0.25,
-    gamma: float = 2.0,
+    gamma: float | Array = 2.0,
     reduction: SparseReduction = "none",
     *,
     weight: Array | None = None,
@@ -194,17 +196,22 @@ def sparse_sigmoid_focal_loss(
     The same as :func:`sigmoid_focal_loss` with one-hot targets, but no one-hot array is built.
 
     Args:
-        inputs: Logits (..., K) of any floating-point type.
-        labels: Integers of shape `inputs.shape[:-1]`: the class in [0, K), -1 for background
-            (all K targets are 0), -2 for ignored (no loss, no gradient, not counted). Values
-            are not checked: below -2 is ignored, K and above is an error or undefined.
+        inputs: Logits of any floating-point type, with the K classes on `axis`.
+        labels: Integers of the shape of `inputs` without `axis`: the class in [0, K), -1 for
+            background (all K targets are 0), -2 or below for ignored (no loss, no gradient, not
+            counted).
+            K and above is an error in eager code on a CPU, and ignored in compiled code and on
+            a GPU, where looking at the labels would wait for them.
         alpha: Weight of positives, `1 - alpha` for negatives, in [0, 1]: a number, or one per
             class. None or -1 turns it off. Default 0.25.
-        gamma: Focusing parameter, finite, >= 0. Default 2.
+        gamma: Focusing parameter, finite, >= 0. Default 2. May be an array, as in
+            :func:`sigmoid_focal_loss`.
         reduction: "none" (default), "mean" over the logits of rows not ignored, "sum", or
             "positives": the sum over max(1, number of labels >= 0), the paper's normaliser.
         weight: Factors that broadcast to the shape of `inputs`, multiplied into the loss.
         label_smoothing: s in [0, 1]: the targets are `1 - s / 2` and `s / 2`. Default 0.
+        axis: The class axis of `inputs` (and of `weight`). Default -1; image logits
+            (N, K, H, W) have it at 1.
 
     Returns:
         The loss: the shape and type of `inputs` for "none", else a scalar (float32 where
@@ -230,8 +237,8 @@ def sparse_sigmoid_focal_loss(
     checks.check_choice(name, "reduction", reduction, (*checks.REDUCTIONS, "positives"))
     inputs = checks.check_floating(xp, name, "inputs", inputs)
     labels = checks.check_labels(xp, name, "labels", labels)
-    axis = checks.check_class_axis(name, axis, inputs)
-    if inputs.shape[axis] == 0:
+    axis = checks.check_class_axis(name, axis, inputs) if len(inputs.shape) else axis
+    if not len(inputs.shape) or inputs.shape[axis] == 0:
         raise ValueError(
             f"{name}: inputs must have at least one class on their class axis; "
             f"got shape {tuple(inputs.shape)}"

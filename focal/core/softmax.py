@@ -19,13 +19,13 @@ def softmax_focal_loss(
     xp: Namespace,
     inputs: Array,
     labels: Array,
-    alpha: float | Sequence[float] | None = None,
-    gamma: float = 2.0,
+    alpha: float | Sequence[float] | Array | None = None,
+    gamma: float | Array = 2.0,
     reduction: Reduction = "none",
     *,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     axis: int = -1,
-    label_smoothing: float = 0.0,
+    label_smoothing: float | Array = 0.0,
 ) -> Array:
     r"""Focal loss of one choice among K classes, from logits.
 
@@ -39,13 +39,16 @@ def softmax_focal_loss(
     Args:
         inputs: Logits of any floating-point type, with the K classes on `axis`.
         labels: Integers of the shape of `inputs` without `axis`: the class in [0, K), or
-            `ignore_index`. Other values are an error or undefined.
+            `ignore_index`. Other values are an error in eager code on a CPU, and ignored in
+            compiled code and on a GPU, where looking at them would wait for the labels.
         alpha: None or -1 (off; None is the default), a number >= 0 that multiplies every loss,
             or K such numbers, one per class: a sequence or an array.
-        gamma: Focusing parameter, finite, >= 0; 0 is cross entropy. Default 2.
+        gamma: Focusing parameter, finite, >= 0; 0 is cross entropy. Default 2. Like `alpha` and
+            `label_smoothing`, a number or an array without axes.
         reduction: "none" (default), "mean" over the labels that are not ignored (not divided
             by the alphas), or "sum".
-        ignore_index: Label that has no loss, no gradient and does not count. Default -100.
+        ignore_index: Label that has no loss, no gradient and does not count; None: there is
+            none. Default -100.
         axis: The class axis. Default -1; image logits (N, K, H, W) have it at 1.
         label_smoothing: s in [0, 1]: the loss is the mixture of `1 - s` times that of the label
             and `s / K` times that of each class, as if it were the label, as in
@@ -96,10 +99,10 @@ def softmax_focal_loss_grad(
     xp: Namespace,
     inputs: Array,
     labels: Array,
-    alpha: float | Sequence[float] | None = None,
-    gamma: float = 2.0,
+    alpha: float | Sequence[float] | Array | None = None,
+    gamma: float | Array = 2.0,
     *,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     axis: int = -1,
 ) -> Array:
     r"""Gradient of the unreduced :func:`softmax_focal_loss`, unsmoothed, in its logits.

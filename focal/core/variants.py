@@ -19,7 +19,7 @@ def quality_focal_loss(
     xp: Namespace,
     inputs: Array,
     targets: Array,
-    beta: float = 2.0,
+    beta: float | Array = 2.0,
     reduction: Reduction = "none",
     *,
     weight: Array | None = None,
@@ -35,7 +35,8 @@ def quality_focal_loss(
         inputs: Logits of any shape and floating-point type.
         targets: Same shape as `inputs`, values in [0, 1], any real or boolean type.
         beta: Exponent, finite, >= 0; 0 is cross entropy. Below 1 the derivative grows without
-            bound towards p = y (it is finite at every number, and 0 there). Default 2.
+            bound towards p = y (it is finite at every number, and 0 there). Default 2. A number
+            or an array without axes.
         reduction: "none" (default), "mean" over all elements, or "sum".
         weight: Factors that broadcast to the shape of `inputs`, multiplied into the loss.
 
@@ -64,8 +65,8 @@ def varifocal_loss(
     xp: Namespace,
     inputs: Array,
     targets: Array,
-    alpha: float = 0.75,
-    gamma: float = 2.0,
+    alpha: float | Array = 0.75,
+    gamma: float | Array = 2.0,
     reduction: Reduction = "none",
     *,
     weight: Array | None = None,
@@ -81,7 +82,8 @@ def varifocal_loss(
         targets: Same shape as `inputs`, any real or boolean type: 0 for a negative, the quality
             in (0, 1] (the IoU of the box) for a positive.
         alpha: Factor of the negatives, finite, >= 0. Default 0.75.
-        gamma: Focusing parameter of the negatives, finite, >= 0. Default 2.
+        gamma: Focusing parameter of the negatives, finite, >= 0. Default 2. Like `alpha`, a
+            number or an array without axes.
         reduction: "none" (default), "mean" over all elements, or "sum".
         weight: Factors that broadcast to the shape of `inputs`, multiplied into the loss.
 
@@ -113,8 +115,8 @@ def heatmap_focal_loss(
     xp: Namespace,
     inputs: Array,
     targets: Array,
-    gamma: float = 2.0,
-    beta: float = 4.0,
+    gamma: float | Array = 2.0,
+    beta: float | Array = 4.0,
     reduction: SparseReduction = "none",
     *,
     weight: Array | None = None,
@@ -131,7 +133,8 @@ def heatmap_focal_loss(
             value in [0, 1), such as a Gaussian around it, elsewhere. It must be 1 in the type
             that it comes in.
         gamma: Focusing parameter, finite, >= 0; the papers' alpha. Default 2.
-        beta: How fast the penalty falls near a keypoint, finite, >= 0. Default 4.
+        beta: How fast the penalty falls near a keypoint, finite, >= 0. Default 4. Like `gamma`,
+            a number or an array without axes.
         reduction: "none" (default), "mean" over all elements, "sum", or "positives": the sum
             over max(1, number of targets that are 1), the papers' normaliser.
         weight: Factors that broadcast to the shape of `inputs`, multiplied into the loss.
@@ -170,8 +173,8 @@ def asymmetric_focal_loss(
     xp: Namespace,
     inputs: Array,
     targets: Array,
-    gamma_positive: float = 1.0,
-    gamma_negative: float = 4.0,
+    gamma_positive: float | Array = 1.0,
+    gamma_negative: float | Array = 4.0,
     margin: float = 0.05,
     reduction: Reduction = "none",
     *,
@@ -191,7 +194,8 @@ def asymmetric_focal_loss(
         inputs: Logits of any shape and floating-point type.
         targets: Same shape as `inputs`, values in [0, 1], any real or boolean type.
         gamma_positive: Focusing parameter of the positives, finite, >= 0. Default 1.
-        gamma_negative: Focusing parameter of the negatives, finite, >= 0. Default 4.
+        gamma_negative: Focusing parameter of the negatives, finite, >= 0. Default 4. Both are
+            numbers or arrays without axes.
         margin: m, in [0, 1): the score that a negative may have without loss. Default 0.05.
         reduction: "none" (default), "mean" over all elements, or "sum", as in the paper.
         weight: Factors that broadcast to the shape of `inputs`, multiplied into the loss.

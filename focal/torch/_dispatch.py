@@ -22,30 +22,32 @@ except ImportError:
 
 
 try:
-    BATCHED = tuple(torch._C._dispatch_key_parse(name) for name in ("Batched", "FuncTorchBatched"))
+    WRAPPED = tuple(
+        map(torch._C._dispatch_key_parse, ("Batched", "FuncTorchBatched", "FuncTorchGradWrapper"))
+    )
 except (AttributeError, RuntimeError):
-    BATCHED = None
+    WRAPPED = None
 
 try:
     from torch._C._functorch import TransformType, get_interpreter_stack
 except ImportError:
     get_interpreter_stack = None
 
-__all__ = ["is_batched", "is_plain", "nests_forward_mode"]
+__all__ = ["is_plain", "is_wrapped", "nests_forward_mode"]
 
 
-def is_batched(a: Any) -> bool:
-    """Whether a vmap runs over this operand, so that nothing else may be written to with it.
+def is_wrapped(a: Any) -> bool:
+    """Whether a transformation (a vmap, say) wraps this operand, which then has no memory.
 
     `torch.autograd.grad(..., is_grads_batched=True)` has a batching of its own that reaches
     the inside of an `autograd.Function`; only the dispatch keys show it.
     """
     if not isinstance(a, Tensor):
         return False
-    if BATCHED is None:
+    if WRAPPED is None:
         return True
     keys = torch._C._dispatch_keys(a)
-    return any(keys.has(key) for key in BATCHED)
+    return any(keys.has(key) for key in WRAPPED)
 
 
 def is_plain(*operands: Any) -> bool:
@@ -58,7 +60,7 @@ def is_plain(*operands: Any) -> bool:
         or torch.jit.is_tracing()
         or is_in_torch_dispatch_mode()
         or any(
-            isinstance(a, Tensor) and (type(a) not in (Tensor, Parameter) or is_batched(a))
+            isinstance(a, Tensor) and (type(a) not in (Tensor, Parameter) or is_wrapped(a))
             for a in operands
         )
     )

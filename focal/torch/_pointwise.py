@@ -32,7 +32,7 @@ from focal.core.formulas import SigmoidFocal, Sparse
 from focal.core.namespace import Formula, Namespace
 from focal.kernels import torch_cpu
 from focal.torch import _ops
-from focal.torch._dispatch import is_batched, is_plain, nests_forward_mode
+from focal.torch._dispatch import is_wrapped, is_plain, nests_forward_mode
 
 __all__ = ["label_margin", "pointwise", "pointwise_sum"]
 
@@ -131,7 +131,7 @@ class _Slope(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, t: Targets, scale: Tensor, formula: Formula, *numbers: Tensor) -> Tensor:
         slope = _slope(formula)
-        if is_batched(scale):
+        if is_wrapped(scale):
             return slope(x, t, *numbers) * scale
         if (kernels := _kernels(formula, x, t, scale, *numbers)) is not None:
             layout = _Layout(x, t)
@@ -226,7 +226,7 @@ class _Sum(torch.autograd.Function):
         by_x = None
         if ctx.needs_input_grad[0]:
             slope, ctx.slope = ctx.slope, None
-            if slope is None or torch.is_grad_enabled() or is_batched(grad):
+            if slope is None or torch.is_grad_enabled() or is_wrapped(grad):
                 # A second pass through the graph, or one that is itself differentiated.
                 by_x = _Slope.apply(x, t, grad, ctx.formula, *numbers)
             else:

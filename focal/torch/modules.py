@@ -115,8 +115,8 @@ class SigmoidFocalLoss(DenseLoss, function=losses.sigmoid_focal_loss):
     """`focal.torch.sigmoid_focal_loss` as a module; the mean by default, as in `torch.nn`.
 
     Args:
-        alpha: Weight of positives, or a list of one per class; None or -1 turns it off.
-            Default 0.25.
+        alpha: Weight of positives, or one per class (a list, or a tensor, which becomes a
+            buffer); None or -1 turns it off. Default 0.25.
         gamma: Focusing parameter >= 0. Default 2.
         reduction: "none", "mean" (default) or "sum".
         label_smoothing: s in [0, 1]: targets become `y (1 - s) + s / 2`. Default 0.
@@ -152,15 +152,16 @@ class SparseSigmoidFocalLoss(LabelLoss, function=losses.sparse_sigmoid_focal_los
     """`focal.torch.sparse_sigmoid_focal_loss` as a module, for class labels.
 
     Args:
-        alpha: Weight of positives, or a list of one per class; None or -1 turns it off.
-            Default 0.25.
+        alpha: Weight of positives, or one per class (a list, or a tensor, which becomes a
+            buffer); None or -1 turns it off. Default 0.25.
         gamma: Focusing parameter >= 0. Default 2.
         reduction: "none", "mean", "sum" or "positives" (default): the paper's normaliser.
         label_smoothing: s in [0, 1]: the targets are `1 - s / 2` and `s / 2`. Default 0.
+        axis: The class axis. Default -1; image logits (N, K, H, W) have it at 1.
 
     Shape:
-        inputs (..., K), labels (...) integers in [-2, K); the result is a scalar, or the shape
-        of inputs for "none".
+        inputs (..., K) with K on `axis`, labels (...) integers in [-2, K); the result is a
+        scalar, or the shape of inputs for "none".
 
     Example:
         >>> import torch
@@ -200,7 +201,7 @@ class SoftmaxFocalLoss(LabelLoss, function=softmax.softmax_focal_loss):
         alpha: None (default), a number, or one per class.
         gamma: Focusing parameter >= 0. Default 2.
         reduction: "none", "mean" (default, over labels not ignored) or "sum".
-        ignore_index: Label without loss. Default -100.
+        ignore_index: Label without loss; None: there is none. Default -100.
         axis: The class axis. Default -1; pass 1 for the layout of `nn.CrossEntropyLoss`.
         label_smoothing: s in [0, 1], shared among the classes. Default 0.
 
