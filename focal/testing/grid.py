@@ -149,10 +149,12 @@ def _powers(dtype: str, random: np.random.Generator) -> Wide:
 
 
 def _rows(parts: list[Wide], random: np.random.Generator) -> Wide:
-    """Logits of one part side by side, in random order."""
-    return np.concatenate(
-        [np.resize(random.permutation(p), (-(-len(p) // CLASSES), CLASSES)) for p in parts]
-    )
+    """Logits of one part side by side, every third in each column, in random order."""
+    rows = []
+    for part in parts:
+        columns = [random.permutation(part[k::CLASSES]) for k in range(CLASSES)]
+        rows.append(np.stack([np.resize(c, len(columns[0])) for c in columns], axis=-1))
+    return np.concatenate(rows)
 
 
 def _with_labels(rows: Wide, labels: NDArray[np.int64]) -> Grid:

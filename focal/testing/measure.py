@@ -20,6 +20,7 @@ FLUSHED = 64
 flushes subnormal numbers may do it to a factor of theirs."""
 
 
+@np.errstate(over="ignore")  # an error beside the smallest number
 def measured(
     got: NDArray[Any],
     result: Result,
@@ -41,7 +42,7 @@ def measured(
     error = np.abs(np.where(finite, got, exact) - exact)
     flushed = (np.abs(exact) < FLUSHED * tiny) & (error <= FLUSHED * tiny) & may_flush
     ulp = np.where(flushed, 0, error / unit)
-    relative = np.divide(error, size, out=np.zeros_like(error), where=~flushed & (size > 0))
+    relative = np.divide(error, size, out=np.zeros_like(error), where=size >= tiny)
 
     def place(badness: NDArray[Any]) -> Place:
         at = np.unravel_index(np.argmax(badness), badness.shape)
