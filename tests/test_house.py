@@ -95,13 +95,31 @@ def test_core_imports_only_core() -> None:
 
 @pytest.mark.parametrize("name", PRESENT)
 def test_adapters_import_core_and_their_own_framework(name: str) -> None:
-    own = FRAMEWORKS.get(name, set())
-    allowed = {"core", "kernels", name}
+    own = FRAMEWORKS.get(name, set()) - {"keras"}
+    allowed = {"core", "kernels", name} | ({"keras"} if name == "tensorflow" else set())
     assert [v for path in sources(name) for v in violations(path, allowed, own)] == []
 
 
 def test_the_front_imports_only_core() -> None:
     assert violations(ROOT / "__init__.py", {"core"}, set()) == []
+
+
+def test_keras_imports_an_adapter_only_when_a_loss_is_made() -> None:
+    """So `focal.tensorflow` can have its names, and no circle begins."""
+    path = ROOT / "keras.py"
+    assert violations(path, {"core", *ADAPTERS}, set().union(*FRAMEWORKS.values())) == []
+    first = {name.split(".")[1] for name in imports(path, True) if name.startswith("focal.")}
+    assert first == {"core"}
+    frameworks = {name.split(".")[0] for name in imports(path)} & set().union(*FRAMEWORKS.values())
+    assert frameworks == {"keras"}
+    users = {p for p in ROOT.rglob("*.py") if any(n.startswith("focal.keras") for n in imports(p))}
+    assert users == {ROOT / "tensorflow" / "__init__.py"}
+
+
+def test_importing_keras_loads_only_what_keras_does() -> None:
+    if not REQUIRE_ALL:
+        pytest.importorskip("keras")
+    assert loaded_by("focal.keras") & HEAVY <= loaded_by("keras")
 
 
 def test_kernels_import_only_core() -> None:

@@ -10,6 +10,7 @@ import pytest
 tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
 
+import focal.keras  # noqa: E402
 import focal.numpy as reference  # noqa: E402
 import focal.tensorflow as F  # noqa: E402
 
@@ -398,94 +399,12 @@ def test_functions_pickle_by_name():
 # ---------------------------------------------------------------- Keras
 
 
-def keras_losses():
-    y, labels = np.random.default_rng(5).random((6, 3)), np.array([0, 1, -1, -2, 2, 0])
-    chosen = np.array([0, 1, 2, -100, 2, 0])
-    return {
-        "dense": (F.SigmoidFocalLoss(0.5, 1.0), F.sigmoid_focal_loss, y, (0.5, 1.0)),
-        "sparse": (F.SparseSigmoidFocalLoss(), F.sparse_sigmoid_focal_loss, labels, ()),
-        "softmax": (F.SoftmaxFocalLoss((1, 2, 3)), F.softmax_focal_loss, chosen, ((1, 2, 3),)),
-        "per class": (
-            F.SigmoidFocalLoss((0.1, 0.5, 0.9)),
-            F.sigmoid_focal_loss,
-            y,
-            ([0.1, 0.5, 0.9],),
-        ),
-    }
+# tests/test_keras.py has what holds on every backend of Keras.
 
 
-KINDS = ["dense", "sparse", "softmax"]
-
-
-@pytest.mark.parametrize("kind", [*KINDS, "per class"])
-def test_keras_mean_is_the_mean_of_the_function(kind):
-    loss, function, target, arguments = keras_losses()[kind]
-    x = logits(6, 3)
-    expected = function(x, target, *arguments, reduction="mean")
-    close(loss(target, x), expected)
-    again = type(loss).from_config(loss.get_config())
-    assert again.get_config() == loss.get_config()
-    close(again(target, x), expected)
-    restored = keras.losses.deserialize(keras.losses.serialize(loss))
-    close(restored(target, x), expected)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_keras_reductions_and_sample_weight(kind):
-    loss, function, target, arguments = keras_losses()[kind]
-    x, weight = logits(6, 3), np.arange(6.0)
-    each = function(x, target, *arguments).numpy()
-    each = each.mean(-1) if each.ndim == 2 else each
-    for reduction, expected in ((None, each * weight), ("sum", (each * weight).sum())):
-        config = {**loss.get_config(), "reduction": reduction}
-        close(type(loss).from_config(config)(target, x, sample_weight=weight), expected)
-
-
-def test_keras_shapes_that_differ_by_an_axis():
-    x, y, labels = logits(6, 1), hard(6), tf.constant([0, 1, 2, 2, 1, 0])
-    close(F.SigmoidFocalLoss()(y, x), F.SigmoidFocalLoss()(y[:, None], x))
-    x = logits(6, 3)
-    for loss in (F.SparseSigmoidFocalLoss(), F.SoftmaxFocalLoss()):
-        close(loss(labels[:, None], x), loss(labels, x))
-    with pytest.raises(ValueError, match="targets must have the shape of inputs"):
-        F.SigmoidFocalLoss()(y, x)
-
-
-def test_keras_losses_check_their_parameters_when_made():
-    with pytest.raises(ValueError, match="SigmoidFocalLoss: gamma must be a finite number >= 0"):
-        F.SigmoidFocalLoss(gamma=-1)
-    with pytest.raises(ValueError, match="SparseSigmoidFocalLoss: alpha must lie in"):
-        F.SparseSigmoidFocalLoss(alpha=2)
-
-
-def model(loss, last=3, jit_compile=False):
-    keras.utils.set_random_seed(0)
-    network = keras.Sequential(
-        [
-            keras.Input((4,)),
-            keras.layers.Dense(8, activation="relu"),
-            keras.layers.Dense(last, bias_initializer=F.PriorBias([0.01] * last)),
-        ]
-    )
-    network.compile(keras.optimizers.Adam(0.05), loss=loss, jit_compile=jit_compile)
-    return network
-
-
-@pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_compile_fit_save_load(kind, jit_compile, tmp_path):
-    loss, _, target, _ = keras_losses()[kind]
-    x = np.random.default_rng(6).normal(size=(6, 4)).astype(np.float32)
-    network = model(loss, jit_compile=jit_compile)
-    history = network.fit(x, target, batch_size=4, epochs=4, verbose=0)
-    seen = history.history["loss"]
-    assert np.isfinite(seen).all() and seen[-1] < seen[0]
-    network.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    close(loaded.predict(x, verbose=0), network.predict(x, verbose=0))
-    assert loaded.loss.get_config() == loss.get_config()
-    before = network.evaluate(x, target, verbose=0)
-    close(loaded.evaluate(x, target, verbose=0), before, 1e-5)
+def test_the_names_for_keras_are_those_of_focal_keras():
+    for name in ("PriorBias", "SigmoidFocalLoss", "SoftmaxFocalLoss", "SparseSigmoidFocalLoss"):
+        assert getattr(F, name) is getattr(focal.keras, name)
 
 
 READER = """
@@ -511,51 +430,13 @@ np.testing.assert_allclose(served.serve(x), again.predict(x, verbose=0), rtol=1e
 
 
 def test_who_reads_a_model_needs_focal_and_who_reads_an_export_does_not(tmp_path):
-    network = model(F.SigmoidFocalLoss())
+    network = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(3, bias_initializer=F.PriorBias(0.01))]
+    )
+    network.compile("sgd", loss=F.SigmoidFocalLoss())
     network.save(tmp_path / "model.keras")
     network.export(tmp_path / "exported", verbose=False)
     done = subprocess.run(
         [sys.executable, "-c", READER, str(tmp_path)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-
-
-def test_binary_model_with_flat_labels_and_weights():
-    x = np.random.default_rng(7).normal(size=(10, 4)).astype(np.float32)
-    y = (x[:, 0] > 0).astype(np.float32)
-    network = model(F.SigmoidFocalLoss(), last=1)
-    for weights in ({"sample_weight": np.ones(10)}, {"class_weight": {0: 1.0, 1: 2.0}}):
-        seen = network.fit(x, y, epochs=3, verbose=0, **weights).history["loss"]
-        assert seen[-1] < seen[0]
-
-
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_mixed_precision(policy, kind):
-    loss, _, target, _ = keras_losses()[kind]
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(policy)
-    try:
-        network = model(loss)
-        x = np.random.default_rng(6).normal(size=(6, 4)).astype(np.float32)
-        assert network(x).dtype == policy.removeprefix("mixed_")
-        assert loss(target, network(x)).dtype == tf.float32
-        scaled = isinstance(network.optimizer, keras.optimizers.LossScaleOptimizer)
-        assert scaled == (policy == "mixed_float16")
-        seen = network.fit(x, target, epochs=4, verbose=0).history["loss"]
-    finally:
-        keras.config.set_dtype_policy(before)
-    assert np.isfinite(seen).all() and seen[-1] < seen[0]
-
-
-def test_prior_bias_initializer():
-    layer = keras.layers.Dense(6, bias_initializer=F.PriorBias([0.01, 0.1, 0.5]))
-    layer.build((None, 4))
-    close(tf.sigmoid(layer.bias), [0.01, 0.1, 0.5] * 2, 1e-5)
-    restored = keras.initializers.deserialize(keras.initializers.serialize(F.PriorBias(0.02)))
-    close(restored((2,), "float64"), [F.prior_bias(0.02)] * 2, 1e-15)
-    assert restored.get_config() == {"pi": 0.02}
-    with pytest.raises(ValueError, match="PriorBias: the bias must have one axis"):
-        F.PriorBias([0.1, 0.2])((3,))
-    with pytest.raises(ValueError, match="prior_bias: pi must lie inside"):
-        F.PriorBias(0)

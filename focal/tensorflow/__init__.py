@@ -19,13 +19,8 @@ from focal.core import nms as _nms
 from focal.core.anchors import AnchorConfig
 from focal.core.bind import bind
 from focal.core.prior import expected_initial_loss, inverse_frequency_alpha, prior_bias
+from focal.keras import PriorBias, SigmoidFocalLoss, SoftmaxFocalLoss, SparseSigmoidFocalLoss
 from focal.tensorflow._namespace import xp as _xp
-from focal.tensorflow.losses_keras import (
-    PriorBias,
-    SigmoidFocalLoss,
-    SoftmaxFocalLoss,
-    SparseSigmoidFocalLoss,
-)
 from focal.tensorflow.replicas import num_positives
 
 sigmoid_focal_loss = bind(losses.sigmoid_focal_loss, _xp, __name__)
