@@ -34,6 +34,8 @@ from focal.core.bind import bind
 
 CORE = (losses, softmax, variants, box_losses, derivatives, boxes, anchors, nms, targets)
 REQUIRE_ALL = os.environ.get("FOCAL_REQUIRE_ALL") == "1"
+ONLY = tuple(filter(None, os.environ.get("FOCAL_BACKENDS", "").split(",")))
+"""The backends to test, by name; empty: all. The tests of the others are left out."""
 
 
 class Backend:
@@ -160,23 +162,29 @@ class JAX(Backend):
             wide = inspect.isfunction(public) and public.__module__ == module.__name__
             setattr(self.F, name, self._wide(public) if wide else public)
 
+    def wide_types(self) -> Any:
+        """64-bit types within it."""
+        if hasattr(self.jax, "enable_x64"):
+            return self.jax.enable_x64(True)
+        return importlib.import_module("jax.experimental").enable_x64()  # before JAX 0.8
+
     def _wide(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def wide(*args: Any, **kwargs: Any) -> Any:
-            with self.jax.enable_x64(True):
+            with self.wide_types():
                 return function(*args, **kwargs)
 
         return wide
 
     def asarray(self, value: Any, dtype: str | None = None) -> Any:
-        with self.jax.enable_x64(True):
+        with self.wide_types():
             return self.jax.numpy.asarray(value, dtype)
 
     def numpy(self, array: Any) -> np.ndarray:
         return np.asarray(array, np.float32 if self.dtype(array) == "bfloat16" else None)
 
     def grad(self, function: Callable[[Any], Any], x: Any) -> np.ndarray:
-        with self.jax.enable_x64(True):
+        with self.wide_types():
             return self.numpy(self.jax.grad(lambda x: function(x).sum())(x))
 
 
@@ -210,11 +218,16 @@ BACKENDS: dict[str, type[Backend]] = {
     b.name: b for b in (NumPy, ArrayApiStrict, Torch, JAX, TensorFlow)
 }
 AUTODIFF = ("torch", "jax", "tensorflow")
+"""The backends that differentiate the losses by themselves."""
 RETINANETS = ("torch", "jax", "tensorflow")
 """The frameworks that the reference RetinaNet is written in."""
-"""The backends that differentiate the losses by themselves."""
 CLOSED_FORM = ("numpy", "array_api_strict")
 """The backends that offer the derivatives as functions."""
+
+
+def left_out(name: object) -> bool:
+    """Whether it is the name of a backend that FOCAL_BACKENDS does not have."""
+    return bool(ONLY) and isinstance(name, str) and name in BACKENDS and name not in ONLY
 
 
 def load(name: str) -> Backend:
@@ -222,6 +235,7 @@ def load(name: str) -> Backend:
 
     Continuous integration sets FOCAL_REQUIRE_ALL=1, and then a missing framework is an error.
     """
+    assert not left_out(name), f"{name} is not one of FOCAL_BACKENDS"
     try:
         return BACKENDS[name]()
     except ModuleNotFoundError as error:

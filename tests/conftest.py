@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
+import multiprocessing
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # the helper modules beside this file
 
-from backends import AUTODIFF, BACKENDS, CLOSED_FORM, REQUIRE_ALL, Backend, load
+from backends import AUTODIFF, BACKENDS, CLOSED_FORM, REQUIRE_ALL, Backend, left_out, load
 
 settings.register_profile(
     "ci",
@@ -49,6 +53,16 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     return report
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests that are for a backend, by a parameter, which is not to be tested."""
+    mine, others = [], []
+    for item in items:
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        (others if any(map(left_out, parameters)) else mine).append(item)
+    items[:] = mine
+    config.hook.pytest_deselected(items=others)
+
+
 @pytest.fixture(params=tuple(BACKENDS), scope="session")
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Every backend in turn."""
@@ -76,3 +90,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def pytorch() -> Iterator[Callable[..., Any]]:
+    """Calls a function of pytorch_side.py in a process where PyTorch is the only framework."""
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("torch is not installed")
+    import pytorch_side
+
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, pytorch_side.start) as pool:
+        yield lambda function, *args: pool.submit(function, *args).result()

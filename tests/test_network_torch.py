@@ -9,6 +9,7 @@ pytest.importorskip("torch")
 import torch
 
 from focal.core.anchors import AnchorConfig
+from focal.retinanet import backend_torch
 from focal.retinanet.architecture import BACKBONES
 from focal.retinanet.config import RetinaNetConfig
 from focal.retinanet.network_torch import (
@@ -391,3 +392,31 @@ def test_load_state_names_what_does_not_fit(tiny):
         ValueError, match=r"cls_logits\.weight \(9, 64, 3, 3\) for \(27, 64, 3, 3\)"
     ):
         load_state(tiny, other)
+
+
+# Releases of PyTorch
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_averages_move_by_their_share(monkeypatch, private):
+    if not private:
+        monkeypatch.delattr(torch, "_foreach_sub")
+    start = [images(3, 4), images(5, seed=1)]
+    current = [images(3, 4, seed=2), images(5, seed=3)]
+    averages = [x.clone() for x in start]
+    backend_torch._move(averages, current, torch.tensor(0.25))
+    for found, old, new in zip(averages, start, current, strict=True):
+        torch.testing.assert_close(found, 0.75 * old + 0.25 * new)
+    kept = [x.clone() for x in averages]
+    backend_torch._move(averages, current, torch.tensor(0.0))
+    assert all((x == y).all() for x, y in zip(averages, kept, strict=True))
+
+
+def test_bfloat16_is_for_processors_that_are_known_to_have_it(monkeypatch):
+    cpu = torch.device("cpu")
+    for known in (True, False):
+        found = {"avx512_bf16": known}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", found.copy, raising=False)
+        assert backend_torch._fast_precision(cpu) == ("bfloat16" if known else "float32")
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as before PyTorch 2.11
+    assert backend_torch._fast_precision(cpu) == "float32"

@@ -177,13 +177,23 @@ class SGD(keras.optimizers.SGD):
         super().__init__(**options)
         self.decay = decay
 
+    def build(self, variables: list[keras.Variable]) -> None:
+        """One velocity for each variable, found by what TensorFlow hands to `update_step`."""
+        super().build(variables)
+        local = tf.distribute.get_strategy().experimental_local_results
+        self.velocity_of = {
+            id(part): velocity
+            for variable, velocity in zip(variables, self.momentums, strict=False)
+            for part in local(variable.value)
+        }
+
     def update_step(
         self, gradient: Tensor, variable: keras.Variable, learning_rate: Tensor
     ) -> None:
         """One step of one variable."""
         step = gradient + self.decay * variable
         if self.momentum:
-            velocity = self.momentums[self._get_variable_index(variable)]
+            velocity = self.velocity_of[id(variable)]
             velocity.assign(self.momentum * velocity + step)
             step = velocity
         variable.assign_sub(learning_rate * step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import os
 import platform
 from collections.abc import Iterator, Mapping
@@ -171,6 +172,8 @@ class Trainer:
             self.optimizer = torch.optim.AdamW(
                 parameters, train.learning_rate, weight_decay=train.weight_decay, fused=True
             )
+        # It skips, on the device, the step of a gradient that is not finite. It scales nothing.
+        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=1.0)
         self.average = {k: v.clone() for k, v in self._floats().items()} if train.ema else {}
         self.mean_positives = torch.tensor(EMA_START, device=self.device)
         # False from the first loss or gradient that is not finite; then no step changes anything.
@@ -236,7 +239,8 @@ class Trainer:
                 )
                 # Normalised by all replicas' positives, the gradients are to be added up, and
                 # DistributedDataParallel takes their mean.
-                ((part.classification + part.box) * self.replicas.count).backward()
+                loss = (part.classification + part.box) * self.replicas.count
+                self.scaler.scale(loss).backward()
             found += torch.stack([part.classification.detach(), part.box.detach()])
         classification, box = self._total(found)
         loss = classification + box
@@ -245,11 +249,11 @@ class Trainer:
         if self.train.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.train.clip_norm, norm)
         self.healthy = self.healthy & loss.isfinite() & norm.isfinite()
-        # What `torch.amp.GradScaler` tells a fused optimiser, on the device: do not step.
-        self.optimizer.found_inf = (~self.healthy).float()
+        gradients[0].add_(torch.where(self.healthy, 0.0, math.nan))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update(1.0)
         for x, old in zip(statistics, before, strict=True):
             x.copy_(torch.where(self.healthy, x, old))
         self.mean_positives = torch.where(self.healthy, mean_positives, self.mean_positives)
@@ -310,10 +314,18 @@ class Trainer:
         if self.train.ema:
             current = self._floats()
             share = (1 - self.train.average_decay(number)) * self.healthy
-            averages = list(self.average.values())
-            change = torch._foreach_sub([current[k] for k in self.average], averages)
-            torch._foreach_mul_(change, share)
-            torch._foreach_add_(averages, change)
+            _move(list(self.average.values()), [current[k] for k in self.average], share)
+
+
+def _move(averages: list[Tensor], current: list[Tensor], share: Tensor) -> None:
+    """Move each average by this share of the way to its current value."""
+    if hasattr(torch, "_foreach_sub"):  # private, and a few launches on a GPU instead of hundreds
+        change = torch._foreach_sub(current, averages)
+        torch._foreach_mul_(change, share)
+        torch._foreach_add_(averages, change)
+    else:
+        for average, x in zip(averages, current, strict=True):
+            average.add_((x - average) * share)
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -341,7 +353,8 @@ def _fast_precision(device: torch.device) -> str:
     """bfloat16 where the hardware multiplies it, else float32."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions do not tell
+    return "bfloat16" if capabilities.get("avx512_bf16") else "float32"
 
 
 def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:

@@ -88,7 +88,7 @@ class BatchNorm(keras.layers.Layer):
         self.beta = weight(name="beta", initializer="zeros", trainable=not frozen)
         self.moving_mean = weight(name="moving_mean", initializer="zeros", trainable=False)
         self.moving_variance = weight(name="moving_variance", initializer="ones", trainable=False)
-        self.again = False
+        self.keep: Callable[[BatchNorm, tuple[Tensor, Tensor]], None] | None = None
 
     def call(self, x: Tensor, training: bool = False) -> Tensor:
         """Normalise x, of shape (N, H, W, channels)."""
@@ -97,8 +97,8 @@ class BatchNorm(keras.layers.Layer):
             scale = self.gamma * ops.rsqrt(self.moving_variance + NORM_EPS)
             shift = self.beta - self.moving_mean * scale
             return ops.cast(ops.cast(x, "float32") * scale + shift, x.dtype)
-        # Going back, Keras no longer says that this is training.
-        training = training or self.again
+        # In the backward pass Keras no longer says that this is training.
+        training = training or self.keep is not None
         # Keras's own layer moves towards the biased variance.
         y, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
             x=x,
@@ -110,10 +110,16 @@ class BatchNorm(keras.layers.Layer):
             exponential_avg_factor=MOMENTUM,
             is_training=training,
         )
-        if training and not self.again:
-            self.moving_mean.assign(mean)
-            self.moving_variance.assign(variance)
+        if self.keep is not None:
+            self.keep(self, (mean, variance))
+        elif training:
+            self.update(mean, variance)
         return y
+
+    def update(self, mean: Tensor, variance: Tensor) -> None:
+        """Set the running statistics."""
+        self.moving_mean.assign(mean)
+        self.moving_variance.assign(variance)
 
 
 def _group_norm(channels: int) -> keras.layers.GroupNormalization:
@@ -139,23 +145,29 @@ def _chain(layers: Sequence[keras.layers.Layer], x: Tensor) -> Tensor:
 def _recomputed(
     compute: Callable[[Tensor], Tensor], norms: Sequence[BatchNorm] = ()
 ) -> Callable[[Tensor], Tensor]:
-    """The function, which keeps its input alone, and computes again when going back."""
-    times = 0
+    """The function, which keeps its input alone, and computes again when going back.
 
-    def counted(x: Tensor) -> Tensor:
-        # TensorFlow calls it twice, the second time for the backward pass. The same batch must
-        # not count twice in the running statistics.
-        nonlocal times
-        times += 1
+    TensorFlow calls it once more for the backward pass, and the batch must not count twice in the
+    running statistics: they are results of the function, and are set outside of it.
+    """
+
+    def pure(x: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        statistics: dict[BatchNorm, tuple[Tensor, Tensor]] = {}
         for norm in norms:
-            norm.again = times > 1
+            norm.keep = statistics.__setitem__
         try:
-            return compute(x)
+            return compute(x), [statistics[norm] for norm in norms]
         finally:
             for norm in norms:
-                norm.again = False
+                norm.keep = None
 
-    return tf.recompute_grad(counted)
+    def forward(x: Tensor) -> Tensor:
+        y, statistics = tf.recompute_grad(pure)(x)
+        for norm, (mean, variance) in zip(norms, statistics, strict=True):
+            norm.update(mean, variance)
+        return y
+
+    return forward
 
 
 class Block(keras.layers.Layer):
@@ -167,7 +179,8 @@ class Block(keras.layers.Layer):
         """What `compute` gives."""
         if not (self.recompute and training):
             return self.compute(x)
-        norms = [layer for _, layer in named_layers(self) if isinstance(layer, BatchNorm)]
+        layers = (layer for _, layer in named_layers(self))
+        norms = [x for x in layers if isinstance(x, BatchNorm) and not x.frozen]
         return _recomputed(self.compute, norms)(x)
 
     def compute(self, x: Tensor) -> Tensor:
