@@ -26,7 +26,7 @@ from typing import NamedTuple
 from focal.core.namespace import Array, Namespace
 from focal.core.parameters import is_number
 
-__all__ = ["SigmoidFocal", "SigmoidFocalStar", "Sparse", "curvature", "power"]
+__all__ = ["Positive", "SigmoidFocal", "SigmoidFocalStar", "Sparse", "curvature", "power"]
 
 Parameter = float | Array
 """A Python number, or an array without axes (`focal.core.parameters`)."""
@@ -100,6 +100,25 @@ class SigmoidFocal(NamedTuple):
         if _is_zero(self.smoothing):
             return y
         return y * (1 - self.smoothing) + self.smoothing / 2
+
+
+class Positive(NamedTuple):
+    """FL for y = 1, which is that for y = 0 at -x."""
+
+    formula: SigmoidFocal
+
+    def value(self, xp: Namespace, x: Array, _: float) -> Array:
+        """FL."""
+        return self.formula.background(xp, -x)
+
+    def value_and_grad(self, xp: Namespace, x: Array, _: float) -> tuple[Array, Array]:
+        """FL and dFL/dx."""
+        value, slope = self.formula.background_and_grad(xp, -x)
+        return value, -slope
+
+    def hess(self, xp: Namespace, x: Array, _: float) -> Array:
+        """d2FL/dx2."""
+        return self.formula.hess(xp, -x, 0.0)
 
 
 class SigmoidFocalStar(NamedTuple):

@@ -121,7 +121,10 @@ class Namespace(Protocol):
         """The sum of `formula.value`, in float32 or better."""
 
     def label_margin(self, x: Array, at: Array, valid: Array) -> Array:
-        """`focal.core.softmax.margin`, with a derivative that costs as little as it."""
+        """The first result of `focal.core.softmax.margin`, differentiable."""
+
+    def class_margins(self, x: Array, valid: Array) -> Array:
+        """The first result of `focal.core.softmax.all_margins`, differentiable."""
 
     # Loops that may be traced
     def fori_loop(self, n: int, body: Callable[[Any, Any], Any], state: Any) -> Any:

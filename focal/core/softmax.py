@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from focal.core import checks
-from focal.core.formulas import SigmoidFocal
+from focal.core.formulas import Positive, SigmoidFocal
 from focal.core.losses import along_last_axis
 from focal.core.namespace import Array, Namespace, Reduction
 from focal.core.parameters import is_number
 
-__all__ = ["margin", "margin_grad", "softmax_focal_loss", "softmax_focal_loss_grad"]
+__all__ = [
+    "all_margins",
+    "all_margins_grad",
+    "margin",
+    "margin_grad",
+    "softmax_focal_loss",
+    "softmax_focal_loss_grad",
+]
 
 
 def softmax_focal_loss(
@@ -74,13 +81,13 @@ def softmax_focal_loss(
     name = "softmax_focal_loss"
     checks.check_choice(name, "reduction", reduction, checks.REDUCTIONS)
     x, at, valid, alphas = _softmax_arguments(xp, name, inputs, labels, alpha, ignore_index, axis)
-    formula = SigmoidFocal(None, checks.check_scalar(xp, name, "gamma", gamma, x, low=0))
+    formula = Positive(SigmoidFocal(None, checks.check_scalar(xp, name, "gamma", gamma, x, low=0)))
     smoothing = checks.check_scalar(xp, name, "label_smoothing", label_smoothing, x, 0, 1)
     if is_number(smoothing) and smoothing == 0:
         z = xp.label_margin(x, at, valid)
         losses = _times_alphas(xp, xp.pointwise(formula, z, 1.0), alphas, at)
     else:
-        each = xp.pointwise(formula, _all_margins(xp, x, valid), 1.0)
+        each = xp.pointwise(formula, xp.class_margins(x, valid), 1.0)
         if alphas is not None:
             each = each * (alphas if is_number(alphas) else along_last_axis(xp, alphas, x))
         own = xp.take_along_axis(each, at[..., None], axis=-1)[..., 0]
@@ -136,7 +143,7 @@ def softmax_focal_loss_grad(
     """
     name = "softmax_focal_loss_grad"
     x, at, valid, alphas = _softmax_arguments(xp, name, inputs, labels, alpha, ignore_index, axis)
-    formula = SigmoidFocal(None, checks.check_scalar(xp, name, "gamma", gamma, x, low=0))
+    formula = Positive(SigmoidFocal(None, checks.check_scalar(xp, name, "gamma", gamma, x, low=0)))
     z, odds = margin(xp, x, at, valid)
     _, slope = formula.value_and_grad(xp, z, 1.0)
     slope = _times_alphas(xp, xp.where(valid, slope, xp.zeros_like(slope)), alphas, at)
@@ -174,6 +181,45 @@ def margin_grad(xp: Namespace, odds: Array, at: Array, upstream: Array) -> Array
     upstream = upstream[..., None]
     grad = odds * (-upstream / xp.sum(odds, axis=-1, keepdims=True))
     return xp.put_along_axis(grad, at[..., None], upstream)
+
+
+class Margins(NamedTuple):
+    """What the margins of all classes of a row share; relative to its greatest logit, the top."""
+
+    top: Array
+    odds: Array
+    """exp(x_j - x_top), with 0 for the top itself."""
+    total: Array
+    """The sum of the odds: of all classes but the top."""
+    rest: Array
+    """1 + the sum of the odds less a class's own: of all classes but that, if it is not the top."""
+
+
+def all_margins(xp: Namespace, x: Array, valid: Array) -> tuple[Array, Margins]:
+    """The margin of every class, as if it were the label: x_k - log(sum_{j != k} exp(x_j))."""
+    limits = xp.finfo(x.dtype)
+    x = xp.keep_rows(xp.clip(x, -limits.max / 4, limits.max / 4), valid)
+    _, top = xp.top_k(x, 1)
+    x = x - xp.stop_gradient(xp.take_along_axis(x, top, axis=-1))
+    x_top = xp.take_along_axis(x, top, axis=-1)  # 0, with a derivative
+    odds = xp.put_along_axis(xp.exp(x), top, xp.zeros_like(x_top))
+    total = xp.maximum(xp.sum(odds, axis=-1, keepdims=True), limits.smallest_normal)
+    rest = xp.exp(x_top) + (total - odds)
+    z = xp.put_along_axis(x - xp.log(rest), top, x_top - xp.log(total))
+    return z, Margins(top, odds, total, rest)
+
+
+def all_margins_grad(xp: Namespace, margins: Margins, upstream: Array) -> Array:
+    """The sum over k of upstream_k dz_k/dx_j, with dz_k/dx_j = -exp(x_j) / sum_{i != k} exp(x_i).
+
+    And 1 for j = k. No difference is taken of numbers that may be large and equal.
+    """
+    top, odds, total, rest = margins
+    of_top = xp.take_along_axis(upstream, top, axis=-1)
+    shares = xp.put_along_axis(upstream / rest, top, xp.zeros_like(of_top))
+    all_shares = xp.sum(shares, axis=-1, keepdims=True)
+    grad = upstream - odds * ((all_shares - shares) + of_top / total)
+    return xp.put_along_axis(grad, top, of_top - all_shares)
 
 
 def _softmax_arguments(
@@ -216,22 +262,6 @@ def _checked_alphas(
     if checks.is_sequence(alpha):
         return checks.check_class_alphas(xp, name, alpha, classes, like)
     return checks.check_scalar(xp, name, "alpha", alpha, like, low=0)
-
-
-def _all_margins(xp: Namespace, x: Array, valid: Array) -> Array:
-    """The margin of every class, as if it were the label: x_k - logsumexp_{j != k} x_j.
-
-    Relative to the greatest logit, whose own margin is computed without it; from the sum of the
-    others, which then contains a 1, each can be subtracted.
-    """
-    limit = xp.finfo(x.dtype).max / 4
-    x = xp.keep_rows(xp.clip(x, -limit, limit), valid)
-    _, top = xp.top_k(x, 1)
-    z_top, _ = margin(xp, x, top[..., 0], valid)
-    x = x - xp.take_along_axis(x, top, axis=-1)
-    e = xp.put_along_axis(xp.exp(x), top, xp.zeros_like(z_top)[..., None])
-    rest = xp.log(1 + (xp.sum(e, axis=-1)[..., None] - e))
-    return xp.put_along_axis(x - rest, top, z_top[..., None])
 
 
 def _times_alphas(xp: Namespace, values: Array, alphas: Array | float | None, at: Array) -> Array:

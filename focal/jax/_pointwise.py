@@ -20,7 +20,7 @@ from focal.core import checks, parameters, softmax
 from focal.core.namespace import Formula, Namespace
 from focal.jax import _ops
 
-__all__ = ["label_margin", "pointwise", "pointwise_sum"]
+__all__ = ["class_margins", "label_margin", "pointwise", "pointwise_sum"]
 
 xp = cast(Namespace, _ops)
 Targets = Array | float
@@ -43,6 +43,11 @@ def pointwise_sum(formula: Formula, x: Array, t: Targets) -> Array:
 def label_margin(x: Array, at: Array, valid: Array) -> Array:
     """`focal.core.softmax.margin`: autodiff of it costs no more."""
     return softmax.margin(xp, x, at, valid)[0]
+
+
+def class_margins(x: Array, valid: Array) -> Array:
+    """`focal.core.softmax.all_margins`."""
+    return softmax.all_margins(xp, x, valid)[0]
 
 
 # Compiled, so that outside of `jit` too a loss is one pass over the logits.

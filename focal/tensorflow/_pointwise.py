@@ -17,7 +17,7 @@ from focal.core import checks, parameters, softmax
 from focal.core.namespace import Formula, Namespace
 from focal.tensorflow import _ops
 
-__all__ = ["label_margin", "pointwise", "pointwise_sum"]
+__all__ = ["class_margins", "label_margin", "pointwise", "pointwise_sum"]
 
 xp = cast(Namespace, _ops)
 Targets = Tensor | float
@@ -37,6 +37,11 @@ def pointwise_sum(formula: Formula, x: Tensor, t: Targets) -> Tensor:
 def label_margin(x: Tensor, at: Tensor, valid: Tensor) -> Tensor:
     """`focal.core.softmax.margin`: autodiff of it costs no more."""
     return softmax.margin(xp, x, at, valid)[0]
+
+
+def class_margins(x: Tensor, valid: Tensor) -> Tensor:
+    """`focal.core.softmax.all_margins`."""
+    return softmax.all_margins(xp, x, valid)[0]
 
 
 def _value(formula: Formula, x: Tensor, t: Targets) -> Tensor:

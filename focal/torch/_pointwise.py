@@ -32,9 +32,9 @@ from focal.core.formulas import SigmoidFocal, Sparse
 from focal.core.namespace import Formula, Namespace
 from focal.kernels import torch_cpu
 from focal.torch import _ops
-from focal.torch._dispatch import is_wrapped, is_plain, nests_forward_mode
+from focal.torch._dispatch import is_plain, is_wrapped, nests_forward_mode
 
-__all__ = ["label_margin", "pointwise", "pointwise_sum"]
+__all__ = ["class_margins", "label_margin", "pointwise", "pointwise_sum"]
 
 xp = cast(Namespace, _ops)
 Targets = Tensor | float
@@ -82,6 +82,13 @@ def label_margin(x: Tensor, at: Tensor, valid: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or nests_forward_mode():
         return softmax.margin(xp, x, at, valid)[0]
     return _Margin.apply(x, at, valid)
+
+
+def class_margins(x: Tensor, valid: Tensor) -> Tensor:
+    """`focal.core.softmax.all_margins`, in blocks of rows that fit the cache."""
+    if torch.compiler.is_compiling() or nests_forward_mode():
+        return softmax.all_margins(xp, x, valid)[0]
+    return _AllMargins.apply(x, valid)
 
 
 # ---------------------------------------------------------------- the three operations
@@ -296,7 +303,7 @@ def _with_operands(formula: Any, x: Tensor) -> Any:
     return type(formula)(**fields)
 
 
-# ---------------------------------------------------------------- the margin of softmax
+# ---------------------------------------------------------------- the margins of softmax
 
 
 class _Margin(torch.autograd.Function):
@@ -304,10 +311,7 @@ class _Margin(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, at: Tensor, valid: Tensor) -> Tensor:
-        if not is_plain(x, at, valid):
-            return softmax.margin(xp, x, at, valid)[0]
-        blocks = (softmax.margin(xp, *rows)[0] for rows in _rows(x, at, valid))
-        return torch.cat(list(blocks)).view(at.shape)
+        return _by_rows(lambda *rows: softmax.margin(xp, *rows)[0], x, at, valid)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -317,16 +321,11 @@ class _Margin(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, at, valid = ctx.saved_tensors
-        if torch.is_grad_enabled() or not is_plain(x, at, valid, grad):
-            odds = softmax.margin(xp, x, at, valid)[1]
-            return softmax.margin_grad(xp, odds, at, grad), None, None
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        flat, start = out.view(-1, x.shape[-1]), 0
-        for xb, atb, validb, gradb in _rows(x, at, valid, grad):
-            odds = softmax.margin(xp, xb, atb, validb)[1]
-            flat[start : start + len(xb)] = softmax.margin_grad(xp, odds, atb, gradb)
-            start += len(xb)
-        return out, None, None
+
+        def slope(x: Tensor, at: Tensor, valid: Tensor, grad: Tensor) -> Tensor:
+            return softmax.margin_grad(xp, softmax.margin(xp, x, at, valid)[1], at, grad)
+
+        return _by_rows(slope, x, at, valid, grad), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[Tensor, int]:
@@ -340,12 +339,57 @@ class _Margin(torch.autograd.Function):
         return torch.sum(slopes * dx, -1)
 
 
-def _rows(x: Tensor, *others: Tensor) -> Any:
-    """Blocks of rows of logits (..., K) and of operands (...)."""
+class _AllMargins(torch.autograd.Function):
+    """`focal.core.softmax.all_margins` of logits (..., K)."""
+
+    @staticmethod
+    def forward(x: Tensor, valid: Tensor) -> Tensor:
+        return _by_rows(lambda *rows: softmax.all_margins(xp, *rows)[0], x, valid)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, valid = ctx.saved_tensors
+
+        def slope(x: Tensor, valid: Tensor, grad: Tensor) -> Tensor:
+            return softmax.all_margins_grad(xp, softmax.all_margins(xp, x, valid)[1], grad)
+
+        return _by_rows(slope, x, valid, grad), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[Tensor, int]:
+        return _AllMargins.apply(*_batch_first(info.batch_size, in_dims, operands)), 0
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Any, *_: Any) -> Tensor:
+        x, valid = ctx.saved_tensors
+        margins, pull = torch.func.vjp(lambda x: softmax.all_margins(xp, x, valid)[0], x)
+        return torch.func.vjp(pull, torch.zeros_like(margins))[1]((dx,))[0]
+
+
+def _by_rows(function: Callable[..., Tensor], x: Tensor, *others: Tensor) -> Tensor:
+    """function(x, *others) of logits (..., K) and operands (...) or (..., K), by blocks of rows."""
+    if torch.is_grad_enabled() or not is_plain(x, *others):
+        return function(x, *others)
     classes = x.shape[-1]
     size = CPU_BLOCK if x.device.type == "cpu" else DEVICE_BLOCK
-    operands = (x.reshape(-1, classes), *(a.reshape(-1) for a in others))
-    return zip(*(a.split(max(1, size // max(1, classes))) for a in operands), strict=True)
+    operands = [a.reshape(-1, classes) if a.ndim == x.ndim else a.reshape(-1) for a in (x, *others)]
+    blocks = zip(*(a.split(max(1, size // max(1, classes))) for a in operands), strict=True)
+    result: Tensor | None = None
+    start = 0
+    for rows in blocks:
+        values = function(*rows)
+        if result is None:
+            like = x if values.ndim == 2 else x[..., 0]
+            result = torch.empty_like(like, memory_format=torch.contiguous_format)
+            flat = result.view(-1, *values.shape[1:])
+        flat[start : start + len(values)] = values
+        start += len(values)
+    return function(x, *others) if result is None else result
 
 
 # ---------------------------------------------------------------- derivatives
