@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib.util
 import multiprocessing
 import sys
@@ -102,3 +104,19 @@ def pytorch() -> Iterator[Callable[..., Any]]:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, pytorch_side.start) as pool:
         yield lambda function, *args: pool.submit(function, *args).result()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fresh_caches() -> Iterator[None]:
+    """What a file has compiled goes with it: no other file calls the same functions."""
+    yield
+    modules = sys.modules
+    if "torch" in modules:
+        modules["torch"].compiler.reset()
+    if "jax" in modules:
+        modules["jax"].clear_caches()
+    if "keras" in modules:
+        modules["keras"].utils.clear_session()
+    gc.collect()
+    if sys.platform == "linux":  # freed memory stays with the process otherwise
+        ctypes.CDLL(None).malloc_trim(0)

@@ -59,7 +59,7 @@ def test_a_parameter_may_be_an_array(autodiff: Backend, loss: str, parameter: st
     assert_allclose(slope(autodiff, loss, x, t, **{parameter: array}), by_number, rtol=1e-12)
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize(("loss", "parameter"), PARAMETERS)
 def test_the_derivative_in_a_parameter(
     autodiff: Backend, loss: str, parameter: str, reduction: str
@@ -109,7 +109,7 @@ def test_an_array_with_axes_is_no_parameter(autodiff: Backend) -> None:
 # ---------------------------------------------------------------- targets
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("loss", DENSE)
 def test_the_derivative_in_the_targets(autodiff: Backend, loss: str, reduction: str) -> None:
     x, t = operands(loss)
