@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ SECOND_TOLERANCE = {
 }
 """How close a second derivative must be to be called close: no more than a handful of digits
 are lost. For half types, which round it twice, eight ULP."""
+NOT_CHECKED = "not checked"
 SAMPLE = 3
 """Rows that a loss is tried on first."""
 
@@ -42,7 +44,7 @@ class Trial(NamedTuple):
     bound: float
     atol: float
     thorough: bool
-    """Whether to ask for the value without a gradient, and for the second derivative, too."""
+    """Whether to ask for the value without a gradient, too."""
 
     def check_shape(self, name: str, grid: Grid, exact: Exact) -> None:
         """Of the loss of a few rows; one that broadcasts would fill the memory with all."""
@@ -61,17 +63,29 @@ class Trial(NamedTuple):
         x, t = framework.array(grid.inputs), framework.array(grid.targets)
         values: list[Numbers] = []
         slope: Numbers | str = NO_AUTODIFF
-        bend: Numbers | str = NO_AUTODIFF
         if framework.differentiates:
             slope = _attempt(lambda: self._gradient(loss, x, t, values))
-            bend = _attempt(lambda: self._second(loss, x, t, exact))
         if not values or (self.thorough and reduction == "none"):
             values.append(framework.numpy(framework.value(loss, x, t)))
         if np.array_equal(values[0], values[-1], equal_nan=True):
             values = values[:1]
+        parts = [
+            self._part(kind, mask, values, slope, grid, exact) for kind, mask in grid.kinds.items()
+        ]
+        # The derivative of a wrong gradient says nothing.
+        second = exact.second
+        if second is None or not all(part.gradient_status == PASSED for part in parts):
+            return parts
+        pick = framework.array(np.broadcast_to(exact.pick, second.exact.shape))
+        bend = _attempt(lambda: framework.numpy(framework.second(loss, x, t, pick)))
         return [
-            self._part(kind, mask, values, slope, bend, grid, exact)
-            for kind, mask in grid.kinds.items()
+            dataclasses.replace(
+                part,
+                second_status=bend
+                if isinstance(bend, str)
+                else _second_status(bend, second, framework.dtype, grid, mask),
+            )
+            for part, mask in zip(parts, grid.kinds.values(), strict=True)
         ]
 
     def _part(
@@ -80,28 +94,20 @@ class Trial(NamedTuple):
         mask: NDArray[np.bool_],
         values: list[Numbers],
         slope: Numbers | str,
-        bend: Numbers | str,
         grid: Grid,
         exact: Exact,
     ) -> Part:
-        dtype = self.framework.dtype
-
         def errors(got: Numbers, result: Result) -> Errors:
             result = result._replace(slack=result.slack + self.atol)
+            dtype = self.framework.dtype
             return measured(got, result, self.bound, dtype, grid, self.params, mask)
 
         value = Errors.merged([errors(got, exact.value) for got in values])
-        gradient = None
         if isinstance(slope, str):
-            status = slope
-        else:
-            gradient = errors(slope, exact.gradient)
-            status = PASSED if gradient.passed else "beyond the bound"
-        if isinstance(bend, str) or exact.second is None:
-            second = str(bend)
-        else:
-            second = _second_status(bend, exact.second, dtype, grid, mask)
-        return Part(kind, value, gradient, status, second)
+            return Part(kind, value, None, slope, NOT_CHECKED)
+        gradient = errors(slope, exact.gradient)
+        status = PASSED if gradient.passed else "beyond the bound"
+        return Part(kind, value, gradient, status, NOT_CHECKED)
 
     def _loss(self, reduction: str) -> Loss:
         """The loss with the parameters that it takes by name."""
@@ -124,14 +130,8 @@ class Trial(NamedTuple):
         values.append(value)
         return slope
 
-    def _second(self, loss: Loss, x: Any, t: Any, exact: Exact) -> Numbers | str:
-        if exact.second is None or not self.thorough:
-            return "not checked"
-        pick = self.framework.array(np.broadcast_to(exact.pick, exact.second.exact.shape))
-        return self.framework.numpy(self.framework.second(loss, x, t, pick))
 
-
-def _attempt(function: Callable[[], Numbers | str]) -> Numbers | str:
+def _attempt(function: Callable[[], Numbers]) -> Numbers | str:
     """Whatever a framework raises where there is no derivative is what there is to report."""
     try:
         return function()
