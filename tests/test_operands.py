@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from backends import Backend
+from backends import Backend, NumPy
 from numpy.testing import assert_allclose, assert_array_equal
 
 INF = np.inf
+NUMPY = NumPy()
 DENSE = {
     "sigmoid_focal_loss": ("alpha", "gamma", "label_smoothing"),
     "sigmoid_focal_loss_star": ("alpha", "gamma", "beta"),
@@ -49,14 +50,13 @@ def slope(autodiff: Backend, loss: str, x: np.ndarray, t: np.ndarray, **options)
 @pytest.mark.parametrize(("loss", "parameter"), PARAMETERS)
 def test_a_parameter_may_be_an_array(autodiff: Backend, loss: str, parameter: str) -> None:
     x, t = operands(loss)
-    expected = autodiff(loss, x, t, **{parameter: number(parameter)})
+    expected = NUMPY(loss, x, t, **{parameter: np.array(number(parameter))})
     array = autodiff.asarray(number(parameter), "float64")
     got = getattr(autodiff.F, loss)(autodiff.asarray(x), autodiff.asarray(t), **{parameter: array})
-    assert_allclose(autodiff.numpy(got), expected, rtol=1e-13)
-    in_numpy = Backend.__subclasses__()[0]()(loss, x, t, **{parameter: np.array(number(parameter))})
-    assert_allclose(in_numpy, expected, rtol=1e-13)
+    assert_allclose(autodiff.numpy(got), expected, rtol=1e-12)
     by_number = slope(autodiff, loss, x, t, **{parameter: number(parameter)})
-    assert_allclose(slope(autodiff, loss, x, t, **{parameter: array}), by_number, rtol=1e-12)
+    got = slope(autodiff, loss, x, t, **{parameter: array})
+    assert_allclose(got, by_number, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
@@ -72,8 +72,7 @@ def test_the_derivative_in_a_parameter(
 
     at, step = number(parameter), 1e-6
     ahead, behind = (
-        autodiff(loss, x, t, reduction=reduction, **{parameter: at + d}).sum()
-        for d in (step, -step)
+        NUMPY(loss, x, t, reduction=reduction, **{parameter: at + d}).sum() for d in (step, -step)
     )
     got = autodiff.grad(of, autodiff.asarray(at, "float64"))
     assert_allclose(got, (ahead - behind) / (2 * step), rtol=2e-7, atol=1e-9)
@@ -114,7 +113,7 @@ def test_an_array_with_axes_is_no_parameter(autodiff: Backend) -> None:
 def test_the_derivative_in_the_targets(autodiff: Backend, loss: str, reduction: str) -> None:
     x, t = operands(loss)
     logits, step = autodiff.asarray(x), 1e-6
-    ahead, behind = (autodiff(loss, x, t + d) for d in (step, -step))
+    ahead, behind = (NUMPY(loss, x, t + d) for d in (step, -step))
     expected = (ahead - behind) / (2 * step) / (x.size if reduction == "mean" else 1)
     got = autodiff.grad(
         lambda y: getattr(autodiff.F, loss)(logits, y, reduction=reduction), autodiff.asarray(t)

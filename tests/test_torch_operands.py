@@ -9,7 +9,7 @@ from test_operands import DENSE, LABELLED, PARAMETERS, number, operands
 torch = pytest.importorskip("torch")
 F = pytest.importorskip("focal.torch")
 _dispatch = pytest.importorskip("focal.torch._dispatch")
-_pointwise = pytest.importorskip("focal.torch._pointwise")
+_blocks = pytest.importorskip("focal.torch._blocks")
 
 LOSSES = list(DENSE | LABELLED)
 EXTREMES = [float("inf"), -float("inf"), 1000.0, -1000.0, 100.0, -100.0, 20.0, 0.0]
@@ -237,7 +237,7 @@ def test_without_private_names_the_results_stay(monkeypatch):
 
 def test_blocks_do_not_show():
     """A formula without a kernel, and softmax, over several blocks and a rest."""
-    n = _pointwise.CPU_BLOCK // 2 * 5 + 17
+    n = _blocks.CPU_BLOCK // 2 * 5 + 17
     x = torch.linspace(-9, 9, n, requires_grad=True)
     y = torch.linspace(0, 1, n)
     value = F.quality_focal_loss(x, y)

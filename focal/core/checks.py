@@ -26,7 +26,8 @@ def check_number(
     """A finite real number in [low, high], as a float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{function}: {parameter} must be a number; got {_kind(value)}")
-    number = value if type(value) is float else float(value)  # a traced one would become constant
+    # Converted, a float that PyTorch traces would become a constant.
+    number = value if isinstance(value, float) else float(value)
     # The difference is 0 for finite numbers alone; `math.isfinite` is not for traced ones.
     if not (number - number == 0 and low <= number <= high):
         raise ValueError(

@@ -5,6 +5,7 @@ from typing import cast
 
 from focal.core.namespace import Namespace
 from focal.torch._ops import *  # noqa: F403
-from focal.torch._pointwise import class_margins, label_margin, pointwise, pointwise_sum  # noqa: F401
+from focal.torch._margins import class_margins, label_margin  # noqa: F401
+from focal.torch._pointwise import pointwise, pointwise_sum  # noqa: F401
 
 xp = cast(Namespace, sys.modules[__name__])

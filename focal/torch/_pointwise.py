@@ -18,7 +18,6 @@ as ours, and takes in what comes before and after the loss.
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -27,25 +26,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from focal.core import parameters, softmax
+from focal.core import parameters
 from focal.core.formulas import SigmoidFocal, Sparse
 from focal.core.namespace import Formula, Namespace
 from focal.kernels import torch_cpu
 from focal.torch import _ops
+from focal.torch._blocks import Layout, Targets, batch_first, by_block, narrow, wide, wide_pair
 from focal.torch._dispatch import is_plain, is_wrapped, nests_forward_mode
 
-__all__ = ["class_margins", "label_margin", "pointwise", "pointwise_sum"]
+__all__ = ["pointwise", "pointwise_sum"]
 
 xp = cast(Namespace, _ops)
-Targets = Tensor | float
 Function = Callable[..., Tensor]
 """function(x, t, *numbers), where `numbers` are the parameters that are tensors."""
 
 CPU_KERNELS = torch_cpu.Kernels(xp)
-CPU_BLOCK = 1 << 18
-"""Elements per block: larger ones leave the cache, smaller ones wait for Python."""
-DEVICE_BLOCK = 1 << 22
-"""Large enough that launching kernels costs nothing beside running them."""
 EXPONENTS = ("gamma", "beta", "gamma_positive", "gamma_negative")
 """Parameters that a training run may change from step to step."""
 OWN_CODE = (0.0, 0.5, 1.0, 2.0)
@@ -67,28 +62,14 @@ def pointwise(formula: Formula, x: Tensor, t: Targets) -> Tensor:
 def pointwise_sum(formula: Formula, x: Tensor, t: Targets) -> Tensor:
     """The sum of `formula.value`, in float32 or better."""
     if torch.compiler.is_compiling():
-        return _compiled(formula, _wide(x), t).sum()
+        return _compiled(formula, wide(x), t).sum()
     formula, numbers = parameters.split(formula)
     if nests_forward_mode():
-        return _value(formula)(_wide(x), t, *numbers).sum()
+        return _value(formula)(wide(x), t, *numbers).sum()
     # The slope of half-precision logits would be rounded before it is scaled: recompute it.
-    with_slope = torch.is_grad_enabled() and x.requires_grad and _wide(x) is x and not numbers
+    with_slope = torch.is_grad_enabled() and x.requires_grad and wide(x) is x and not numbers
     with_slope = with_slope and _kernels(formula, x, t) in (None, CPU_KERNELS)
     return _Sum.apply(x, t, formula, with_slope, *numbers)[0]
-
-
-def label_margin(x: Tensor, at: Tensor, valid: Tensor) -> Tensor:
-    """`focal.core.softmax.margin`, in blocks of rows that fit the cache."""
-    if torch.compiler.is_compiling() or nests_forward_mode():
-        return softmax.margin(xp, x, at, valid)[0]
-    return _Margin.apply(x, at, valid)
-
-
-def class_margins(x: Tensor, valid: Tensor) -> Tensor:
-    """`focal.core.softmax.all_margins`, in blocks of rows that fit the cache."""
-    if torch.compiler.is_compiling() or nests_forward_mode():
-        return softmax.all_margins(xp, x, valid)[0]
-    return _AllMargins.apply(x, valid)
 
 
 # ---------------------------------------------------------------- the three operations
@@ -100,11 +81,11 @@ class _Value(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, t: Targets, formula: Formula, *numbers: Tensor) -> Tensor:
         if (kernels := _kernels(formula, x, t, *numbers)) is not None:
-            layout = _Layout(x, t)
+            layout = Layout(x, t)
             out = layout.new()
             kernels.value(formula, *map(layout.flat, (x, t)), out=layout.flat(out))
             return out
-        return _by_block(_value(formula), numbers, x, t)
+        return by_block(_value(formula), numbers, x, t)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -123,7 +104,7 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[Tensor, int]:
-        return _Value.apply(*_batch_first(info.batch_size, in_dims, operands)), 0
+        return _Value.apply(*batch_first(info.batch_size, in_dims, operands)), 0
 
     @staticmethod
     def jvp(ctx: Any, dx: Any, dt: Any, _: Any, *dnumbers: Any) -> Tensor:
@@ -141,7 +122,7 @@ class _Slope(torch.autograd.Function):
         if is_wrapped(scale):
             return slope(x, t, *numbers) * scale
         if (kernels := _kernels(formula, x, t, scale, *numbers)) is not None:
-            layout = _Layout(x, t)
+            layout = Layout(x, t)
             out = layout.new()
             by = layout.flat(scale) if scale.ndim else scale
             kernels.slope(formula, *map(layout.flat, (x, t)), by, out=layout.flat(out))
@@ -151,7 +132,7 @@ class _Slope(torch.autograd.Function):
             factor, *rest = more if scale.ndim else (scale, *more)
             return slope(x, t, *rest) * factor
 
-        return _by_block(scaled, numbers, x, t, *([scale] if scale.ndim else []))
+        return by_block(scaled, numbers, x, t, *([scale] if scale.ndim else []))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -163,7 +144,7 @@ class _Slope(torch.autograd.Function):
         x, t, scale, *numbers = _saved(ctx)
         by_x = by_scale = None
         if ctx.needs_input_grad[0]:
-            by_x = (_wide(grad) * _wide(scale) * _hess(ctx.formula)(x, t, *numbers)).to(x.dtype)
+            by_x = (wide(grad) * wide(scale) * _hess(ctx.formula)(x, t, *numbers)).to(x.dtype)
         if ctx.needs_input_grad[2]:
             by_scale = _Slope.apply(x, t, grad, ctx.formula, *numbers)
             by_scale = (by_scale if scale.ndim else by_scale.sum()).to(scale.dtype)
@@ -173,7 +154,7 @@ class _Slope(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[Tensor, int]:
-        x, t, scale, formula, *numbers = _batch_first(info.batch_size, in_dims, operands)
+        x, t, scale, formula, *numbers = batch_first(info.batch_size, in_dims, operands)
         return _Slope.apply(x, t, scale.expand_as(x), formula, *numbers), 0
 
     @staticmethod
@@ -181,7 +162,7 @@ class _Slope(torch.autograd.Function):
         x, t, scale, *numbers = _saved(ctx)
         result = scale * _push(_slope(ctx.formula), x, (t, *numbers), (dt, *dnumbers))
         if dx is not None:
-            bend = _wide(dx) * _wide(scale) * _hess(ctx.formula)(x, t, *numbers)
+            bend = wide(dx) * wide(scale) * _hess(ctx.formula)(x, t, *numbers)
             result = result + bend.to(x.dtype)
         if dscale is not None:
             result = result + _Slope.apply(x, t, dscale, ctx.formula, *numbers)
@@ -196,7 +177,7 @@ class _Sum(torch.autograd.Function):
         x: Tensor, t: Targets, formula: Formula, with_slope: bool, *numbers: Tensor
     ) -> tuple[Tensor, Tensor]:
         kernels = _kernels(formula, x, t, *numbers)
-        layout = _Layout(x, t)
+        layout = Layout(x, t)
         if kernels is not None and not with_slope:
             return kernels.total(formula, *map(layout.flat, (x, t))), x.new_empty(0)
         if kernels is CPU_KERNELS:
@@ -214,7 +195,7 @@ class _Sum(torch.autograd.Function):
             sums.append(value.sum())
             return slope
 
-        slope = _by_block(block, numbers, x, t, output=with_slope)
+        slope = by_block(block, numbers, x, t, output=with_slope)
         return torch.stack(sums).sum(), slope
 
     @staticmethod
@@ -246,16 +227,16 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[Any, tuple[int, None]]:
-        x, t, formula, _, *numbers = _batch_first(info.batch_size, in_dims, operands)
-        losses = _Value.apply(_wide(x), t, formula, *numbers)
+        x, t, formula, _, *numbers = batch_first(info.batch_size, in_dims, operands)
+        losses = _Value.apply(wide(x), t, formula, *numbers)
         return (losses.reshape(info.batch_size, -1).sum(1), x.new_empty(0)), (0, None)
 
     @staticmethod
     def jvp(ctx: Any, dx: Any, dt: Any, _: Any, __: Any, *dnumbers: Any) -> tuple[Tensor, None]:
         x, t, *numbers = _saved(ctx)
-        result = _push(_value(ctx.formula), _wide(x), (t, *numbers), (dt, *dnumbers))
+        result = _push(_value(ctx.formula), wide(x), (t, *numbers), (dt, *dnumbers))
         if dx is not None:
-            result = result + _wide(_Slope.apply(x, t, dx, ctx.formula, *numbers))
+            result = result + wide(_Slope.apply(x, t, dx, ctx.formula, *numbers))
         return result.sum(), None
 
 
@@ -270,8 +251,8 @@ class _Compiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, t, *numbers = _saved(ctx)
-        slope = parameters.fill(ctx.formula, numbers).value_and_grad(xp, *_wide_pair(x, t))[1]
-        return _narrow(slope * grad, x), None, None, *(None for _ in numbers)
+        slope = parameters.fill(ctx.formula, numbers).value_and_grad(xp, *wide_pair(x, t))[1]
+        return narrow(slope * grad, x), None, None, *(None for _ in numbers)
 
 
 def _compiled(formula: Formula, x: Tensor, t: Targets) -> Tensor:
@@ -297,99 +278,10 @@ def _with_operands(formula: Any, x: Tensor) -> Any:
         if isinstance(value, tuple):
             fields[name] = _with_operands(value, x)
         elif name in EXPONENTS and parameters.is_number(value) and value not in OWN_CODE:
-            fields[name] = _wide(x).new_ones(()) * value
+            fields[name] = wide(x).new_ones(()) * value
         else:
             fields[name] = value
     return type(formula)(**fields)
-
-
-# ---------------------------------------------------------------- the margins of softmax
-
-
-class _Margin(torch.autograd.Function):
-    """`focal.core.softmax.margin` of logits (..., K)."""
-
-    @staticmethod
-    def forward(x: Tensor, at: Tensor, valid: Tensor) -> Tensor:
-        return _by_rows(lambda *rows: softmax.margin(xp, *rows)[0], x, at, valid)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, at, valid = ctx.saved_tensors
-
-        def slope(x: Tensor, at: Tensor, valid: Tensor, grad: Tensor) -> Tensor:
-            return softmax.margin_grad(xp, softmax.margin(xp, x, at, valid)[1], at, grad)
-
-        return _by_rows(slope, x, at, valid, grad), None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[Tensor, int]:
-        return _Margin.apply(*_batch_first(info.batch_size, in_dims, operands)), 0
-
-    @staticmethod
-    def jvp(ctx: Any, dx: Any, *_: Any) -> Tensor:
-        x, at, valid = ctx.saved_tensors
-        odds = softmax.margin(xp, x, at, valid)[1]
-        slopes = softmax.margin_grad(xp, odds, at, torch.ones_like(odds[..., 0]))
-        return torch.sum(slopes * dx, -1)
-
-
-class _AllMargins(torch.autograd.Function):
-    """`focal.core.softmax.all_margins` of logits (..., K)."""
-
-    @staticmethod
-    def forward(x: Tensor, valid: Tensor) -> Tensor:
-        return _by_rows(lambda *rows: softmax.all_margins(xp, *rows)[0], x, valid)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, valid = ctx.saved_tensors
-
-        def slope(x: Tensor, valid: Tensor, grad: Tensor) -> Tensor:
-            return softmax.all_margins_grad(xp, softmax.all_margins(xp, x, valid)[1], grad)
-
-        return _by_rows(slope, x, valid, grad), None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[Tensor, int]:
-        return _AllMargins.apply(*_batch_first(info.batch_size, in_dims, operands)), 0
-
-    @staticmethod
-    def jvp(ctx: Any, dx: Any, *_: Any) -> Tensor:
-        x, valid = ctx.saved_tensors
-        margins, pull = torch.func.vjp(lambda x: softmax.all_margins(xp, x, valid)[0], x)
-        return torch.func.vjp(pull, torch.zeros_like(margins))[1]((dx,))[0]
-
-
-def _by_rows(function: Callable[..., Tensor], x: Tensor, *others: Tensor) -> Tensor:
-    """function(x, *others) of logits (..., K) and operands (...) or (..., K), by blocks of rows."""
-    if torch.is_grad_enabled() or not is_plain(x, *others):
-        return function(x, *others)
-    classes = x.shape[-1]
-    size = CPU_BLOCK if x.device.type == "cpu" else DEVICE_BLOCK
-    operands = [a.reshape(-1, classes) if a.ndim == x.ndim else a.reshape(-1) for a in (x, *others)]
-    blocks = zip(*(a.split(max(1, size // max(1, classes))) for a in operands), strict=True)
-    result: Tensor | None = None
-    start = 0
-    for rows in blocks:
-        values = function(*rows)
-        if result is None:
-            like = x if values.ndim == 2 else x[..., 0]
-            result = torch.empty_like(like, memory_format=torch.contiguous_format)
-            flat = result.view(-1, *values.shape[1:])
-        flat[start : start + len(values)] = values
-        start += len(values)
-    return function(x, *others) if result is None else result
 
 
 # ---------------------------------------------------------------- derivatives
@@ -397,7 +289,7 @@ def _by_rows(function: Callable[..., Tensor], x: Tensor, *others: Tensor) -> Ten
 
 def _value(formula: Formula) -> Function:
     def value(x: Tensor, t: Targets, *numbers: Tensor) -> Tensor:
-        return _narrow(parameters.fill(formula, numbers).value(xp, *_wide_pair(x, t)), x)
+        return narrow(parameters.fill(formula, numbers).value(xp, *wide_pair(x, t)), x)
 
     return value
 
@@ -405,14 +297,14 @@ def _value(formula: Formula) -> Function:
 def _slope(formula: Formula) -> Function:
     def slope(x: Tensor, t: Targets, *numbers: Tensor) -> Tensor:
         loss = parameters.fill(formula, numbers)
-        return _narrow(loss.value_and_grad(xp, *_wide_pair(x, t))[1], x)
+        return narrow(loss.value_and_grad(xp, *wide_pair(x, t))[1], x)
 
     return slope
 
 
 def _hess(formula: Formula) -> Function:
     def hess(x: Tensor, t: Targets, *numbers: Tensor) -> Tensor:
-        return parameters.fill(formula, numbers).hess(xp, *_wide_pair(x, t))
+        return parameters.fill(formula, numbers).hess(xp, *wide_pair(x, t))
 
     return hess
 
@@ -475,42 +367,7 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
     return tensors if ctx.number is None else (tensors[0], ctx.number, *tensors[1:])
 
 
-def _wide(x: Tensor) -> Tensor:
-    """Half types as float32."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _narrow(values: Tensor, x: Tensor) -> Tensor:
-    """In the type of x; without a conversion to its own type, which torch 2.11 miscompiles."""
-    return values if values.dtype == x.dtype else values.to(x.dtype)
-
-
-def _wide_pair(x: Tensor, t: Targets) -> tuple[Tensor, Targets]:
-    """Logits and dense targets in the type to compute in; labels and numbers as they are."""
-    x = _wide(x)
-    return x, t.to(x.dtype) if isinstance(t, Tensor) and t.shape == x.shape else t
-
-
-def _batch_first(size: int, in_dims: Sequence[Any], operands: Sequence[Any]) -> list[Any]:
-    """Operands with the axis that vmap adds in front; scalars broadcast along it."""
-    axes = 1 + max(
-        a.ndim - (d is not None)
-        for a, d in zip(operands, in_dims, strict=True)
-        if isinstance(a, Tensor)
-    )
-
-    def first(a: Any, d: int | None) -> Any:
-        if not isinstance(a, Tensor):
-            return a
-        if d is None:
-            return a.expand(size, *a.shape) if a.ndim else a
-        a = a.movedim(d, 0)
-        return a if a.ndim > 1 else a.reshape((size,) + (1,) * (axes - 1))
-
-    return [first(a, d) for a, d in zip(operands, in_dims, strict=True)]
-
-
-# ---------------------------------------------------------------- kernels and blocks
+# ---------------------------------------------------------------- kernels
 
 
 def _kernels(formula: Formula, x: Tensor, t: Targets, *more: Tensor) -> Any:
@@ -547,63 +404,3 @@ def _triton_on(device: torch.device) -> ModuleType | None:
         )
         return None
     return torch_triton
-
-
-def _by_block(
-    function: Callable[..., Tensor | None],
-    numbers: Sequence[Tensor],
-    x: Tensor,
-    t: Targets,
-    *more: Tensor,
-    output: bool = True,
-) -> Tensor:
-    """function(x, t, *more, *numbers) elementwise, block by block, into a new tensor like x.
-
-    Without `output` the function is only called, and the result is empty.
-    """
-    if not is_plain(x, t, *more, *numbers) or any(n.ndim for n in numbers):
-        result = function(*_wide_pair(x, t), *more, *numbers)
-        return x.new_empty(0) if result is None else _narrow(result, x)
-    layout = _Layout(x, t)
-    result = layout.new() if output else x.new_empty(0)
-    flat = layout.flat(x)
-    size = CPU_BLOCK if x.device.type == "cpu" else DEVICE_BLOCK
-    rows = max(1, size // max(1, math.prod(flat.shape[1:])))
-    blocks = [layout.flat(a).split(rows) if isinstance(a, Tensor) else None for a in (t, *more)]
-    target = layout.flat(result).split(rows) if output else None
-    for i, xb in enumerate(flat.split(rows)):
-        tb, *rest = (t if b is None else b[i] for b in blocks)
-        values = function(*_wide_pair(xb, tb), *rest, *numbers)
-        if target is not None:
-            target[i].copy_(cast(Tensor, values))
-    return result
-
-
-class _Layout:
-    """How to walk through the memory of the operands: in the order in which x lies there.
-
-    Dense operands become one axis, so that channels-last logits (or any other permutation) are
-    neither copied nor walked against the grain. With one target per row, logits become
-    (rows, classes).
-    """
-
-    def __init__(self, x: Tensor, t: Targets) -> None:
-        self.x = x
-        self.by_row = isinstance(t, Tensor) and t.shape != x.shape
-        self.order = sorted(range(x.ndim), key=x.stride, reverse=True)
-
-    def new(self) -> Tensor:
-        """An empty tensor like x: not a view, so that its user may change it in place."""
-        if self.by_row:
-            return torch.empty_like(self.x, memory_format=torch.contiguous_format)
-        strides, step = [1] * self.x.ndim, 1
-        for axis in reversed(self.order):
-            strides[axis] = step
-            step *= max(1, self.x.shape[axis])
-        return self.x.new_empty_strided(self.x.shape, strides)
-
-    def flat(self, a: Tensor) -> Tensor:
-        """An operand, or what `new` gave, as one axis or as rows; a view where it can be."""
-        if not self.by_row:
-            return a.permute(self.order).reshape(-1)
-        return a.reshape(-1, a.shape[-1]) if a.ndim == self.x.ndim else a.reshape(-1)

@@ -1,0 +1,147 @@
+"""How operations walk through memory: types to compute in, blocks that fit the cache, batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from focal.torch._dispatch import is_plain
+
+__all__ = [
+    "CPU_BLOCK",
+    "Layout",
+    "Targets",
+    "batch_first",
+    "by_block",
+    "by_rows",
+    "narrow",
+    "wide",
+    "wide_pair",
+]
+
+Targets = Tensor | float
+
+CPU_BLOCK = 1 << 18
+"""Elements per block: larger ones leave the cache, smaller ones wait for Python."""
+DEVICE_BLOCK = 1 << 22
+"""Large enough that launching kernels costs nothing beside running them."""
+
+
+def wide(x: Tensor) -> Tensor:
+    """Half types as float32."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def narrow(values: Tensor, x: Tensor) -> Tensor:
+    """In the type of x; without a conversion to its own type, which torch 2.11 miscompiles."""
+    return values if values.dtype == x.dtype else values.to(x.dtype)
+
+
+def wide_pair(x: Tensor, t: Targets) -> tuple[Tensor, Targets]:
+    """Logits and dense targets in the type to compute in; labels and numbers as they are."""
+    x = wide(x)
+    return x, t.to(x.dtype) if isinstance(t, Tensor) and t.shape == x.shape else t
+
+
+def batch_first(size: int, in_dims: Sequence[Any], operands: Sequence[Any]) -> list[Any]:
+    """Operands with the axis that vmap adds in front; scalars broadcast along it."""
+    axes = 1 + max(
+        a.ndim - (d is not None)
+        for a, d in zip(operands, in_dims, strict=True)
+        if isinstance(a, Tensor)
+    )
+
+    def first(a: Any, d: int | None) -> Any:
+        if not isinstance(a, Tensor):
+            return a
+        if d is None:
+            return a.expand(size, *a.shape) if a.ndim else a
+        a = a.movedim(d, 0)
+        return a if a.ndim > 1 else a.reshape((size,) + (1,) * (axes - 1))
+
+    return [first(a, d) for a, d in zip(operands, in_dims, strict=True)]
+
+
+def by_block(
+    function: Callable[..., Tensor | None],
+    numbers: Sequence[Tensor],
+    x: Tensor,
+    t: Targets,
+    *more: Tensor,
+    output: bool = True,
+) -> Tensor:
+    """function(x, t, *more, *numbers) elementwise, block by block, into a new tensor like x.
+
+    Without `output` the function is only called, and the result is empty.
+    """
+    if not is_plain(x, t, *more, *numbers) or any(n.ndim for n in numbers):
+        result = function(*wide_pair(x, t), *more, *numbers)
+        return x.new_empty(0) if result is None else narrow(result, x)
+    layout = Layout(x, t)
+    result = layout.new() if output else x.new_empty(0)
+    flat = layout.flat(x)
+    size = CPU_BLOCK if x.device.type == "cpu" else DEVICE_BLOCK
+    rows = max(1, size // max(1, math.prod(flat.shape[1:])))
+    blocks = [layout.flat(a).split(rows) if isinstance(a, Tensor) else None for a in (t, *more)]
+    target = layout.flat(result).split(rows) if output else None
+    for i, xb in enumerate(flat.split(rows)):
+        tb, *rest = (t if b is None else b[i] for b in blocks)
+        values = function(*wide_pair(xb, tb), *rest, *numbers)
+        if target is not None:
+            target[i].copy_(cast(Tensor, values))
+    return result
+
+
+class Layout:
+    """How to walk through the memory of the operands: in the order in which x lies there.
+
+    Dense operands become one axis, so that channels-last logits (or any other permutation) are
+    neither copied nor walked against the grain. With one target per row, logits become
+    (rows, classes).
+    """
+
+    def __init__(self, x: Tensor, t: Targets) -> None:
+        self.x = x
+        self.by_row = isinstance(t, Tensor) and t.shape != x.shape
+        self.order = sorted(range(x.ndim), key=x.stride, reverse=True)
+
+    def new(self) -> Tensor:
+        """An empty tensor like x: not a view, so that its user may change it in place."""
+        if self.by_row:
+            return torch.empty_like(self.x, memory_format=torch.contiguous_format)
+        strides, step = [1] * self.x.ndim, 1
+        for axis in reversed(self.order):
+            strides[axis] = step
+            step *= max(1, self.x.shape[axis])
+        return self.x.new_empty_strided(self.x.shape, strides)
+
+    def flat(self, a: Tensor) -> Tensor:
+        """An operand, or what `new` gave, as one axis or as rows; a view where it can be."""
+        if not self.by_row:
+            return a.permute(self.order).reshape(-1)
+        return a.reshape(-1, a.shape[-1]) if a.ndim == self.x.ndim else a.reshape(-1)
+
+
+def by_rows(function: Callable[..., Tensor], x: Tensor, *others: Tensor) -> Tensor:
+    """function(x, *others) of logits (..., K) and operands (...) or (..., K), by blocks of rows."""
+    if torch.is_grad_enabled() or not is_plain(x, *others):
+        return function(x, *others)
+    classes = x.shape[-1]
+    size = CPU_BLOCK if x.device.type == "cpu" else DEVICE_BLOCK
+    operands = [a.reshape(-1, classes) if a.ndim == x.ndim else a.reshape(-1) for a in (x, *others)]
+    blocks = zip(*(a.split(max(1, size // max(1, classes))) for a in operands), strict=True)
+    result: Tensor | None = None
+    start = 0
+    for rows in blocks:
+        values = function(*rows)
+        if result is None:
+            like = x if values.ndim == 2 else x[..., 0]
+            result = torch.empty_like(like, memory_format=torch.contiguous_format)
+            flat = result.view(-1, *values.shape[1:])
+        flat[start : start + len(values)] = values
+        start += len(values)
+    return function(x, *others) if result is None else result
