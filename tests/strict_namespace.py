@@ -7,7 +7,7 @@ standard functions. Anything that the core uses beyond these two lists raises.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import array_api_strict as xp
@@ -133,12 +133,28 @@ def fixed_point(step: Callable[[Array], Array], start: Array) -> Array:
     return following
 
 
-def select_kept(order: Array, keep: Array) -> Array:
+def take_box(boxes: Array, i: int) -> tuple[Array, ...]:
+    return tuple(boxes[..., i, k : k + 1] for k in range(4))
+
+
+sweep = None
+
+
+def compress(rows: Sequence[Array], keep: Array) -> Sequence[Array]:
+    return rows
+
+
+def compiled(function: Callable[..., Any], xp: Any, *arrays: Any) -> Any:
+    return function(xp, *arrays)
+
+
+def select(function: Callable[..., tuple[Array, Array]], xp: Any, *arrays: Any) -> Array:
+    order, keep = function(xp, *arrays)
     return order[keep]
 
 
-def take_box(boxes: Array, i: int) -> tuple[Array, ...]:
-    return tuple(boxes[..., i, k : k + 1] for k in range(4))
+def random(like: Array) -> Array:
+    return xp.asarray(np.random.default_rng().random(like.shape, np.float32))
 
 
 def _same_type(x: Array, t: Any) -> Any:

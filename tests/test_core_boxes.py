@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -92,6 +93,123 @@ def test_half_types_do_not_overflow(backend: Backend, name: str) -> None:
         half = backend.asarray(a, dtype)
         got = backend.numpy(getattr(backend.F, name)(half, half))
         assert_allclose(got, backend(name, a, a), rtol=1e-2)
+
+
+INVERTED = np.array([[10.0, 0.0, 0.0, 10.0], [0.0, 10.0, 10.0, 0.0], [10.0, 10.0, 0.0, 0.0]])
+
+
+def test_inverted_boxes_overlap_nothing(backend: Backend) -> None:
+    """Even where the sum of the areas is 0, or negative."""
+    solid = np.array([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 5.0, 5.0]])
+    for a, b in ((INVERTED, solid), (solid, INVERTED), (INVERTED, INVERTED)):
+        assert_array_equal(backend("box_iou", a, b), np.zeros((len(a), len(b))))
+
+
+# ---------------------------------------------------------------- integers, and no boxes
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int32", "int64"])
+def test_integer_boxes_are_taken_as_float32(backend: Backend, dtype: str) -> None:
+    whole = np.array([[0, 0, 4, 4], [2, 0, 6, 4], [2, 2, 3, 3], [0, 0, 200, 250]], dtype)
+    exact = whole.astype(np.float32)
+    scores, classes = np.arange(4, dtype=np.float32), np.array([0, 1, 0, 1])
+    for name, arguments, others in (
+        ("box_area", 1, ()),
+        ("box_iou", 2, ()),
+        ("generalized_box_iou", 2, ()),
+        ("giou_loss", 2, ()),
+        ("encode_boxes", 2, ()),
+        ("clip_boxes", 1, ((100, 150),)),
+        ("nms", 1, (scores, 0.3)),
+        ("batched_nms", 1, (scores, classes, 0.3)),
+        ("match_anchors", 2, ()),
+        ("assign_targets", 2, (classes,)),
+    ):
+        expected = backend(name, *[exact] * arguments, *others)
+        got = backend(name, *[whole] * arguments, *others)
+        for a, b in zip(
+            *(r if isinstance(r, tuple) else (r,) for r in (got, expected)), strict=True
+        ):
+            assert a.dtype == b.dtype
+            assert_array_equal(a, b)
+    assert backend("clip_boxes", whole, (100, 150)).dtype == np.float32
+    assert_array_equal(backend("encode_boxes", whole, exact), np.zeros((4, 4)))
+    assert_array_equal(backend("decode_boxes", np.zeros((4, 4), np.float32), whole), exact)
+
+
+def test_image_sizes_are_whole_numbers_of_any_type(backend: Backend) -> None:
+    expected = backend("clip_boxes", AWKWARD, (5, 6))
+    for size in ((5.0, 6), (np.float32(5), np.int64(6)), np.array([5, 6]), [5, 6.0]):
+        clipped = backend.F.clip_boxes(backend.asarray(AWKWARD), size)
+        assert_array_equal(backend.numpy(clipped), expected)
+        anchors = backend.numpy(backend.F.anchors(size))
+        assert_array_equal(anchors, backend("anchors", (5, 6)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_no_boxes_have_results_and_gradients(autodiff: Backend, dtype: str) -> None:
+    none, some = autodiff.asarray(AWKWARD[:0], dtype), autodiff.asarray(AWKWARD[:3], dtype)
+    F = autodiff.F
+    for function, shape in (
+        (F.box_area, (0,)),
+        (lambda x: F.box_iou(x, some), (0, 3)),
+        (lambda x: F.box_iou(some, x), (3, 0)),
+        (lambda x: F.box_iou(x, x), (0, 0)),
+        (lambda x: F.generalized_box_iou(x, some), (0, 3)),
+        (lambda x: F.generalized_box_iou(some, x), (3, 0)),
+        (lambda x: F.encode_boxes(x, none), (0, 4)),
+        (lambda x: F.encode_boxes(x, some[:1]), (0, 4)),
+        (lambda x: F.decode_boxes(x, none), (0, 4)),
+        (lambda x: F.clip_boxes(x, (5, 6)), (0, 4)),
+        (lambda x: F.giou_loss(x, none), (0,)),
+        (lambda x: F.giou_loss(x, none, "sum"), ()),
+        (lambda x: F.giou_loss(x, none, "mean"), ()),
+        (lambda x: F.smooth_l1_loss(x, none), (0, 4)),
+        (lambda x: F.smooth_l1_loss(x, none, reduction="mean"), ()),
+    ):
+        result = autodiff.numpy(function(none))
+        assert result.shape == shape
+        assert result.sum() == 0
+        gradient = autodiff.grad(function, none)
+        assert gradient.shape == (0, 4)
+        assert gradient.dtype == dtype
+
+
+# ---------------------------------------------------------------- kinks
+
+
+def test_the_gradient_at_a_kink(autodiff: Backend) -> None:
+    """What PyTorch's abs, clamp, maximum and minimum have there, in every framework."""
+    slope, two = autodiff.slope, np.array([[0.0, 0.0, 2.0, 2.0]])
+    zero = np.zeros(3)
+    assert_array_equal(slope("smooth_l1_loss", zero, zero, beta=0.0), zero)
+    assert_array_equal(slope("smooth_l1_loss", [*zero, 0, 1, -1], zero, beta=0.0), [0, 1, -1])
+    assert_array_equal(slope("smooth_l1_loss", zero, zero, beta=1.0), zero)
+
+    # A clamp passes the gradient at its limits.
+    edges = autodiff.asarray(np.array([[0.0, 0.0, 6.0, 5.0], [-1.0, 0.0, 7.0, 6.0]]))
+    clipped = autodiff.grad(lambda x: autodiff.F.clip_boxes(x, (5, 6)), edges)
+    assert_array_equal(clipped, [[1, 1, 1, 1], [0, 1, 0, 0]])
+    deltas = autodiff.asarray(np.array([[0.0, 0.0, 1.0, 1.0]]))
+    decode = partial(autodiff.F.decode_boxes, anchors=autodiff.asarray(two), clip=1.0)
+    assert_allclose(autodiff.grad(lambda x: decode(x)[..., 2:], deltas)[0, 2:], [math.e] * 2)
+
+    # So boxes that touch are pulled together, as if they overlapped; equal edges share by halves.
+    touching = np.array([[2.0, 1.0, 4.0, 3.0]])  # d(w h) / dx2 = h = 1, over a union of 8
+    assert_array_equal(slope("box_iou", two, touching), [[0, 0, 1 / 8, 0]])
+    assert_array_equal(slope("box_iou", two, np.array([[2.0, 0.0, 4.0, 2.0]])), [[0, 0, 1 / 4, 0]])
+    corner = np.array([[2.0, 2.0, 4.0, 4.0]])
+    assert_array_equal(slope("box_iou", two, corner), [[0, 0, 0, 0]])
+    for name in ("box_iou", "generalized_box_iou", "giou_loss"):
+        assert_array_equal(slope(name, two, two), [[0, 0, 0, 0]])
+    higher = np.array([[0.0, 0.0, 2.0, 4.0]])  # x1, y1 and x2 are equal
+    # I = 4, U = 8; dI = (-1, -1, 1, 2), dU = dA - dI = (-1, -1, 1, 0)
+    expected = np.array([[-1 / 16, -1 / 16, 1 / 16, 1 / 4]])
+    assert_array_equal(slope("box_iou", two, higher), expected)
+    # The hull is the higher box: dC = (-2, -1, 2, 0), C = U = 8; minus d(C - U) / C
+    hull = np.array([[-1 / 8, 0, 1 / 8, 0]])
+    assert_array_equal(slope("generalized_box_iou", two, higher), expected - hull)
+    assert_array_equal(slope("giou_loss", two, higher), hull - expected)
 
 
 # ---------------------------------------------------------------- the R-CNN code

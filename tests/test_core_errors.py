@@ -232,7 +232,15 @@ def numbers() -> list[Case]:
             case(T, name, (*args, 5), "image_size must be (height, width); got 5"),
             case(T, name, (*args, (5,)), "image_size must be (height, width); got (5,)"),
             case(T, name, (*args, (1, 2, 3)), "image_size must be (height, width); got (1, 2, 3)"),
-            case(T, name, (*args, (5.0, 5)), "image_size[0] must be an integer; got 5.0"),
+            case(T, name, (*args, ("5", 5)), "image_size[0] must be a number; got '5'"),
+            case(T, name, (*args, (True, 5)), "image_size[0] must be a number; got True"),
+            case(V, name, (*args, (5.5, 5)), "image_size[0] must be a whole number; got 5.5"),
+            case(
+                V,
+                name,
+                (*args, (5, math.nan)),
+                "image_size[1] must be a finite number; got nan",
+            ),
             case(V, name, (*args, (5, 0)), "image_size[1] must be >= 1; got 0"),
         ]
     cases.append(
@@ -289,21 +297,22 @@ def types() -> list[Case]:
         case(T, "smooth_l1_loss", (INTEGERS, Y), f"inputs {floating}"),
         case(T, "smooth_l1_loss", (X, COMPLEX), f"targets {real}"),
     ]
-    whole = np.zeros((5, 4), np.int64)
+    flags = np.zeros((5, 4), bool)
+    not_flags = "must have a floating-point type; got bool"
     cases += [
         case(T, "num_positives", (np.zeros(4),), f"labels {labels}; got float64"),
         case(T, "num_positives", (None,), "labels must be ARRAY; got None"),
-        case(T, "box_area", (whole,), f"boxes {floating}"),
-        case(T, "clip_boxes", (whole, (8, 8)), f"boxes {floating}"),
-        case(T, "encode_boxes", (whole, BOXES), f"boxes {floating}"),
-        case(T, "encode_boxes", (BOXES, whole), f"anchors {floating}"),
-        case(T, "decode_boxes", (whole, BOXES), f"deltas {floating}"),
-        case(T, "decode_boxes", (BOXES, whole), f"anchors {floating}"),
-        case(T, "match_anchors", (whole, BOXES), f"anchors {floating}"),
-        case(T, "match_anchors", (ANCHORS, whole), f"boxes {floating}"),
-        case(T, "assign_targets", (ANCHORS, whole, CLASSES), f"boxes {floating}"),
+        case(T, "box_area", (flags,), f"boxes {not_flags}"),
+        case(T, "clip_boxes", (flags, (8, 8)), f"boxes {not_flags}"),
+        case(T, "encode_boxes", (flags, BOXES), f"boxes {not_flags}"),
+        case(T, "encode_boxes", (BOXES, flags), f"anchors {not_flags}"),
+        case(T, "decode_boxes", (BOXES.astype(int), BOXES), f"deltas {floating}"),
+        case(T, "decode_boxes", (BOXES, flags), f"anchors {not_flags}"),
+        case(T, "match_anchors", (flags, BOXES), f"anchors {not_flags}"),
+        case(T, "match_anchors", (ANCHORS, flags), f"boxes {not_flags}"),
+        case(T, "assign_targets", (ANCHORS, flags, CLASSES), f"boxes {not_flags}"),
         case(T, "assign_targets", (ANCHORS, BOXES, FIVE), f"labels {labels}; got float64"),
-        case(T, "nms", (whole, FIVE, 0.5), f"boxes {floating}"),
+        case(T, "nms", (flags, FIVE, 0.5), f"boxes {not_flags}"),
         case(T, "nms", (BOXES, CLASSES, 0.5), f"scores {floating}"),
         case(T, "nms", (BOXES, None, 0.5), "scores must be ARRAY; got None"),
         case(T, "batched_nms", (BOXES, CLASSES, CLASSES, 0.5), f"scores {floating}"),
@@ -314,8 +323,8 @@ def types() -> list[Case]:
     ]
     for name in PAIRS:
         cases += [
-            case(T, name, (whole, BOXES), f"boxes1 {floating}"),
-            case(T, name, (BOXES, whole), f"boxes2 {floating}"),
+            case(T, name, (flags, BOXES), f"boxes1 {not_flags}"),
+            case(T, name, (BOXES, flags), f"boxes2 {not_flags}"),
             case(T, name, (None, BOXES), "boxes1 must be ARRAY; got None"),
         ]
     return cases

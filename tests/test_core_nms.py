@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import numpy as np
 import pytest
 from backends import Backend
@@ -11,7 +14,7 @@ from numpy.testing import assert_array_equal
 from strategies import boxes as box_lists
 
 import focal.numpy as reference
-from focal.core.nms import BLOCK
+from focal.core.nms import BLOCK, CHUNK, suppress
 
 TAIL = 40
 """Boxes beyond the last whole block."""
@@ -38,6 +41,12 @@ def per_class(
         own = np.flatnonzero(classes == c)
         kept.extend(own[greedy(boxes[own], scores[own], threshold)])
     return np.array(sorted(kept, key=lambda i: (-scores[i], i)), dtype=np.int64)
+
+
+def namespace(backend: Backend) -> Any:
+    if backend.name == "array_api_strict":
+        return importlib.import_module("strict_namespace")
+    return importlib.import_module(f"focal.{backend.name}._namespace").xp
 
 
 def crowd(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -97,6 +106,72 @@ def test_overlap_at_the_threshold_is_kept(backend: Backend) -> None:
     scores = np.array([2.0, 1.0])
     assert_array_equal(backend("nms", boxes, scores, 0.5), [0, 1])
     assert_array_equal(backend("nms", boxes, scores, 0.499), [0])
+
+
+def test_many_boxes(backend: Backend) -> None:
+    """Beyond what kept boxes are compared with at once."""
+    boxes, scores = crowd(2 * CHUNK)
+    boxes += 400 * np.random.default_rng(1).integers(0, 8, (len(boxes), 1)).astype("float32")
+    kept = greedy(boxes, scores, 0.5)
+    assert len(kept) > CHUNK + BLOCK
+    assert_array_equal(backend("nms", boxes, scores, 0.5), kept)
+
+
+def test_inverted_and_empty_boxes_suppress_nothing(backend: Backend) -> None:
+    boxes = np.array(
+        [[10.0, 0.0, 0.0, 10.0], [0.0, 0.0, 10.0, 10.0], [5.0, 5.0, 5.0, 9.0], [10.0, 10.0, 0, 0]]
+    )
+    for threshold in (0.0, 0.5):
+        assert_array_equal(backend("nms", boxes, -np.arange(4.0), threshold), [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("column", range(4))
+def test_a_box_with_nan_is_dropped(backend: Backend, column: int) -> None:
+    boxes = np.tile([[0.0, 0.0, 10.0, 10.0]], (4, 1))
+    boxes[0, column] = boxes[2, column] = np.nan
+    scores = np.array([4.0, 3.0, 2.0, 1.0])
+    assert_array_equal(backend("nms", boxes, scores, 0.5), [1])
+    assert_array_equal(backend("nms", boxes[[0, 2]], scores[:2], 0.5), np.zeros(0))
+    classes = np.array([0, 0, 1, 1])
+    assert_array_equal(backend("batched_nms", boxes, scores, classes, 0.5), [1, 3])
+
+
+def test_nan_scores_come_last(backend: Backend) -> None:
+    boxes = np.array([[0.0, 0.0, 10.0, 10.0]] * 6)
+    boxes[[1, 2, 4], :] += 100 * np.arange(1, 4)[:, None]
+    scores = np.array([np.nan, np.nan, -np.inf, -np.inf, np.inf, 0.5])
+    assert_array_equal(backend("nms", boxes, scores, 0.5), [4, 5, 2, 1])
+
+
+def test_large_class_numbers_are_told_apart(backend: Backend) -> None:
+    boxes, scores = np.array([[0.0, 0.0, 4.0, 4.0]] * 3), np.array([3.0, 2.0, 1.0])
+    classes = np.array([2**30, 2**30 + 1, 2**30])
+    assert_array_equal(backend("batched_nms", boxes, scores, classes, 0.5), [0, 1])
+
+
+def test_batches_are_each_image_by_itself(backend: Backend) -> None:
+    """As the detector calls it: sorted, with classes, a batch at once."""
+    n = 2 * BLOCK + TAIL
+    boxes = np.stack([crowd(n)[0], crowd(n)[0][::-1]])
+    classes = np.random.default_rng(2).integers(0, 3, (2, n))
+    arrays = backend.asarray(boxes), backend.asarray(classes, "int32")
+    kept = backend.numpy(suppress(namespace(backend), *arrays, 0.5))
+    for image in range(2):
+        expected = per_class(boxes[image], -np.arange(n), classes[image], 0.5)
+        assert_array_equal(np.flatnonzero(kept[image]), np.sort(expected))
+
+
+def test_boxes_that_are_kept_have_a_gradient(autodiff: Backend) -> None:
+    boxes, scores = crowd(BLOCK + TAIL)
+    kept = greedy(boxes, scores, 0.5)
+    scores = autodiff.asarray(scores)
+
+    def total(boxes: Any) -> Any:
+        at = autodiff.F.nms(boxes, scores, 0.5)[: len(kept)]
+        return namespace(autodiff).take(1 * boxes, at, axis=0)
+
+    gradient = autodiff.grad(total, autodiff.asarray(boxes))
+    assert_array_equal(gradient, np.isin(np.arange(len(boxes)), kept)[:, None] * np.ones(4))
 
 
 def test_empty(backend: Backend) -> None:

@@ -113,6 +113,37 @@ def test_batch_is_each_image_by_itself(backend: Backend, low_quality: bool | flo
         assert_array_equal(deltas[i], alone[1])
 
 
+@pytest.mark.parametrize("low_quality", [False, True])
+def test_boxes_without_a_proper_area_match_nothing(
+    backend: Backend, low_quality: bool | float
+) -> None:
+    """Inverted, NaN, infinite: as if they were not there, and no anchor is NaN for them."""
+    good, nan, inf = [0.0, 0.0, 10.0, 10.0], np.nan, np.inf
+    anchors = np.array([good, [20.0, 0.0, 30.0, 10.0]])
+    bad = [
+        [10.0, 0.0, 0.0, 10.0],  # its area is minus the first anchor's
+        [0.0, 10.0, 10.0, 0.0],
+        [30.0, 10.0, 20.0, 0.0],  # inverted twice: an area above 0
+        *([nan if i == k else x for i, x in enumerate(good)] for k in range(4)),
+        [0.0, 0.0, inf, 10.0],
+        [-inf, 0.0, 5.0, 10.0],
+    ]
+    options = {"allow_low_quality": low_quality}
+    for box in bad:
+        for truth, expected in (([box, good], [1, -1]), ([good, box], [0, -1]), ([box], [-1, -1])):
+            truth = np.array(truth)
+            assert_array_equal(backend(MATCH, anchors, truth, **options), expected)
+            batch = backend(MATCH, anchors, np.stack([truth, truth]), **options)
+            assert_array_equal(batch, [expected] * 2)
+            with np.errstate(invalid="ignore"):  # NumPy warns of the infinite one
+                labels, deltas = backend("assign_targets", anchors, truth, np.arange(len(truth)))
+            assert_array_equal(labels, expected)
+            assert_array_equal(deltas, np.zeros((2, 4)))
+        # The same of an anchor
+        got = backend(MATCH, np.array([box, good]), np.array([good]), **options)
+        assert_array_equal(got, [-1, 0])
+
+
 def test_anchors_of_one_type_and_boxes_of_another(backend: Backend) -> None:
     anchors, truth, labels = scene()
     expected = backend("assign_targets", anchors.astype(float), truth, labels)[0]
@@ -211,14 +242,16 @@ def test_subsample_is_the_plain_rule(
 
 
 def test_subsample_without_noise(backend: Backend) -> None:
-    labels = np.random.default_rng(0).integers(-2, 3, (4, 500))
-    got = backend("subsample", labels, 64)
-    assert_array_equal(got, backend("subsample", labels, 64))
-    assert_array_equal((got >= 0).sum(-1), 16)
-    assert_array_equal((got == -1).sum(-1), 48)
-    kept = got > -2
-    assert_array_equal(got[kept], labels[kept])
-    assert_array_equal(got, reference.subsample(labels, 64))  # the same in every framework
+    labels = np.tile(np.random.default_rng(0).integers(-2, 3, 500), (4, 1))
+    samples = [backend("subsample", labels, 64) for _ in range(3)]
+    for got in samples:
+        assert_array_equal((got >= 0).sum(-1), 16)
+        assert_array_equal((got == -1).sum(-1), 48)
+        kept = got > -2
+        assert_array_equal(got[kept], labels[kept])
+    # Every image of every call is a draw of its own.
+    rows = [tuple(np.flatnonzero(row > -2)) for got in samples for row in got]
+    assert len(set(rows)) == 12
 
 
 # ---------------------------------------------------------------- hard examples
@@ -275,6 +308,13 @@ def test_one_to_three_is_the_plain_rule(
 def test_losses_that_are_nan_are_never_taken(backend: Backend) -> None:
     losses = np.array([np.nan, 1.0, np.nan, 2.0])
     assert_array_equal(backend("hard_example_mask", losses, 3), [False, True, False, True])
+
+
+def test_examples_whose_box_is_nan_are_never_taken(backend: Backend) -> None:
+    heaps = np.array([[0.0, 0.0, 4.0, 4.0]] * 3)
+    heaps[0, 3] = np.nan
+    got = backend("hard_example_mask", np.array([3.0, 2.0, 1.0]), boxes=heaps, iou_threshold=0.5)
+    assert_array_equal(got, [False, True, False])
 
 
 def test_ranks_are_counted_exactly_in_half_types(backend: Backend) -> None:

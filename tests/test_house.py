@@ -8,6 +8,7 @@ import inspect
 import re
 import subprocess
 import sys
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -272,4 +273,18 @@ def test_docstring_names_every_parameter(name: str) -> None:
 def test_binding_keeps_name_and_docstring(backend: Backend, name: str) -> None:
     function = getattr(backend.F, name)
     assert (function.__name__, function.__module__) == (name, backend.F.__name__)
-    assert inspect.getdoc(function) == inspect.getdoc(getattr(focal.numpy, name))
+    text, original = inspect.getdoc(function), inspect.getdoc(getattr(focal.numpy, name))
+    if backend.name != "numpy":  # whose example it is, is said in the others
+        note = (
+            f"This is focal.numpy; {backend.F.__name__} takes and returns arrays of its framework."
+        )
+        original = original.replace("Example:\n", f"Example:\n    {note}\n\n")
+    assert text == original
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_binding_keeps_source_and_annotations(backend: Backend, name: str) -> None:
+    function = getattr(backend.F, name)
+    assert inspect.getsource(function).startswith(f"def {name}(")
+    hints = typing.get_type_hints(function)
+    assert set(hints) == {*inspect.signature(function).parameters, "return"}

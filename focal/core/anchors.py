@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from focal.core import checks
+from focal.core.box_checks import check_image_size
 from focal.core.namespace import Array, Namespace
 
 __all__ = ["AnchorConfig", "anchors", "level_shapes"]
@@ -81,7 +82,7 @@ def anchors(
     and its centre `offset` of a stride into the cell.
 
     Args:
-        image_size: (height, width) in pixels, each >= 1.
+        image_size: (height, width) in whole pixels, each >= 1.
         config: Strides, sizes, scales, ratios. Default: `AnchorConfig()`, the paper's.
 
     Returns:
@@ -90,7 +91,7 @@ def anchors(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: a size is below 1.
+        ValueError: a size is below 1 or no whole number.
 
     Example:
         >>> from focal.numpy import anchors
@@ -100,7 +101,7 @@ def anchors(
     Source: Lin et al. 2017, section 4; the order within a cell is torchvision's.
     """
     name = "anchors"
-    height, width = checks.check_image_size(name, image_size)
+    height, width = check_image_size(name, image_size)
     config = AnchorConfig() if config is None else config
     if not isinstance(config, AnchorConfig):
         raise TypeError(f"{name}: config must be a focal.AnchorConfig; got {config!r}")

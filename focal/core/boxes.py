@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from focal.core import checks
+from focal.core.box_checks import check_boxes, check_image_size
 from focal.core.namespace import Array, Namespace
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
 ]
 
 Weights = tuple[float, float, float, float]
+Columns = tuple[Array, Array, Array, Array]
 SIZE_CLIP = math.log(1000 / 16)
 
 
@@ -24,13 +26,13 @@ def box_area(xp: Namespace, boxes: Array) -> Array:
     r"""Areas of boxes, :math:`(x_2 - x_1)(y_2 - y_1)`.
 
     Args:
-        boxes: (..., 4) as (x1, y1, x2, y2) in pixels, floating-point.
+        boxes: (..., 4) as (x1, y1, x2, y2) in pixels, of a real type.
 
     Returns:
-        (...) areas in square pixels; float32 where `boxes` has a half type.
+        (...) areas in square pixels; float32 where `boxes` has an integer or half type.
 
     Raises:
-        TypeError: `boxes` is not a floating-point array.
+        TypeError: `boxes` is not an array of a real type.
         ValueError: its last axis is not 4.
 
     Example:
@@ -41,7 +43,7 @@ def box_area(xp: Namespace, boxes: Array) -> Array:
 
     Source: `torchvision.ops.box_area`; widths are x2 - x1, without the +1 of older code.
     """
-    return _area(checks.wide(xp, checks.check_boxes(xp, "box_area", "boxes", boxes)))
+    return _area(checks.wide(xp, check_boxes(xp, "box_area", "boxes", boxes)))
 
 
 def box_iou(xp: Namespace, boxes1: Array, boxes2: Array) -> Array:
@@ -50,14 +52,15 @@ def box_iou(xp: Namespace, boxes1: Array, boxes2: Array) -> Array:
     .. math:: \mathrm{IoU} = |A \cap B| / |A \cup B|
 
     Args:
-        boxes1: (..., N, 4) as (x1, y1, x2, y2) in pixels, floating-point.
+        boxes1: (..., N, 4) as (x1, y1, x2, y2) in pixels, of a real type.
         boxes2: (..., M, 4), with the leading axes of `boxes1` or none.
 
     Returns:
-        (..., N, M) in [0, 1]; 0 where the union has no area. Half types give float32.
+        (..., N, M) in [0, 1]; 0 where the union has no area. Integer and half types give
+        float32.
 
     Raises:
-        TypeError: an argument is not a floating-point array.
+        TypeError: an argument is not an array of a real type.
         ValueError: a last axis is not 4.
 
     Example:
@@ -69,8 +72,8 @@ def box_iou(xp: Namespace, boxes1: Array, boxes2: Array) -> Array:
     Source: `torchvision.ops.box_iou`, with 0 instead of NaN for boxes without area.
     """
     a, b = _pairs(xp, "box_iou", boxes1, boxes2)
-    intersection, union = _overlap(xp, a, b)
-    return ratio(xp, intersection, union)
+    common, union = _overlap(xp, a, b)
+    return ratio(xp, common, union)
 
 
 def generalized_box_iou(xp: Namespace, boxes1: Array, boxes2: Array) -> Array:
@@ -81,15 +84,15 @@ def generalized_box_iou(xp: Namespace, boxes1: Array, boxes2: Array) -> Array:
     where C is the smallest box around A and B.
 
     Args:
-        boxes1: (..., N, 4) as (x1, y1, x2, y2) in pixels, floating-point.
+        boxes1: (..., N, 4) as (x1, y1, x2, y2) in pixels, of a real type.
         boxes2: (..., M, 4), with the leading axes of `boxes1` or none.
 
     Returns:
-        (..., N, M) in [-1, 1]; a quotient without a denominator counts as 0. Half types give
-        float32.
+        (..., N, M) in [-1, 1]; a quotient without a denominator counts as 0. Integer and half
+        types give float32.
 
     Raises:
-        TypeError: an argument is not a floating-point array.
+        TypeError: an argument is not an array of a real type.
         ValueError: a last axis is not 4.
 
     Example:
@@ -115,13 +118,14 @@ def encode_boxes(
     with (x, y) centres and (w, h) sizes; the subscript a marks the anchor.
 
     Args:
-        boxes: (..., 4) as (x1, y1, x2, y2) in pixels, floating-point. Sides are taken as at
+        boxes: (..., 4) as (x1, y1, x2, y2) in pixels, of a real type. Sides are taken as at
             least the smallest positive number, so a box without area gives finite deltas.
         anchors: (..., 4), broadcasting with `boxes`; sides > 0.
         weights: Factors (wx, wy, ww, wh), each > 0. Default 1; R-CNN heads use (10, 10, 5, 5).
 
     Returns:
-        (..., 4) deltas (dx, dy, dw, dh), without unit.
+        (..., 4) deltas (dx, dy, dw, dh), without unit, in the type of `boxes` (float32 for
+        integers).
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -136,11 +140,11 @@ def encode_boxes(
     Source: Girshick et al. 2014 (R-CNN), appendix C; torchvision's `BoxCoder`.
     """
     name = "encode_boxes"
-    boxes = checks.check_boxes(xp, name, "boxes", boxes)
-    anchors = checks.check_boxes(xp, name, "anchors", anchors)
+    boxes = check_boxes(xp, name, "boxes", boxes)
+    anchors = check_boxes(xp, name, "anchors", anchors)
     _check_broadcast(name, anchors, "boxes", boxes)
     wx, wy, ww, wh = checks.check_weights(name, weights)
-    wide, wide_anchors = checks.wide_pair(xp, boxes, anchors)
+    wide, wide_anchors = checks.wide_pair(xp, *_of_one_rank(boxes, anchors))
     x, y, w, h = _centre_size(wide)
     xa, ya, wa, ha = _centre_size(wide_anchors)
     tiny = xp.finfo(w.dtype).smallest_normal
@@ -185,14 +189,14 @@ def decode_boxes(
     Source: Girshick et al. 2014 (R-CNN), appendix C; torchvision's `BoxCoder`.
     """
     name = "decode_boxes"
-    deltas = checks.check_boxes(xp, name, "deltas", deltas)
-    anchors = checks.check_boxes(xp, name, "anchors", anchors)
+    deltas = check_boxes(xp, name, "deltas", checks.check_floating(xp, name, "deltas", deltas))
+    anchors = check_boxes(xp, name, "anchors", anchors)
     wx, wy, ww, wh = checks.check_weights(name, weights)
     _check_broadcast(name, anchors, "deltas", deltas)
     clip = checks.check_number(name, "clip", clip)
-    wide, wide_anchors = checks.wide_pair(xp, deltas, anchors)
+    wide, wide_anchors = checks.wide_pair(xp, *_of_one_rank(deltas, anchors))
     xa, ya, wa, ha = _centre_size(wide_anchors)
-    dx, dy, dw, dh = _columns(wide)
+    dx, dy, dw, dh = columns(wide)
     x, y = xa + wa * (dx / wx), ya + ha * (dy / wy)
     half_w = 0.5 * wa * xp.exp(xp.minimum(dw / ww, clip))
     half_h = 0.5 * ha * xp.exp(xp.minimum(dh / wh, clip))
@@ -204,15 +208,16 @@ def clip_boxes(xp: Namespace, boxes: Array, image_size: tuple[int, int]) -> Arra
     """Boxes cut off at the edges of the image.
 
     Args:
-        boxes: (..., 4) as (x1, y1, x2, y2) in pixels, floating-point.
-        image_size: (height, width) in pixels, each >= 1.
+        boxes: (..., 4) as (x1, y1, x2, y2) in pixels, of a real type.
+        image_size: (height, width) in whole pixels, each >= 1.
 
     Returns:
-        (..., 4) with x in [0, width] and y in [0, height].
+        (..., 4) with x in [0, width] and y in [0, height], in the type of `boxes` (float32 for
+        integers). The gradient at an edge is that of inside.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: the last axis is not 4, or a size is below 1.
+        ValueError: the last axis is not 4, or a size is below 1 or no whole number.
 
     Example:
         >>> import numpy as np
@@ -223,9 +228,9 @@ def clip_boxes(xp: Namespace, boxes: Array, image_size: tuple[int, int]) -> Arra
     Source: `torchvision.ops.clip_boxes_to_image`.
     """
     name = "clip_boxes"
-    boxes = checks.check_boxes(xp, name, "boxes", boxes)
-    height, width = checks.check_image_size(name, image_size)
-    x1, y1, x2, y2 = _columns(boxes)
+    boxes = check_boxes(xp, name, "boxes", boxes)
+    height, width = check_image_size(name, image_size)
+    x1, y1, x2, y2 = columns(boxes)
     return xp.stack(
         [
             xp.minimum(xp.maximum(x1, 0.0), float(width)),
@@ -237,6 +242,9 @@ def clip_boxes(xp: Namespace, boxes: Array, image_size: tuple[int, int]) -> Arra
     )
 
 
+# Shared with the losses, matching and suppression
+
+
 def ratio(xp: Namespace, a: Array, b: Array) -> Array:
     """A / b where b > 0, else 0, without a NaN in value or gradient."""
     safe = b > 0
@@ -244,19 +252,76 @@ def ratio(xp: Namespace, a: Array, b: Array) -> Array:
     return xp.where(safe, a / xp.where(safe, b, one), zero)
 
 
-def _columns(boxes: Array) -> tuple[Array, Array, Array, Array]:
+def columns(boxes: Array) -> Columns:
+    """x1, y1, x2, y2."""
     return boxes[..., 0], boxes[..., 1], boxes[..., 2], boxes[..., 3]
 
 
-def _centre_size(boxes: Array) -> tuple[Array, Array, Array, Array]:
-    x1, y1, x2, y2 = _columns(boxes)
+def intersection(xp: Namespace, a: Columns, b: Columns) -> Array:
+    """Area that boxes have in common, with broadcasting."""
+    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a, b
+    w = xp.maximum(xp.minimum(ax2, bx2) - xp.maximum(ax1, bx1), 0.0)
+    h = xp.maximum(xp.minimum(ay2, by2) - xp.maximum(ay1, by1), 0.0)
+    return w * h
+
+
+def solid(xp: Namespace, boxes: Array) -> tuple[Columns, Array]:
+    """Columns and areas for IoUs that are only compared: never NaN, and no union is 0.
+
+    A box without a finite area above 0 (inverted, NaN) becomes a point, and its area is called 1,
+    so that its IoU with any box is 0.
+    """
+    x1, y1, x2, y2 = columns(boxes)
+    area = (x2 - x1) * (y2 - y1)
+    good = (area > 0) & (area < math.inf) & (x2 > x1)
+    zero = xp.zeros_like(area)
+    x1, y1, x2, y2 = (xp.where(good, x, zero) for x in (x1, y1, x2, y2))
+    return (x1, y1, x2, y2), xp.where(good, area, zero + 1)
+
+
+def giou(xp: Namespace, a: Array, b: Array) -> Array:
+    """Generalised IoU of broadcasting boxes."""
+    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = columns(a), columns(b)
+    hull = (xp.maximum(ax2, bx2) - xp.minimum(ax1, bx1)) * (
+        xp.maximum(ay2, by2) - xp.minimum(ay1, by1)
+    )
+    common, union = _overlap(xp, a, b)
+    return ratio(xp, common, union) - ratio(xp, hull - union, hull)
+
+
+def _overlap(xp: Namespace, a: Array, b: Array) -> tuple[Array, Array]:
+    """Intersection and union of broadcasting boxes."""
+    common = intersection(xp, columns(a), columns(b))
+    return common, _area(a) + _area(b) - common
+
+
+def _area(boxes: Array) -> Array:
+    x1, y1, x2, y2 = columns(boxes)
+    return (x2 - x1) * (y2 - y1)
+
+
+def _centre_size(boxes: Array) -> Columns:
+    x1, y1, x2, y2 = columns(boxes)
     w, h = x2 - x1, y2 - y1
     return x1 + 0.5 * w, y1 + 0.5 * h, w, h
 
 
-def _area(boxes: Array) -> Array:
-    x1, y1, x2, y2 = _columns(boxes)
-    return (x2 - x1) * (y2 - y1)
+def _pairs(xp: Namespace, name: str, boxes1: Array, boxes2: Array) -> tuple[Array, Array]:
+    boxes1 = check_boxes(xp, name, "boxes1", boxes1, at_least_2d=True)
+    boxes2 = check_boxes(xp, name, "boxes2", boxes2, at_least_2d=True)
+    checks.check_leading_axes(name, "boxes2", boxes2, "boxes1", boxes1, trailing=2)
+    boxes1, boxes2 = checks.wide_pair(xp, *_of_one_rank(boxes1, boxes2))
+    return boxes1[..., :, None, :], boxes2[..., None, :, :]
+
+
+def _of_one_rank(a: Array, b: Array) -> tuple[Array, Array]:
+    """Leading axes of size 1 where one has fewer: JAX can be told to refuse to add them."""
+    more = len(a.shape) - len(b.shape)
+    return _with_axes(a, -more), _with_axes(b, more)
+
+
+def _with_axes(x: Array, more: int) -> Array:
+    return x[(None,) * more + (...,)] if more > 0 else x
 
 
 def _check_broadcast(name: str, anchors: Array, other: str, other_array: Array) -> None:
@@ -267,31 +332,3 @@ def _check_broadcast(name: str, anchors: Array, other: str, other_array: Array) 
         raise ValueError(
             f"{name}: anchors must broadcast with {other}; got {other} {whole}, anchors {own}"
         )
-
-
-def _pairs(xp: Namespace, name: str, boxes1: Array, boxes2: Array) -> tuple[Array, Array]:
-    boxes1 = checks.check_boxes(xp, name, "boxes1", boxes1, at_least_2d=True)
-    boxes2 = checks.check_boxes(xp, name, "boxes2", boxes2, at_least_2d=True)
-    checks.check_leading_axes(name, "boxes2", boxes2, "boxes1", boxes1, trailing=2)
-    boxes1, boxes2 = checks.wide_pair(xp, boxes1, boxes2)
-    return boxes1[..., :, None, :], boxes2[..., None, :, :]
-
-
-def _overlap(xp: Namespace, a: Array, b: Array) -> tuple[Array, Array]:
-    """Intersection and union of broadcasting boxes."""
-    ax1, ay1, ax2, ay2 = _columns(a)
-    bx1, by1, bx2, by2 = _columns(b)
-    w = xp.maximum(xp.minimum(ax2, bx2) - xp.maximum(ax1, bx1), 0.0)
-    h = xp.maximum(xp.minimum(ay2, by2) - xp.maximum(ay1, by1), 0.0)
-    intersection = w * h
-    return intersection, _area(a) + _area(b) - intersection
-
-
-def giou(xp: Namespace, a: Array, b: Array) -> Array:
-    ax1, ay1, ax2, ay2 = _columns(a)
-    bx1, by1, bx2, by2 = _columns(b)
-    hull = (xp.maximum(ax2, bx2) - xp.minimum(ax1, bx1)) * (
-        xp.maximum(ay2, by2) - xp.minimum(ay1, by1)
-    )
-    intersection, union = _overlap(xp, a, b)
-    return ratio(xp, intersection, union) - ratio(xp, hull - union, hull)

@@ -127,14 +127,35 @@ class Namespace(Protocol):
         """The first result of `focal.core.softmax.all_margins`, differentiable."""
 
     # Loops that may be traced
-    def fori_loop(self, n: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
+    def fori_loop(self, n: Any, body: Callable[[Any, Any], Any], state: Any) -> Any:
         """State = body(i, state) for i in 0 .. n - 1; i computes with the type of the state."""
 
     def fixed_point(self, step: Callable[[Array], Array], start: Array) -> Array:
         """start, step(start), step(step(start)), ... until nothing changes."""
 
-    def select_kept(self, order: Array, keep: Array) -> Array:
-        """order[keep]; padded with -1 to the length of `order` where shapes must be static."""
-
     def take_box(self, boxes: Array, i: Any) -> Sequence[Array]:
         """The four coordinates of boxes[..., i, :], each with a new last axis of length 1."""
+
+    sweep: Callable[..., Array] | None
+    """The loop of `focal.core.nms` over blocks, where a plain one will not do; else None."""
+
+    def compress(self, rows: Sequence[Array], keep: Array) -> Sequence[Array]:
+        """row[keep] of each row; the rows as they are where that may not depend on values."""
+
+    def compiled(self, function: Callable[..., Any], xp: Namespace, *arrays: Any) -> Any:
+        """function(xp, *arrays), as one program where operations are compiled one by one."""
+
+    def select(
+        self, function: Callable[..., tuple[Array, Array]], xp: Namespace, *arrays: Any
+    ) -> Array:
+        """order[keep] of order, keep = function(xp, *arrays).
+
+        Where shapes must be static: padded with -1 to the length of `order`. `function` gives the
+        same for arrays that were made longer, floats with NaN and integers with 0.
+        """
+
+    def random(self, like: Array) -> Array | None:
+        """Uniform numbers in [0, 1) of the shape of `like`, others at every call.
+
+        None where a trace would make them constants.
+        """

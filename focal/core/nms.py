@@ -1,17 +1,28 @@
-"""Exact greedy non-maximum suppression, as a fixed point instead of a sequential loop."""
+"""Exact greedy non-maximum suppression, block by block."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
 from focal.core import checks
-from focal.core.boxes import box_iou
+from focal.core.box_checks import check_boxes
+from focal.core.boxes import intersection, solid
 from focal.core.namespace import Array, Namespace
 
 __all__ = ["batched_nms", "nms", "suppress"]
 
 BLOCK = 256
-"""Boxes resolved at once: bounds the memory to BLOCK x N overlaps, the rounds to BLOCK."""
+"""Boxes resolved at once; no more rounds than that are needed."""
+
+CHUNK = 1024
+"""Kept boxes that a block is compared with at once: BLOCK x CHUNK overlaps stay in a cache."""
+
+Rows = Sequence[Array]
+"""Areas, x1, y1, x2, y2 and perhaps classes, each (..., N); the area of what is dropped is inf."""
 
 
 def nms(xp: Namespace, boxes: Array, scores: Array, iou_threshold: float) -> Array:
@@ -43,9 +54,7 @@ def nms(xp: Namespace, boxes: Array, scores: Array, iou_threshold: float) -> Arr
     Source: `torchvision.ops.nms`.
     """
     boxes, scores, threshold = _arguments(xp, "nms", boxes, scores, iou_threshold)
-    order = xp.argsort(-scores, stable=True)
-    keep = suppress(xp, xp.take(boxes, order, axis=0), None, threshold)
-    return xp.select_kept(order, keep)
+    return xp.select(_kept, xp, boxes, scores, None, threshold)
 
 
 def batched_nms(
@@ -81,46 +90,91 @@ def batched_nms(
     boxes, scores, threshold = _arguments(xp, name, boxes, scores, iou_threshold)
     classes = checks.check_labels(xp, name, "classes", classes)
     checks.check_same_shape(name, "classes", classes, "scores", scores)
+    return xp.select(_kept, xp, boxes, scores, classes, threshold)
+
+
+def _kept(
+    xp: Namespace, boxes: Array, scores: Array, classes: Array | None, threshold: float
+) -> tuple[Array, Array]:
+    """The boxes by falling score, and which of them stay."""
     order = xp.argsort(-scores, stable=True)
-    boxes, classes = xp.take(boxes, order, axis=0), xp.take(classes, order, axis=0)
-    return xp.select_kept(order, suppress(xp, boxes, classes, threshold))
+    if classes is not None:
+        classes = xp.take(classes, order, axis=0)
+    return order, suppress(xp, xp.take(boxes, order, axis=0), classes, threshold)
 
 
 def suppress(xp: Namespace, boxes: Array, classes: Array | None, threshold: float) -> Array:
-    """Which of the boxes (..., N, 4), sorted by falling score, greedy NMS keeps: (..., N).
+    """Which of the boxes (..., N, 4), sorted by falling score, greedy NMS keeps: (..., N)."""
+    if boxes.shape[-2] is None:
+        raise ValueError("non-maximum suppression: the number of boxes must be known when traced")
+    return xp.compiled(_suppress, xp, xp.stop_gradient(boxes), classes, threshold)
+
+
+def _suppress(xp: Namespace, boxes: Array, classes: Array | None, threshold: float) -> Array:
+    """Block by block: first what earlier blocks kept drops boxes of a block, then its own do.
 
     Within a block the greedy answer is the fixed point of "kept are those that no kept box
-    before me overlaps", reached from all kept in as many rounds as the longest chain of
-    overlaps; what a block keeps then suppresses everything after it.
+    before me overlaps", reached from all that are left in as many rounds as the longest chain of
+    overlaps.
     """
-    n = boxes.shape[-2]
-    if n is None:
-        raise ValueError("non-maximum suppression: the number of boxes must be known when traced")
-    alive = boxes[..., 0] == boxes[..., 0]  # all True but for NaN boxes
-    kept = []
+    corners, areas = solid(xp, boxes)
+    areas = xp.where(xp.any(boxes != boxes, axis=-1), math.inf, areas)
+    rows = [areas, *corners] if classes is None else [areas, *corners, classes]
+
+    def over(rows: Rows, others: Rows) -> Array:
+        area, x1, y1, x2, y2, *own = (row[..., :, None] for row in rows)
+        other_area, ox1, oy1, ox2, oy2, *other = (row[..., None, :] for row in others)
+        common = intersection(xp, (x1, y1, x2, y2), (ox1, oy1, ox2, oy2))
+        found = common / (area + other_area - common) > threshold
+        return found & (own[0] == other[0]) if own else found
+
+    def drop(block: Rows, earlier: Rows) -> Array:
+        hit = xp.any(over(earlier, block), axis=-2)
+        return xp.where(hit, math.inf, block[0])
+
+    def settle(block: Rows) -> Array:
+        size = block[0].shape[-1]
+        square = (1,) * (len(boxes.shape) - 2) + (size, size)
+        before = xp.constant(np.triu(np.ones(square, bool), 1), boxes)
+        inner = over(block, block) & before
+        left = block[0] < math.inf
+        keep = xp.fixed_point(
+            lambda keep: left & ~xp.any(keep[..., :, None] & inner, axis=-2), left
+        )
+        return xp.where(~keep, math.inf, block[0])
+
+    sweep = partial(_sweep, xp) if xp.sweep is None else xp.sweep
+    return sweep(drop, settle, rows) < math.inf
+
+
+def _sweep(
+    xp: Namespace,
+    drop: Callable[[Rows, Rows], Array],
+    settle: Callable[[Rows], Array],
+    rows: Rows,
+) -> Array:
+    """The areas after a plain loop over the blocks."""
+    areas: list[Array] = []
+    chunks: list[Rows] = []
+    n = rows[0].shape[-1]
     for start in range(0, n, BLOCK):
-        stop = min(start + BLOCK, n)
-        over = box_iou(xp, boxes[..., start:stop, :], boxes[..., start:, :]) > threshold
-        if classes is not None:
-            over = over & (classes[..., start:stop, None] == classes[..., None, start:])
-        here = stop - start
-        before = xp.constant(np.triu(np.ones((here, here), bool), 1), boxes)
-        inner = over[..., :here] & before
-        candidates = alive[..., :here]
-
-        def step(keep: Array, candidates: Array = candidates, inner: Array = inner) -> Array:
-            return candidates & ~xp.any(keep[..., :, None] & inner, axis=-2)
-
-        keep = xp.fixed_point(step, candidates)
-        kept.append(keep)
-        alive = alive[..., here:] & ~xp.any(keep[..., :, None] & over[..., here:], axis=-2)
-    return xp.concat(kept, axis=-1) if kept else alive
+        block = [row[..., start : min(start + BLOCK, n)] for row in rows]
+        for chunk in chunks:
+            block[0] = drop(block, chunk)
+        block[0] = settle(block)
+        areas.append(block[0])
+        kept = xp.compress(block, block[0] < math.inf)
+        if chunks and chunks[-1][0].shape[-1] + BLOCK <= CHUNK:
+            pairs = zip(chunks.pop(), kept, strict=True)
+            kept = [xp.concat(pair, axis=-1) for pair in pairs]
+        chunks.append(kept)
+    return xp.concat(areas, axis=-1) if areas else rows[0]
 
 
 def _arguments(
     xp: Namespace, name: str, boxes: Array, scores: Array, iou_threshold: float
 ) -> tuple[Array, Array, float]:
-    boxes = checks.check_boxes(xp, name, "boxes", boxes)
+    boxes = check_boxes(xp, name, "boxes", boxes)
     if len(boxes.shape) != 2:
         raise ValueError(f"{name}: boxes must have shape (N, 4); got {tuple(boxes.shape)}")
     scores = checks.check_floating(xp, name, "scores", scores)

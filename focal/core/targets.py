@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from focal.core import checks
-from focal.core.boxes import Weights, encode_boxes
+from focal.core.box_checks import check_boxes
+from focal.core.boxes import Weights, encode_boxes, intersection, solid
 from focal.core.namespace import Array, Namespace
 from focal.core.nms import suppress
 
@@ -28,9 +27,10 @@ def match_anchors(
     is at least `foreground`; it is background if it is below `background`, ignored between.
 
     Args:
-        anchors: (N, 4) as (x1, y1, x2, y2) in pixels, floating-point.
-        boxes: (M, 4), or (..., M, 4) for a batch; M may be 0. Boxes without area match
-            nothing, so a list may be padded with zeros.
+        anchors: (N, 4) as (x1, y1, x2, y2) in pixels, of a real type.
+        boxes: (M, 4), or (..., M, 4) for a batch; M may be 0. A box (or anchor) without a finite
+            area above 0 matches nothing, be it empty, inverted or NaN, so a list may be padded
+            with zeros.
         foreground: Least IoU of a match, in [0, 1]. Default 0.5.
         background: IoU below which an anchor is background, in [0, foreground]. Default 0.4.
         allow_low_quality: Also match the anchors whose IoU with a box is the greatest that the
@@ -67,30 +67,26 @@ def _match(
     allow_low_quality: bool | float,
 ) -> Array:
     """`match_anchors` on behalf of the function `name`."""
-    anchors = checks.check_boxes(xp, name, "anchors", anchors)
+    anchors = check_boxes(xp, name, "anchors", anchors)
     if len(anchors.shape) != 2:
         raise ValueError(f"{name}: anchors must have shape (N, 4); got {tuple(anchors.shape)}")
-    boxes = checks.check_boxes(xp, name, "boxes", boxes, at_least_2d=True)
+    boxes = check_boxes(xp, name, "boxes", boxes, at_least_2d=True)
     foreground = checks.check_number(name, "foreground", foreground, 0, 1)
     background = checks.check_number(name, "background", background, 0, foreground)
     floor = _low_quality_floor(name, allow_low_quality)
     anchors, boxes = checks.wide_pair(xp, anchors, boxes)
 
-    # Adding 0 makes each a row of its own in memory, which is several times faster to walk.
-    x1, y1, x2, y2 = (anchors[:, i] + 0 for i in range(4))
-    # Kept above zero, so that no union below is.
-    areas = xp.maximum((x2 - x1) * (y2 - y1), xp.finfo(anchors.dtype).smallest_normal)
+    count = 0 if anchors.shape[0] == 0 else xp.shape(boxes)[-2]
+    corners, areas = solid(xp, anchors[(None,) * (len(boxes.shape) - 2) + (...,)])  # (..., N)
+    boxes = xp.stack(solid(xp, boxes)[0], axis=-1)
 
     def iou(i: int) -> Array:
         """IoU of every anchor with box i of each list: (..., N)."""
-        bx1, by1, bx2, by2 = xp.take_box(boxes, i)
-        w = xp.maximum(xp.minimum(x2, bx2) - xp.maximum(x1, bx1), 0.0)
-        h = xp.maximum(xp.minimum(y2, by2) - xp.maximum(y1, by1), 0.0)
-        intersection = w * h
-        return intersection / (areas + (bx2 - bx1) * (by2 - by1) - intersection)
+        x1, y1, x2, y2 = xp.take_box(boxes, i)
+        common = intersection(xp, corners, (x1, y1, x2, y2))
+        return common / (areas + (x2 - x1) * (y2 - y1) - common)
 
-    count = 0 if anchors.shape[0] == 0 else xp.shape(boxes)[-2]
-    zeros = xp.zeros_like(xp.sum(boxes[..., 0], axis=-1, keepdims=True) + x1)  # (..., N)
+    zeros = xp.zeros_like(xp.sum(boxes[..., 0], axis=-1, keepdims=True) + areas)  # (..., N)
 
     # One box at a time: the N x M table of overlaps is never held, only its running best. The
     # flags are kept as numbers 0 and 1, on which frameworks compute faster than on booleans.
@@ -130,7 +126,7 @@ def assign_targets(
     """What each anchor is to learn: a label, and deltas to the box it matched.
 
     Args:
-        anchors: (N, 4) as (x1, y1, x2, y2) in pixels, floating-point.
+        anchors: (N, 4) as (x1, y1, x2, y2) in pixels, of a real type.
         boxes: (M, 4), or (..., M, 4) for a batch; M may be 0, and boxes without area (padding)
             match nothing.
         labels: (M,) or (..., M) integers, the class of each box.
@@ -159,12 +155,12 @@ def assign_targets(
     Source: Lin et al. 2017, section 4.
     """
     name = "assign_targets"
-    boxes = checks.check_boxes(xp, name, "boxes", boxes, at_least_2d=True)
+    boxes = check_boxes(xp, name, "boxes", boxes, at_least_2d=True)
     labels = checks.check_labels(xp, name, "labels", labels)
     checks.check_shape(name, "labels", labels, tuple(boxes.shape[:-1]), "boxes.shape[:-1]")
     weights = checks.check_weights(name, weights)
     match = _match(xp, name, anchors, boxes, foreground, background, allow_low_quality)
-    anchors = checks.check_boxes(xp, name, "anchors", anchors)
+    anchors = check_boxes(xp, name, "anchors", anchors)
     if not boxes.shape[-2]:  # none, or not known to be any: one that matches nothing is added
         boxes, labels = _with_an_empty_box(xp, boxes, labels)
     at = xp.maximum(match, xp.zeros_like(match))
@@ -193,15 +189,17 @@ def subsample(
         num_samples: Size of the minibatch, >= 0.
         positive_fraction: Greatest share of positives, in [0, 1]. Default 0.25, that is 1:3.
         noise: Random numbers of the shape of `labels`, floating-point; where they are smallest
-            is taken. Default: NumPy's `default_rng(0)`, the same in every framework and at
-            every call, so pass fresh numbers at every step.
+            is taken, in every framework alike. Default: others at every call, from the
+            generator that `torch.manual_seed` or `tf.random.set_seed` seeds, also in compiled
+            graphs. JAX and NumPy have no such generator and use one with a seed of the operating
+            system; inside of `jax.jit` or `jax.vmap` pass `jax.random.uniform(key, labels.shape)`.
 
     Returns:
         (..., N) labels with -2 where not sampled.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: a number is out of range, or shapes differ.
+        ValueError: a number is out of range, shapes differ, or JAX traces without `noise`.
 
     Example:
         >>> import numpy as np
@@ -217,8 +215,12 @@ def subsample(
     num_samples = checks.check_integer(name, "num_samples", num_samples, 0)
     share = checks.check_number(name, "positive_fraction", positive_fraction, 0, 1)
     if noise is None:
-        shape = tuple(labels.shape)
-        noise = xp.constant(np.random.default_rng(0).random(shape, np.float32), labels)
+        noise = xp.random(labels)
+    if noise is None:
+        raise ValueError(
+            f"{name}: noise must be given where the function is traced, or the same sample would "
+            "be drawn at every call; got None"
+        )
     noise = checks.check_floating(xp, name, "noise", noise)
     checks.check_same_shape(name, "noise", noise, "labels", labels)
     positive, negative = labels >= 0, labels == -1
@@ -250,11 +252,13 @@ def hard_example_mask(
         positive: (N,) booleans; needed for `negative_ratio`.
         negative_ratio: Negatives taken per positive, >= 0. With `num_examples`, at most
             num_examples / (1 + negative_ratio) positives are taken.
-        boxes: (N, 4) as (x1, y1, x2, y2) in pixels; needed for `iou_threshold`.
+        boxes: (N, 4) as (x1, y1, x2, y2) in pixels; needed for `iou_threshold`. The example of
+            a box with NaN is never taken.
         iou_threshold: IoU above which the example of smaller loss is dropped, in [0, 1].
 
     Returns:
-        (N,) booleans, true where the example is taken. Of equal losses the first is taken.
+        (N,) booleans, true where the example is taken. Of equal losses the first is taken, NaN
+        never.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -279,7 +283,7 @@ def hard_example_mask(
     _both_or_none(name, "boxes", boxes, "iou_threshold", iou_threshold)
     candidates = losses == losses
     if boxes is not None:
-        boxes = checks.check_boxes(xp, name, "boxes", boxes)
+        boxes = check_boxes(xp, name, "boxes", boxes)
         checks.check_shape(name, "boxes", boxes, (losses.shape[0], 4), "(N, 4)")
         threshold = checks.check_number(name, "iou_threshold", iou_threshold, 0, 1)
         order = xp.argsort(-losses, stable=True)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from numbers import Real
 from typing import Any
 
 import jax
 import numpy as np
 from jax import Array, lax
-from jax.core import Tracer
+from jax.lax import stop_gradient  # noqa: F401
 from jax.nn import sigmoid, softplus  # noqa: F401
 from jax.numpy import (  # noqa: F401  (the part that has the standard's names)
-    abs,
     any,
     argsort,
     astype,
@@ -23,8 +24,6 @@ from jax.numpy import (  # noqa: F401  (the part that has the standard's names)
     isdtype,
     log,
     max,
-    maximum,
-    minimum,
     moveaxis,
     reshape,
     shape,
@@ -50,7 +49,8 @@ def to_array(value: object) -> Array | None:
         return value
     if isinstance(value, (np.ndarray, np.generic)):
         return None if value.dtype.kind in "OSUMm" else _asarray(value)
-    return _asarray(value) if hasattr(value, "__jax_array__") else None  # such as nnx.Param
+    convert = getattr(value, "__jax_array__", None)  # such as nnx.Param has
+    return None if convert is None else _asarray(convert())
 
 
 def constant(value: Any, like: Array | None) -> Array:
@@ -64,9 +64,37 @@ def to_numpy(x: Array) -> Any | None:
     return np.asarray(x) if on_cpu else None
 
 
-def stop_gradient(x: Array) -> Array:
-    """A constant in the eyes of autodiff."""
-    return lax.stop_gradient(x)
+# The standard part, where JAX's own has another gradient or other digits
+
+
+# Compiled, so that outside of `jit` too each is one operation.
+_operation = partial(jax.jit, inline=True)
+
+
+@_operation
+def abs(x: Array) -> Array:
+    """|x|, of slope 0 at 0; JAX's own has 1 there."""
+    return x * jax.numpy.sign(x)
+
+
+def maximum(x: Array, y: Array | float) -> Array:
+    """With an array, equal values share the gradient; with a number, x has it all."""
+    return _at_least(x, y) if isinstance(y, Real) else jax.numpy.maximum(x, y)
+
+
+def minimum(x: Array, y: Array | float) -> Array:
+    """With an array, equal values share the gradient; with a number, x has it all."""
+    return _at_most(x, y) if isinstance(y, Real) else jax.numpy.minimum(x, y)
+
+
+@_operation
+def _at_least(x: Array, y: float) -> Array:
+    return where(x < y, y, x)
+
+
+@_operation
+def _at_most(x: Array, y: float) -> Array:
+    return where(x > y, y, x)
 
 
 def log1p(x: Array) -> Array:
@@ -113,12 +141,20 @@ def keep_rows(x: Array, keep: Array) -> Array:
 
 # Loops and selections, which depend on values: JAX's own control flow where they are traced
 
+BLOCK = 128
+"""Boxes resolved at once in `sweep`: compiled, smaller blocks than elsewhere are as fast."""
 
-def fori_loop(n: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
+SHORTEST = 256
+"""Least length that `select` pads to."""
+
+
+def fori_loop(n: Any, body: Callable[[Any, Any], Any], state: Any) -> Any:
     """A plain loop over values; one compiled step over tracers, which the first step reveals."""
+    if not isinstance(n, int):  # symbolic
+        return lax.fori_loop(0, n, body, state)
     for i in range(n):
         state = body(i, state)
-        if i == 0 and _is_traced(state):
+        if i == 0 and _is_traced(state[0]):
             return lax.fori_loop(1, n, body, state)
     return state
 
@@ -130,12 +166,7 @@ def fixed_point(step: Callable[[Array], Array], start: Array) -> Array:
         following = step(state[0])
         return following, any(following != state[0])
 
-    state = advance((start, start))
-    if _is_traced(state):
-        return lax.while_loop(lambda state: state[1], advance, state)[0]
-    while state[1]:
-        state = advance(state)
-    return state[0]
+    return lax.while_loop(lambda state: state[1], advance, (start, any(start == start)))[0]
 
 
 def take_box(boxes: Array, i: Array | int) -> tuple[Array, ...]:
@@ -144,13 +175,87 @@ def take_box(boxes: Array, i: Array | int) -> tuple[Array, ...]:
     return tuple(box[..., k : k + 1] for k in range(4))
 
 
-def select_kept(order: Array, keep: Array) -> Array:
-    """The kept ones; while their number is not known, padded with -1 to a static shape."""
-    if not _is_traced((order, keep)):
-        return order[keep]
-    first = argsort(~keep, stable=True)
-    return where(take(keep, first), take(order, first), -1)
+def sweep(
+    drop: Callable[[Sequence[Array], Sequence[Array]], Array],
+    settle: Callable[[Sequence[Array]], Array],
+    rows: Sequence[Array],
+) -> Array:
+    """Blocks of one size in compiled loops: what is compiled does not grow with their number."""
+    areas, *others = rows
+    size = areas.shape[-1]
+    count = -(-size // BLOCK) or 1
+    areas = _in_blocks(areas, count, np.inf)
+    others = [_in_blocks(row, count, 0) for row in others]
+
+    def block(i: Any, areas: Array) -> list[Array]:
+        return [
+            lax.dynamic_index_in_dim(row, i, axis=-2, keepdims=False) for row in (areas, *others)
+        ]
+
+    def resolve(i: Any, areas: Array) -> Array:
+        area, *corners = block(i, areas)
+
+        def after(earlier: Any, area: Array) -> Array:
+            return drop([area, *corners], block(earlier, areas))
+
+        area = settle([lax.fori_loop(0, i, after, area), *corners])
+        return lax.dynamic_update_index_in_dim(areas, area, i, axis=areas.ndim - 2)
+
+    areas = lax.fori_loop(0, count, resolve, areas)
+    return reshape(areas, (*areas.shape[:-2], count * BLOCK))[..., :size]
 
 
-def _is_traced(state: Any) -> bool:
-    return not all(not isinstance(leaf, Tracer) for leaf in jax.tree.leaves(state))
+def _in_blocks(row: Array, count: int, fill: float) -> Array:
+    """(..., N) padded to (..., count, BLOCK)."""
+    more = count * BLOCK - row.shape[-1]
+    padding = [(0, 0)] * (row.ndim - 1) + [(0, more)]
+    padded = jax.numpy.pad(row, padding, constant_values=fill)
+    return reshape(padded, (*row.shape[:-1], count, BLOCK))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def compiled(function: Callable[..., Any], xp: Any, *arrays: Any) -> Any:
+    """Once for all arrays of the same shapes."""
+    return function(xp, *arrays)
+
+
+def select(function: Callable[..., tuple[Array, Array]], xp: Any, *arrays: Any) -> Array:
+    """The kept ones; while their number is not known, padded with -1 to a static shape.
+
+    Values are padded before, so that all numbers up to a power of two share what is compiled.
+    """
+    try:
+        values = [np.asarray(a) if isinstance(a, Array) else a for a in arrays]
+    except jax.errors.TracerArrayConversionError:
+        order, keep = function(xp, *arrays)
+        first = argsort(~keep, stable=True)
+        return where(take(keep, first), take(order, first), -1)
+    with jax.default_device(next(iter(arrays[0].devices()))):
+        order, keep = compiled(function, xp, *map(_lengthened, values))
+        return _asarray(np.asarray(order)[np.asarray(keep)])
+
+
+def _lengthened(value: Any) -> Any:
+    if not isinstance(value, np.ndarray):
+        return value
+    length = SHORTEST
+    while length < len(value):
+        length *= 2
+    padding = [(0, length - len(value))] + [(0, 0)] * (value.ndim - 1)
+    fill = 0 if value.dtype.kind in "iu" else np.nan
+    return np.pad(value, padding, constant_values=fill)
+
+
+def random(like: Array) -> Array | None:
+    """From a generator with a seed of the operating system; traced, there are keys instead."""
+    if _is_traced(like + 0):  # inside of `jit` every result is traced
+        return None
+    return _asarray(np.random.default_rng().random(like.shape, np.float32))
+
+
+def _is_traced(x: Array) -> bool:
+    try:
+        x.devices()
+    except jax.errors.ConcretizationTypeError:
+        return True
+    return False

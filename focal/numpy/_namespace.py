@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -149,14 +149,33 @@ def fixed_point(step: Callable[[Array], Array], start: Array) -> Array:
         start = following
 
 
-def select_kept(order: Array, keep: Array) -> Array:
-    """The kept ones."""
-    return order[keep]
-
-
 def take_box(boxes: Array, i: int) -> tuple[Array, ...]:
     """x1, y1, x2, y2 of box i of each list."""
     return tuple(boxes[..., i, k : k + 1] for k in range(4))
+
+
+sweep = None
+
+
+def compress(rows: Sequence[Array], keep: Array) -> Sequence[Array]:
+    """The kept ones; a batch must stay rectangular."""
+    return [row[keep] for row in rows] if keep.ndim == 1 else rows
+
+
+def compiled(function: Callable[..., Any], xp: Namespace, *arrays: Any) -> Any:
+    """NumPy has no compiler."""
+    return function(xp, *arrays)
+
+
+def select(function: Callable[..., tuple[Array, Array]], xp: Namespace, *arrays: Any) -> Array:
+    """The kept ones."""
+    order, keep = function(xp, *arrays)
+    return order[keep]
+
+
+def random(like: Array) -> Array:
+    """From a generator with a seed of the operating system."""
+    return np.random.default_rng().random(like.shape, np.float32)
 
 
 def _wide_value(formula: Formula, x: Array, t: Array) -> Array:

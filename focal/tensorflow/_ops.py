@@ -17,6 +17,7 @@ from tensorflow import (  # noqa: F401  (the part that has the standard's names)
     reshape,
     sqrt,
     stack,
+    stop_gradient,
     zeros_like,
 )
 from tensorflow import cast as astype
@@ -46,11 +47,6 @@ def constant(value: Any, like: Tensor | None) -> Tensor:
 def to_numpy(x: Tensor) -> Any | None:
     """In eager mode, on a CPU."""
     return x.numpy() if tf.executing_eagerly() and "CPU" in x.device else None
-
-
-def stop_gradient(x: Tensor) -> Tensor:
-    """A constant in the eyes of autodiff."""
-    return tf.stop_gradient(x)
 
 
 # The standard part, where TensorFlow has other names
@@ -103,7 +99,7 @@ def shape(x: Tensor) -> tuple[Any, ...]:
 def argsort(x: Tensor, axis: int = -1, stable: bool = True) -> Tensor:
     """Rising order; equal values keep theirs. NaN goes to the end, as in NumPy."""
     if x.dtype.is_floating:  # the sort would not be defined with NaN in it
-        x = tf.where(tf.math.is_nan(x), tf.constant(math.inf, x.dtype), x)
+        x = tf.where(tf.math.is_nan(x), tf.constant(math.inf, x.dtype), tf.minimum(x, x.dtype.max))
     return astype(tf.argsort(x, axis=axis, stable=stable), index_type)
 
 
@@ -257,11 +253,32 @@ def fixed_point(step: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
     return tf.while_loop(lambda _, changed: changed, advance, advance(start, None))[0]
 
 
-def select_kept(order: Tensor, keep: Tensor) -> Tensor:
-    """The kept ones; a graph need not know how many."""
-    return tf.boolean_mask(order, keep)
-
-
 def take_box(boxes: Tensor, i: Tensor | int) -> Sequence[Tensor]:
     """x1, y1, x2, y2 of box i of each list."""
     return tf.split(tf.gather(boxes, astype(i, tf.int32), axis=-2), 4, axis=-1)
+
+
+sweep = None
+
+
+def compress(rows: Sequence[Tensor], keep: Tensor) -> Sequence[Tensor]:
+    """The kept ones; a batch must stay rectangular, and XLA must know its shapes."""
+    if keep.shape.rank > 1 or not tf.executing_eagerly():
+        return rows
+    return [tf.boolean_mask(row, keep) for row in rows]
+
+
+def compiled(function: Callable[..., Any], xp: Any, *arrays: Any) -> Any:
+    """Eager operations are compiled already."""
+    return function(xp, *arrays)
+
+
+def select(function: Callable[..., tuple[Tensor, Tensor]], xp: Any, *arrays: Any) -> Tensor:
+    """The kept ones; a graph need not know how many."""
+    order, keep = function(xp, *arrays)
+    return tf.boolean_mask(order, keep)
+
+
+def random(like: Tensor) -> Tensor:
+    """From TensorFlow's own generator, which `tf.random.set_seed` seeds; a graph draws anew."""
+    return tf.random.uniform(tf.shape(like))

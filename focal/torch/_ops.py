@@ -225,11 +225,33 @@ def fixed_point(step: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
         start = following
 
 
-def select_kept(order: Tensor, keep: Tensor) -> Tensor:
-    """The kept ones."""
-    return order[keep]
-
-
 def take_box(boxes: Tensor, i: int) -> tuple[Tensor, ...]:
     """x1, y1, x2, y2 of box i of each list."""
     return boxes[..., i, :].split(1, dim=-1)
+
+
+sweep = None
+
+
+def compress(rows: Sequence[Tensor], keep: Tensor) -> Sequence[Tensor]:
+    """The kept ones; a batch must stay rectangular, and a graph must know its shapes."""
+    if keep.ndim > 1 or torch.compiler.is_compiling():
+        return rows
+    at = torch.nonzero(keep)[:, 0]
+    return [row[at] for row in rows]
+
+
+def compiled(function: Callable[..., Any], xp: Any, *arrays: Any) -> Any:
+    """Eager operations are compiled already."""
+    return function(xp, *arrays)
+
+
+def select(function: Callable[..., tuple[Tensor, Tensor]], xp: Any, *arrays: Any) -> Tensor:
+    """The kept ones."""
+    order, keep = function(xp, *arrays)
+    return order[keep]
+
+
+def random(like: Tensor) -> Tensor:
+    """From PyTorch's own generator, which `torch.manual_seed` seeds; a graph draws anew, too."""
+    return torch.rand(like.shape, device=like.device)
