@@ -40,9 +40,17 @@ def pointwise_sum(formula: Formula, x: Array, t: Targets) -> Array:
     return jnp.sum(_value(formula, *_wide_pair(x, t), numbers))
 
 
+@jax.custom_jvp
 def label_margin(x: Array, at: Array, valid: Array) -> Array:
-    """`focal.core.softmax.margin`: autodiff of it costs no more."""
+    """`focal.core.softmax.margin`, with its derivative, which masked classes have as well."""
     return softmax.margin(xp, x, at, valid)[0]
+
+
+@label_margin.defjvp
+def _label_margin_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    z, odds = softmax.margin(xp, *primals)
+    slopes = softmax.margin_grad(xp, odds, primals[1], jnp.ones_like(z))
+    return z, jnp.sum(slopes * tangents[0], axis=-1)
 
 
 def class_margins(x: Array, valid: Array) -> Array:

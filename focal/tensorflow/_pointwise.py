@@ -35,8 +35,16 @@ def pointwise_sum(formula: Formula, x: Tensor, t: Targets) -> Tensor:
 
 
 def label_margin(x: Tensor, at: Tensor, valid: Tensor) -> Tensor:
-    """`focal.core.softmax.margin`: autodiff of it costs no more."""
-    return softmax.margin(xp, x, at, valid)[0]
+    """`focal.core.softmax.margin`, with its derivative, which masked classes have as well."""
+
+    @tf.custom_gradient
+    def of_logits(x: Tensor) -> Any:
+        def grad(upstream: Tensor) -> Tensor:
+            return softmax.margin_grad(xp, softmax.margin(xp, x, at, valid)[1], at, upstream)
+
+        return softmax.margin(xp, x, at, valid)[0], grad
+
+    return of_logits(x)
 
 
 def class_margins(x: Tensor, valid: Tensor) -> Tensor:

@@ -20,7 +20,9 @@ xp = cast(Namespace, _ops)
 
 def label_margin(x: Tensor, at: Tensor, valid: Tensor) -> Tensor:
     """`focal.core.softmax.margin`, in blocks of rows that fit the cache."""
-    if torch.compiler.is_compiling() or nests_forward_mode():
+    if torch.compiler.is_compiling():
+        return _CompiledMargin.apply(x, at, valid)
+    if nests_forward_mode():
         return softmax.margin(xp, x, at, valid)[0]
     return _Margin.apply(x, at, valid)
 
@@ -63,6 +65,21 @@ class _Margin(torch.autograd.Function):
         odds = softmax.margin(xp, x, at, valid)[1]
         slopes = softmax.margin_grad(xp, odds, at, torch.ones_like(odds[..., 0]))
         return torch.sum(slopes * dx, -1)
+
+
+class _CompiledMargin(torch.autograd.Function):
+    """The same for `torch.compile`, which differentiates once and batches by itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, at: Tensor, valid: Tensor) -> Tensor:
+        ctx.save_for_backward(x, at, valid)
+        return softmax.margin(xp, x, at, valid)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, at, valid = ctx.saved_tensors
+        odds = softmax.margin(xp, x, at, valid)[1]
+        return softmax.margin_grad(xp, odds, at, grad), None, None
 
 
 class _AllMargins(torch.autograd.Function):
