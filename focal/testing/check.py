@@ -99,7 +99,7 @@ def check_loss(
         ...     return (alpha * y + (1 - alpha) * (1 - y)) * ce
         >>> report = check_loss(cross_entropy, "balanced_cross_entropy", "numpy")
         >>> report.passed, [setting["alpha"] for setting in report.settings]
-        (True, [0.5, 0.1, 0.25, 0.75])
+        (True, [0.5, 0.25, 0.1, 0.75])
 
     Source: the formulas of `focal.core`, evaluated in a wider type.
     """

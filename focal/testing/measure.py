@@ -59,6 +59,10 @@ def measured(
         )
 
     worst = place(np.where(finite, ulp / np.maximum(allowed, tiny), -1))
+    places: tuple[Place, ...] = (worst,)
+    if not finite.all():  # the one nearest to 0 is where it begins
+        far = np.abs(grid.inputs[rows]) if got.shape == grid.inputs[rows].shape else 0.0
+        places = (place(np.where(finite, -np.inf, -far)), worst)
     return Errors(
         ulp=worst.ulp,
         allowed=worst.allowed,
@@ -66,7 +70,7 @@ def measured(
         beyond=int((~finite | (ulp > allowed)).sum()),
         nan=int(np.isnan(got).sum()),
         infinite=int(np.isinf(got).sum()),
-        places=(worst,) if finite.all() else (place(~finite), worst),
+        places=places,
     )
 
 
