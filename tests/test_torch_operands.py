@@ -134,8 +134,14 @@ def test_second_derivatives_at_extremes_are_finite(loss, reduction):
 # ---------------------------------------------------------------- compiled
 
 
+@pytest.fixture
+def nothing_compiled():
+    """PyTorch counts compilations by line of code, which all cases of a test share."""
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("loss", LOSSES)
-def test_compiled_gradients_in_targets_and_parameters(loss):
+def test_compiled_gradients_in_targets_and_parameters(nothing_compiled, loss):
     x, t = tensors(loss, torch.float32)
     (parameter, *_) = (DENSE | LABELLED)[loss]
     learned = torch.tensor(number(parameter), requires_grad=True)
@@ -153,7 +159,7 @@ def test_compiled_gradients_in_targets_and_parameters(loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_dynamic_shapes_compile(loss):
+def test_dynamic_shapes_compile(nothing_compiled, loss):
     function = getattr(F, loss)
     graph = torch.compile(
         lambda x, t: function(x, t, reduction="sum"),
@@ -173,7 +179,7 @@ def test_dynamic_shapes_compile(loss):
 @pytest.mark.parametrize(
     ("loss", "parameter"), [(a, b) for a, b in PARAMETERS if "gamma" in b or b == "beta"]
 )
-def test_a_schedule_does_not_compile_anew(loss, parameter, as_tensor):
+def test_a_schedule_does_not_compile_anew(nothing_compiled, loss, parameter, as_tensor):
     x, t = tensors(loss, torch.float32)
     compilations = []
 
