@@ -257,7 +257,9 @@ def test_binding_keeps_name_and_docstring(backend: Backend, name: str) -> None:
     assert (function.__name__, function.__module__) == (name, backend.F.__name__)
     text, original = inspect.getdoc(function), inspect.getdoc(getattr(focal.numpy, name))
     if backend.name != "numpy":  # whose example it is, is said in the others
-        note = f"This is focal.numpy; {backend.F.__name__} takes and returns arrays of its framework."
+        note = (
+            f"This is focal.numpy; {backend.F.__name__} takes and returns arrays of its framework."
+        )
         original = original.replace("Example:\n", f"Example:\n    {note}\n\n")
     assert text == original
 

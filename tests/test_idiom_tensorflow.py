@@ -388,7 +388,7 @@ def test_nan_does_not_disturb_the_order():
     from focal.tensorflow import _ops
 
     order = _ops.argsort(tf.constant([2.0, np.nan, 1.0, np.inf, 1.0]))
-    np.testing.assert_array_equal(order, [2, 4, 0, 1, 3])
+    np.testing.assert_array_equal(order, [2, 4, 0, 3, 1])
 
 
 def test_functions_pickle_by_name():
@@ -559,3 +559,54 @@ def test_prior_bias_initializer():
         F.PriorBias([0.1, 0.2])((3,))
     with pytest.raises(ValueError, match="prior_bias: pi must lie inside"):
         F.PriorBias(0)
+
+
+# ---------------------------------------------------------------- boxes in graphs
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_subsample_of_an_unknown_number_of_anchors(jit_compile):
+    draw = tf.function(
+        lambda labels: F.subsample(labels, 8),
+        input_signature=[tf.TensorSpec((None, None), tf.int64)],
+        jit_compile=jit_compile,
+    )
+    for shape in ((2, 60), (3, 40)):
+        labels = np.random.default_rng(0).integers(-1, 1, shape)
+        samples = [draw(labels).numpy() for _ in range(3)]
+        for sample in samples:
+            np.testing.assert_array_equal((sample > -2).sum(-1), 8)
+            np.testing.assert_array_equal((sample == 0).sum(-1), 2)
+            np.testing.assert_array_equal(sample[sample > -2], labels[sample > -2])
+        assert (samples[0] != samples[1]).any() and (samples[1] != samples[2]).any()
+
+
+def test_a_seed_of_tensorflow_repeats_the_sample():
+    labels = tf.zeros(200, tf.int64)
+
+    def sample():
+        tf.random.set_seed(3)
+        return F.subsample(labels, 20, 1.0).numpy()
+
+    np.testing.assert_array_equal(sample(), sample())
+    tf.random.set_seed(4)
+    assert (F.subsample(labels, 20, 1.0).numpy() != sample()).any()
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_kinks_in_graphs_and_twice(jit_compile):
+    zero, two = tf.zeros(3, tf.float64), tf.constant([[0.0, 0.0, 2.0, 2.0]], tf.float64)
+    touching = tf.constant([[2.0, 1.0, 4.0, 3.0]], tf.float64)
+    for function, x, first in (
+        (lambda x: F.smooth_l1_loss(x, zero, 0.0), zero, zero),
+        (lambda x: F.clip_boxes(x, (2, 2)), two, np.ones((1, 4))),
+        (lambda x: F.box_iou(x, touching), two, [[0, 0, 1 / 8, 0]]),
+        (lambda x: F.giou_loss(x, two), two, np.zeros((1, 4))),
+    ):
+        graph = tf.function(
+            lambda x, f=function: (gradient(f, x), second(f, x)), jit_compile=jit_compile
+        )
+        slope, bend = graph(x)
+        np.testing.assert_array_equal(slope, first)
+        # A constant slope has none, which a tape gives as None.
+        assert bend is None or np.isfinite(bend).all()
