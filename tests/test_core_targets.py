@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
-from backends import Backend
+from backends import Backend, load
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -252,6 +254,26 @@ def test_subsample_without_noise(backend: Backend) -> None:
     # Every image of every call is a draw of its own.
     rows = [tuple(np.flatnonzero(row > -2)) for got in samples for row in got]
     assert len(set(rows)) == 12
+
+
+def test_subsample_draws_from_the_generator_of_torch() -> None:
+    backend = load("torch")
+    torch, subsample = backend.torch, backend.F.subsample
+    labels = torch.zeros(200, dtype=torch.int64)
+
+    def sample(seed: int, draw: Any = subsample) -> np.ndarray:
+        torch.manual_seed(seed)
+        return backend.numpy(draw(labels, 20, 1.0))
+
+    assert_array_equal(sample(0), sample(0))
+    assert (sample(0) != sample(1)).any()
+    compiled = torch.compile(subsample, fullgraph=True, backend="eager")
+    samples = [backend.numpy(compiled(labels, 20, 1.0)) for _ in range(3)]
+    assert (samples[0] != samples[1]).any()
+    assert (samples[1] != samples[2]).any()
+    each = torch.func.vmap(lambda t: subsample(t, 20, 1.0), randomness="different")
+    first, second = backend.numpy(each(torch.stack([labels, labels])))
+    assert (first != second).any()
 
 
 # ---------------------------------------------------------------- hard examples

@@ -18,6 +18,8 @@ import jax.numpy as jnp  # noqa: E402
 
 import focal.jax as F  # noqa: E402
 import focal.numpy as reference  # noqa: E402
+from focal.core.nms import suppress  # noqa: E402
+from focal.jax._namespace import xp  # noqa: E402
 
 GAMMAS = [0.0, 0.5, 1.0, 2.0, 3.7]
 EXTREMES = [-1000.0, -100.0, -20.0, -1e-3, 0.0, 1e-3, 20.0, 100.0, 1000.0]
@@ -221,7 +223,7 @@ EVERY_FUNCTION = {
     "anchors": ("", {"image_size": (40, 70)}),
     "match_anchors": ("anchors boxes", {"foreground": 0.3, "background": 0.1}),
     "assign_targets": ("anchors boxes classes", {"allow_low_quality": True}),
-    "subsample": ("labels", {"num_samples": 4}),
+    "subsample": ("labels", {"num_samples": 4, "noise": crowd(6)[1]}),
     "hard_example_mask": ("losses", {"num_examples": 3}),
 }
 
@@ -333,7 +335,8 @@ def test_compiled_samplers_equal_numpy():
     boxes, losses = crowd(60)
     labels = np.random.default_rng(3).integers(-2, 3, 60)
     assert_array_equal(
-        jax.jit(lambda t: F.subsample(t, 20))(labels), reference.subsample(labels, 20)
+        jax.jit(lambda t, noise: F.subsample(t, 20, noise=noise))(labels, losses),
+        reference.subsample(labels, 20, noise=losses),
     )
     options = {"positive": labels > 0, "negative_ratio": 3, "boxes": boxes, "iou_threshold": 0.5}
     assert_array_equal(
@@ -483,3 +486,182 @@ def test_nnx_variables_are_arrays():
     nnx = pytest.importorskip("flax.nnx")
     loss = F.sigmoid_focal_loss(nnx.Param(jnp.zeros(2)), jnp.ones(2))
     assert_array_equal(loss, F.sigmoid_focal_loss(jnp.zeros(2), jnp.ones(2)))
+
+
+# ---------------------------------------------------------------- boxes, as strict users have them
+
+
+def proper_boxes(*shape: int, seed: int = 0) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    corner, side = random.uniform(0, 60, (*shape, 2)), random.uniform(8, 40, (*shape, 2))
+    return np.concatenate([corner, corner + side], axis=-1).astype(np.float32)
+
+
+def test_boxes_under_strict_rank_promotion():
+    """Nothing relies on leading axes that JAX adds by itself."""
+
+    def everything(anchors, boxes, labels):
+        one, scores = boxes[0], boxes[0, :, 0]
+        return (
+            F.match_anchors(anchors, one),
+            F.match_anchors(anchors, boxes, allow_low_quality=True),
+            F.assign_targets(anchors, one, labels[0]),
+            F.assign_targets(anchors, boxes, labels),
+            F.box_iou(boxes, anchors),
+            F.box_iou(anchors, boxes),
+            F.generalized_box_iou(boxes, one),
+            F.encode_boxes(boxes, one),
+            F.encode_boxes(one, boxes),
+            F.decode_boxes(boxes, one),
+            F.clip_boxes(boxes, (32, 32)),
+            F.giou_loss(boxes, boxes[::-1], "mean"),
+            F.smooth_l1_loss(boxes, boxes[::-1], 0.1, "mean"),
+            F.nms(one, scores, 0.5),
+            F.batched_nms(one, scores, labels[0], 0.5),
+            F.subsample(labels, 4, noise=boxes[..., 0]),
+            F.hard_example_mask(scores, 3, boxes=one, iou_threshold=0.5),
+            suppress(xp, boxes, labels, 0.5),
+        )
+
+    arguments = proper_boxes(20), proper_boxes(3, 7), np.zeros((3, 7), np.int32)
+    with jax.numpy_rank_promotion("raise"):
+        shapes = jax.eval_shape(everything, *arguments)
+    assert shapes[3][1].shape == (3, 20, 4)
+    # Eager, the first box is compared by another way than the rest.
+    boxes, labels = proper_boxes(2, 2), np.zeros((2, 2), np.int32)
+    with jax.numpy_rank_promotion("raise"):
+        assigned, _ = F.assign_targets(boxes[0], boxes, labels, allow_low_quality=True)
+    assert_array_equal(assigned[0], [0, 0])
+
+
+@pytest.mark.parametrize("allow_low_quality", [False, True])
+@pytest.mark.parametrize("batch", ["", "b,"])
+def test_matching_is_exported_for_any_number_of_boxes(batch, allow_low_quality):
+    def assign(anchors, boxes, labels):
+        options = {"allow_low_quality": allow_low_quality}
+        match = F.match_anchors(anchors, boxes, **options)
+        return match, *F.assign_targets(anchors, boxes, labels, **options)
+
+    sizes = {"n,4": np.float32, f"{batch}m,4": np.float32, f"{batch}m": np.int32}
+    scope = jax.export.SymbolicScope()
+    arguments = [
+        jax.ShapeDtypeStruct(jax.export.symbolic_shape(size, scope=scope), dtype)
+        for size, dtype in sizes.items()
+    ]
+    exported = jax.export.export(jax.jit(assign))(*arguments)
+    anchors = np.asarray(F.anchors((64, 48)))
+    for images, count in ((1, 1), (3, 9)):
+        lead = (images,) if batch else ()
+        boxes = proper_boxes(*lead, count)
+        labels = np.arange(boxes[..., 0].size, dtype=np.int32).reshape(boxes.shape[:-1])
+        expected = jax.jit(assign)(anchors, boxes, labels)
+        for a, b in zip(exported.call(anchors, boxes, labels), expected, strict=True):
+            assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_nms_compiles_nothing_for_another_number_of_boxes(caplog):
+    def compiled(n):
+        data = proper_boxes(n), np.arange(n, dtype=np.float32), np.arange(n) % 3
+        boxes, scores, classes = map(jnp.asarray, data)
+        caplog.clear()
+        with jax.log_compiles(True):
+            kept = F.nms(boxes, scores, 0.5), F.batched_nms(boxes, scores, classes, 0.5)
+        assert_array_equal(kept[0], reference.nms(*data[:2], 0.5))
+        assert_array_equal(kept[1], reference.batched_nms(*data, 0.5))
+        return [r.message for r in caplog.records if r.message.startswith("Compiling")]
+
+    jax.clear_caches()
+    assert compiled(300)
+    for n in (301, 407, 512, 290):
+        assert compiled(n) == []
+
+
+def test_what_nms_compiles_and_holds_does_not_grow_with_the_boxes():
+    def lowered(n):
+        boxes, scores = jnp.zeros((n, 4)), jnp.zeros(n)
+        return jax.jit(F.nms, static_argnums=2).lower(boxes, scores, 0.5)
+
+    few, many = lowered(700), lowered(20_000)
+    assert len(many.as_text().splitlines()) == len(few.as_text().splitlines())
+    # Less than one overlap in a byte for each of 100 partners; the whole matrix has 20,000.
+    assert many.compile().memory_analysis().temp_size_in_bytes < 100 * 20_000
+
+
+def test_nms_of_a_batch_of_unlike_lists():
+    """vmap: every list ends its rounds by itself."""
+    chain = np.stack([np.zeros(200), np.arange(200) * 5, np.full(200, 10), np.arange(200) * 5 + 10])
+    lists = np.stack([chain.T.astype(np.float32), proper_boxes(200), proper_boxes(200, seed=1)])
+    scores = np.stack([-np.arange(200, dtype=np.float32)] * 3)
+    for nms in (
+        jax.vmap(partial(F.nms, iou_threshold=0.2)),
+        jax.jit(jax.vmap(lambda b, s: F.nms(b, s, 0.2))),
+    ):
+        for kept, b, s in zip(nms(lists, scores), lists, scores, strict=True):
+            assert_array_equal(kept[kept >= 0], reference.nms(b, s, 0.2))
+
+
+def test_nms_lets_the_gradient_of_the_boxes_through():
+    boxes, scores = crowd(300)
+    kept = np.isin(np.arange(300), reference.nms(boxes, scores, 0.5))
+
+    def total(boxes):
+        at = F.nms(boxes, scores, 0.5)
+        return jnp.where(at >= 0, boxes[at, 2], 0).sum()
+
+    for gradient in (jax.grad(total), jax.jit(jax.grad(total))):
+        assert_array_equal(gradient(boxes)[:, 2], kept)
+
+
+def test_kinks_compiled_and_twice():
+    with jax.enable_x64(True):
+        zero, two = np.zeros(3), np.array([[0.0, 0.0, 2.0, 2.0]])
+        touching = np.array([[2.0, 1.0, 4.0, 3.0]])
+        for function, x, first in (
+            (lambda x: F.smooth_l1_loss(x, zero, 0.0, "sum"), zero, zero),
+            (lambda x: F.clip_boxes(x, (2, 2)).sum(), two, np.ones_like(two)),
+            (lambda x: F.box_iou(x, touching).sum(), two, [[0, 0, 1 / 8, 0]]),
+            (lambda x: F.giou_loss(x, two, "sum"), two, np.zeros_like(two)),
+        ):
+            assert_array_equal(jax.jit(jax.grad(function))(x), first)
+            bend = jax.jit(jax.hessian(function))(x)
+            assert np.isfinite(bend).all()
+            assert_allclose(bend, jax.jacfwd(jax.grad(function))(x), atol=1e-15)
+
+
+def test_subsample_asks_for_noise_where_it_is_traced():
+    labels = np.random.default_rng(0).integers(-1, 1, (2, 50))
+    message = "subsample: noise must be given where the function is traced"
+    for traced in (
+        lambda: jax.jit(lambda t: F.subsample(t, 8))(labels),
+        lambda: jax.jit(lambda: F.subsample(labels, 8))(),  # constant labels, and still a trace
+        lambda: jax.vmap(lambda t: F.subsample(t, 8))(labels),
+    ):
+        with pytest.raises(ValueError, match=message):
+            traced()
+    draw = jax.jit(lambda key: F.subsample(labels, 8, noise=jax.random.uniform(key, (2, 50))))
+    samples = [np.asarray(draw(jax.random.key(seed))) for seed in (0, 1, 0)]
+    assert_array_equal(samples[0], samples[2])
+    assert (samples[0] != samples[1]).any()
+    assert_array_equal((samples[1] > -2).sum(-1), 8)
+
+
+def test_objects_that_convert_themselves_are_arrays():
+    class Variable:
+        def __jax_array__(self):
+            return jnp.zeros(2)
+
+    assert_array_equal(
+        F.sigmoid_focal_loss(Variable(), jnp.ones(2)),
+        F.sigmoid_focal_loss(jnp.zeros(2), jnp.ones(2)),
+    )
+    with pytest.raises(TypeError, match="inputs must be a JAX or NumPy array; got object"):
+        F.sigmoid_focal_loss(object(), jnp.ones(2))
+
+
+def test_matching_and_nms_need_no_name_of_jax_that_is_not_public(monkeypatch):
+    """`jax.core.Tracer` has been announced to go; whether there are values is asked otherwise."""
+    monkeypatch.delattr(jax.core, "Tracer", raising=False)
+    boxes, scores = crowd(40)
+    for f in (lambda b: F.match_anchors(b, b), lambda b: F.nms(b, scores, 0.5)):
+        eager, traced = f(boxes), jax.jit(f)(boxes)
+        assert_array_equal(traced[: len(eager)], eager)

@@ -389,7 +389,7 @@ def test_nan_does_not_disturb_the_order():
     from focal.tensorflow import _ops
 
     order = _ops.argsort(tf.constant([2.0, np.nan, 1.0, np.inf, 1.0]))
-    np.testing.assert_array_equal(order, [2, 4, 0, 1, 3])
+    np.testing.assert_array_equal(order, [2, 4, 0, 3, 1])
 
 
 def test_functions_pickle_by_name():
@@ -440,3 +440,98 @@ def test_who_reads_a_model_needs_focal_and_who_reads_an_export_does_not(tmp_path
         [sys.executable, "-c", READER, str(tmp_path)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+<<<<<<< HEAD
+=======
+
+
+def test_binary_model_with_flat_labels_and_weights():
+    x = np.random.default_rng(7).normal(size=(10, 4)).astype(np.float32)
+    y = (x[:, 0] > 0).astype(np.float32)
+    network = model(F.SigmoidFocalLoss(), last=1)
+    for weights in ({"sample_weight": np.ones(10)}, {"class_weight": {0: 1.0, 1: 2.0}}):
+        seen = network.fit(x, y, epochs=3, verbose=0, **weights).history["loss"]
+        assert seen[-1] < seen[0]
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_mixed_precision(policy, kind):
+    loss, _, target, _ = keras_losses()[kind]
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        network = model(loss)
+        x = np.random.default_rng(6).normal(size=(6, 4)).astype(np.float32)
+        assert network(x).dtype == policy.removeprefix("mixed_")
+        assert loss(target, network(x)).dtype == tf.float32
+        scaled = isinstance(network.optimizer, keras.optimizers.LossScaleOptimizer)
+        assert scaled == (policy == "mixed_float16")
+        seen = network.fit(x, target, epochs=4, verbose=0).history["loss"]
+    finally:
+        keras.config.set_dtype_policy(before)
+    assert np.isfinite(seen).all() and seen[-1] < seen[0]
+
+
+def test_prior_bias_initializer():
+    layer = keras.layers.Dense(6, bias_initializer=F.PriorBias([0.01, 0.1, 0.5]))
+    layer.build((None, 4))
+    close(tf.sigmoid(layer.bias), [0.01, 0.1, 0.5] * 2, 1e-5)
+    restored = keras.initializers.deserialize(keras.initializers.serialize(F.PriorBias(0.02)))
+    close(restored((2,), "float64"), [F.prior_bias(0.02)] * 2, 1e-15)
+    assert restored.get_config() == {"pi": 0.02}
+    with pytest.raises(ValueError, match="PriorBias: the bias must have one axis"):
+        F.PriorBias([0.1, 0.2])((3,))
+    with pytest.raises(ValueError, match="prior_bias: pi must lie inside"):
+        F.PriorBias(0)
+
+
+# ---------------------------------------------------------------- boxes in graphs
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_subsample_of_an_unknown_number_of_anchors(jit_compile):
+    draw = tf.function(
+        lambda labels: F.subsample(labels, 8),
+        input_signature=[tf.TensorSpec((None, None), tf.int64)],
+        jit_compile=jit_compile,
+    )
+    for shape in ((2, 60), (3, 40)):
+        labels = np.random.default_rng(0).integers(-1, 1, shape)
+        samples = [draw(labels).numpy() for _ in range(3)]
+        for sample in samples:
+            np.testing.assert_array_equal((sample > -2).sum(-1), 8)
+            np.testing.assert_array_equal((sample == 0).sum(-1), 2)
+            np.testing.assert_array_equal(sample[sample > -2], labels[sample > -2])
+        assert (samples[0] != samples[1]).any() and (samples[1] != samples[2]).any()
+
+
+def test_a_seed_of_tensorflow_repeats_the_sample():
+    labels = tf.zeros(200, tf.int64)
+
+    def sample():
+        tf.random.set_seed(3)
+        return F.subsample(labels, 20, 1.0).numpy()
+
+    np.testing.assert_array_equal(sample(), sample())
+    tf.random.set_seed(4)
+    assert (F.subsample(labels, 20, 1.0).numpy() != sample()).any()
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_kinks_in_graphs_and_twice(jit_compile):
+    zero, two = tf.zeros(3, tf.float64), tf.constant([[0.0, 0.0, 2.0, 2.0]], tf.float64)
+    touching = tf.constant([[2.0, 1.0, 4.0, 3.0]], tf.float64)
+    for function, x, first in (
+        (lambda x: F.smooth_l1_loss(x, zero, 0.0), zero, zero),
+        (lambda x: F.clip_boxes(x, (2, 2)), two, np.ones((1, 4))),
+        (lambda x: F.box_iou(x, touching), two, [[0, 0, 1 / 8, 0]]),
+        (lambda x: F.giou_loss(x, two), two, np.zeros((1, 4))),
+    ):
+        graph = tf.function(
+            lambda x, f=function: (gradient(f, x), second(f, x)), jit_compile=jit_compile
+        )
+        slope, bend = graph(x)
+        np.testing.assert_array_equal(slope, first)
+        # A constant slope has none, which a tape gives as None.
+        assert bend is None or np.isfinite(bend).all()
+>>>>>>> boxes

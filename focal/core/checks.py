@@ -252,32 +252,6 @@ def check_broadcasts(
         )
 
 
-def check_boxes(
-    xp: Namespace, function: str, parameter: str, value: Any, at_least_2d: bool = False
-) -> Array:
-    """Floating-point boxes (..., 4), or (..., N, 4) where they must form a list."""
-    array = check_floating(xp, function, parameter, value)
-    shape = tuple(array.shape)
-    if len(shape) < 1 + at_least_2d or shape[-1] not in (4, None):
-        expected = "(..., N, 4)" if at_least_2d else "(..., 4)"
-        raise ValueError(f"{function}: {parameter} must have shape {expected}; got {shape}")
-    return array
-
-
-def check_image_size(function: str, image_size: Any) -> tuple[int, int]:
-    """(height, width) in whole pixels."""
-    try:
-        height, width = image_size
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"{function}: image_size must be (height, width); got {image_size!r}"
-        ) from None
-    return (
-        check_integer(function, "image_size[0]", height, 1),
-        check_integer(function, "image_size[1]", width, 1),
-    )
-
-
 def check_weights(function: str, weights: Any) -> tuple[float, float, float, float]:
     """Four positive numbers (wx, wy, ww, wh)."""
     try:
