@@ -440,49 +440,6 @@ def test_who_reads_a_model_needs_focal_and_who_reads_an_export_does_not(tmp_path
         [sys.executable, "-c", READER, str(tmp_path)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-<<<<<<< HEAD
-=======
-
-
-def test_binary_model_with_flat_labels_and_weights():
-    x = np.random.default_rng(7).normal(size=(10, 4)).astype(np.float32)
-    y = (x[:, 0] > 0).astype(np.float32)
-    network = model(F.SigmoidFocalLoss(), last=1)
-    for weights in ({"sample_weight": np.ones(10)}, {"class_weight": {0: 1.0, 1: 2.0}}):
-        seen = network.fit(x, y, epochs=3, verbose=0, **weights).history["loss"]
-        assert seen[-1] < seen[0]
-
-
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_mixed_precision(policy, kind):
-    loss, _, target, _ = keras_losses()[kind]
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(policy)
-    try:
-        network = model(loss)
-        x = np.random.default_rng(6).normal(size=(6, 4)).astype(np.float32)
-        assert network(x).dtype == policy.removeprefix("mixed_")
-        assert loss(target, network(x)).dtype == tf.float32
-        scaled = isinstance(network.optimizer, keras.optimizers.LossScaleOptimizer)
-        assert scaled == (policy == "mixed_float16")
-        seen = network.fit(x, target, epochs=4, verbose=0).history["loss"]
-    finally:
-        keras.config.set_dtype_policy(before)
-    assert np.isfinite(seen).all() and seen[-1] < seen[0]
-
-
-def test_prior_bias_initializer():
-    layer = keras.layers.Dense(6, bias_initializer=F.PriorBias([0.01, 0.1, 0.5]))
-    layer.build((None, 4))
-    close(tf.sigmoid(layer.bias), [0.01, 0.1, 0.5] * 2, 1e-5)
-    restored = keras.initializers.deserialize(keras.initializers.serialize(F.PriorBias(0.02)))
-    close(restored((2,), "float64"), [F.prior_bias(0.02)] * 2, 1e-15)
-    assert restored.get_config() == {"pi": 0.02}
-    with pytest.raises(ValueError, match="PriorBias: the bias must have one axis"):
-        F.PriorBias([0.1, 0.2])((3,))
-    with pytest.raises(ValueError, match="prior_bias: pi must lie inside"):
-        F.PriorBias(0)
 
 
 # ---------------------------------------------------------------- boxes in graphs
@@ -534,4 +491,3 @@ def test_kinks_in_graphs_and_twice(jit_compile):
         np.testing.assert_array_equal(slope, first)
         # A constant slope has none, which a tape gives as None.
         assert bend is None or np.isfinite(bend).all()
->>>>>>> boxes
