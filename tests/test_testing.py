@@ -137,6 +137,9 @@ class Ops(NamedTuple):
 
 
 def ops(backend: Backend) -> Ops:
+    if backend.name == "numpy":
+        functions = (np.where, np.abs, np.exp, np.log, np.log1p, xp.sigmoid, np.clip, np.sum)
+        return Ops(focal.numpy, *functions, lambda x: x, lambda x: x.astype("float16"))
     if backend.name == "torch":
         t = backend.torch
         functions = (t.where, t.abs, t.exp, t.log, t.log1p, t.sigmoid, t.clamp, t.sum)
@@ -262,6 +265,18 @@ def test_a_broken_focal_loss_is_caught(autodiff: Backend, fault: str) -> None:
     unreduced = fault in ("mean", "sum", "broadcast")
     expected = "fn must return the unreduced loss" if unreduced else "FAILED"
     assert expected in str(caught.value)
+
+
+SLOPES = {fault for fault in BROKEN_FOCAL if "slope" in fault or "derivative" in fault}
+"""Faults of the gradient alone."""
+
+
+@np.errstate(all="ignore")
+@pytest.mark.parametrize("fault", sorted(set(BROKEN_FOCAL) - SLOPES))
+def test_a_broken_focal_loss_of_numpy_is_caught(fault: str) -> None:
+    loss = functools.partial(BROKEN_FOCAL[fault], ops(load("numpy")))
+    with pytest.raises((AssertionError, ValueError)):
+        check_loss(unnamed(loss), backend="numpy")
 
 
 BROKEN_OTHERS: dict[tuple[str, str], Callable[[Ops, Any, Any], Any]] = {

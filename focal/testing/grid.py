@@ -25,10 +25,11 @@ PARTS = 4096
 EXTREMES = (1.0, 17.0, 20.0, 88.0, 100.0, 1000.0)
 HUNDREDTHS = np.arange(1, 100) / 100
 POWERS = 2.0 ** -np.arange(3, 25, 3)
+"""Targets near 0, and as far from 1."""
 ROWS = (-1000.0, -100.0, -20.0, -1.0, 0.0, 17.0, 88.0, 1000.0)
 CLASSES = 3
 LARGEST = {"float16": 14}
-"""Exponent of the largest logits where it is not 64, which no loss has a reason to overflow at."""
+"""The largest logits are 2^64, or 2 to this power: no loss needs to overflow there."""
 CORNERS = {
     "the same": (0, 0, 1, 1),
     "shared edges": (0, 0, 2, 1),
