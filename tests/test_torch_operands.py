@@ -218,6 +218,27 @@ def test_losses_of_fake_tensors(loss):
     assert x.grad.shape == x.shape
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_of_distributed_tensors(loss, tmp_path):
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        x, t = tensors(loss, torch.float32)
+        shared, targets = (distribute_tensor(a.clone(), mesh, [Shard(0)]) for a in (x, t))
+        for reduction in ("none", "sum"):
+            shared, x = shared.detach().requires_grad_(), x.detach().requires_grad_()
+            value = getattr(F, loss)(shared, targets, reduction=reduction).sum()
+            expected = getattr(F, loss)(x, t, reduction=reduction).sum()
+            torch.testing.assert_close(value.full_tensor(), expected)
+            got = torch.autograd.grad(value, shared)[0].full_tensor()
+            torch.testing.assert_close(got, torch.autograd.grad(expected, x)[0])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_without_private_names_the_results_stay(monkeypatch):
     def results():
         out = []
