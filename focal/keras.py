@@ -57,7 +57,7 @@ class _Loss(keras.losses.Loss):
 
     def __init__(self, reduction: str | None, name: str | None, dtype: Any) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
-        _adapter(type(self).__name__)
+        _adapter(type(self).__name__)  # an error where there is none
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """The loss of each sample: the mean over the last axis."""
@@ -93,10 +93,11 @@ class _LabelLoss(_Loss):
         loss = super().__call__(y_true, y_pred, sample_weight)
         if self.reduction in ("sum", "none", None):
             return loss
-        counted = self._counted(y_true, y_pred)
+        counts = self._counted(y_true, y_pred)
         weight = sample_weight if self.reduction == "mean_with_sample_weight" else None
-        every = self._sum(ops.ones_like(counted), y_pred, weight)
-        return loss * ops.divide_no_nan(every, self._sum(counted, y_pred, weight))
+        total = self._sum(ops.ones_like(counts), y_pred, weight)
+        used = self._sum(counts, y_pred, weight)
+        return loss * (total / ops.where(used == 0, 1, used))
 
     def _labels(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """Labels come as floating-point numbers, and may have a class axis of length 1."""
