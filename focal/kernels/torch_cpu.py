@@ -49,19 +49,23 @@ class Kernels:
     def __init__(self, xp: Namespace) -> None:
         self.xp = xp
 
-    def value(self, formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor, out: Tensor) -> None:
+    def value(
+        self, formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor, out: Tensor | None = None
+    ) -> Tensor:
         """FL of every logit.
 
         Args:
             formula: `SigmoidFocal`, for targets like the logits, or that in `Sparse`, for labels.
             x: Logits: any number of them, or (rows, classes) for labels.
             t: Targets, or a label for each row.
-            out: Where it is written to, of the shape and type of x.
+            out: Where it is written to, contiguous and like x. Default: a new tensor.
         """
-        out = out.view(-1)
-        for here, value, _ in self._blocks(formula, x, t, value=out):
+        out = torch.empty_like(x) if out is None else out
+        flat = out.view(-1)
+        for here, value, _ in self._blocks(formula, x, t, value=flat):
             if value.dtype != out.dtype:
-                out[here] = value
+                flat[here] = value
+        return out
 
     def slope(
         self,
@@ -69,15 +73,17 @@ class Kernels:
         x: Tensor,
         t: Tensor,
         scale: Tensor,
-        out: Tensor,
-    ) -> None:
+        out: Tensor | None = None,
+    ) -> Tensor:
         """dFL/dx * scale; `scale` is a scalar, or one number for each logit."""
-        out = out.view(-1)
+        out = torch.empty_like(x) if out is None else out
+        flat = out.view(-1)
         scale = scale.reshape(-1) if scale.ndim else scale
-        for here, _, slope in self._blocks(formula, x, t, slope=out):
+        for here, _, slope in self._blocks(formula, x, t, slope=flat):
             slope.mul_(scale[here] if scale.ndim else scale)
             if slope.dtype != out.dtype:
-                out[here] = slope
+                flat[here] = slope
+        return out
 
     def total(self, formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor) -> Tensor:
         """The sum of FL, in float32 or better."""
@@ -85,11 +91,12 @@ class Kernels:
         return torch.stack(sums).sum()
 
     def total_and_slope(
-        self, formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor, out: Tensor
-    ) -> Tensor:
-        """The sum of FL, and dFL/dx in `out`, in one pass, for logits of float32 or better."""
+        self, formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The sum of FL and dFL/dx in one pass, for logits of float32 or better."""
+        out = torch.empty_like(x) if out is None else out
         sums = [value.sum() for _, value, _ in self._blocks(formula, x, t, slope=out.view(-1))]
-        return torch.stack(sums).sum()
+        return torch.stack(sums).sum(), out
 
     def _blocks(
         self,

@@ -183,7 +183,7 @@ class _Sum(torch.autograd.Function):
         if kernels is CPU_KERNELS:
             slope = layout.new()
             flat = map(layout.flat, (x, t, slope))
-            return kernels.total_and_slope(formula, *flat), slope
+            return kernels.total_and_slope(formula, *flat)[0], slope
         sums: list[Tensor] = []
 
         def block(x: Tensor, t: Targets, *numbers: Tensor) -> Tensor | None:
