@@ -56,7 +56,9 @@ def every_loss(x, labels=LABELS):
         + F.balanced_cross_entropy(x, y, weight=y, reduction="sum")
         + F.sparse_sigmoid_focal_loss(x, labels, reduction="positives")
         + F.sparse_sigmoid_focal_loss(x, labels, gamma=0.5, reduction="mean")
-        + F.softmax_focal_loss(x, labels, [1, 2, 3], reduction="mean", ignore_index=-2)
+        + F.softmax_focal_loss(
+            x, jnp.where(labels < 0, -2, labels), [1, 2, 3], reduction="mean", ignore_index=-2
+        )
         + F.smooth_l1_loss(x, y, 0.1, reduction="mean")
     )
 
@@ -74,7 +76,12 @@ def relatives(x, labels=LABELS):
             x, labels, [0.1, 0.5, 0.9], reduction="sum", label_smoothing=0.1
         )
         + F.softmax_focal_loss(
-            x, labels, [1, 2, 3], reduction="sum", ignore_index=-2, label_smoothing=0.1
+            x,
+            jnp.where(labels < 0, -2, labels),
+            [1, 2, 3],
+            reduction="sum",
+            ignore_index=-2,
+            label_smoothing=0.1,
         )
     )
 
@@ -209,7 +216,7 @@ EVERY_FUNCTION = {
     "heatmap_focal_loss": ("x y", {"reduction": "positives"}),
     "asymmetric_focal_loss": ("x y", {"margin": 0.1}),
     "sparse_sigmoid_focal_loss": ("x labels", {"reduction": "positives"}),
-    "softmax_focal_loss": ("x labels", {"alpha": [1, 2, 3], "ignore_index": -2}),
+    "softmax_focal_loss": ("x classes", {"alpha": [1, 2, 3], "ignore_index": 2}),
     "smooth_l1_loss": ("x y", {"beta": 0.1}),
     "giou_loss": ("boxes anchors", {}),
     "box_area": ("boxes", {}),

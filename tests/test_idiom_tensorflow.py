@@ -204,9 +204,11 @@ def test_graphs_equal_eager(gamma, reduction, jit_compile):
         return values, slopes, bends
 
     eager, traced = both(x), tf.function(both, jit_compile=jit_compile)(x)
-    for a, b in zip(eager, traced, strict=True):
+    for order, (a, b) in enumerate(zip(eager, traced, strict=True)):
         for name in a:
-            close(b[name], a[name], 2e-5, 1e-36)
+            # XLA rounds p - p^2 of a certain class at one unit in the last place of p = 1.
+            rounded = jit_compile and order == 2 and name == "softmax"
+            close(b[name], a[name], 2e-5, 4e-7 if rounded else 1e-36)
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])

@@ -51,7 +51,7 @@ def slope(autodiff: Backend, loss: str, x: np.ndarray, t: np.ndarray, **options)
 def test_a_parameter_may_be_an_array(autodiff: Backend, loss: str, parameter: str) -> None:
     x, t = operands(loss)
     expected = NUMPY(loss, x, t, **{parameter: np.array(number(parameter))})
-    array = autodiff.asarray(number(parameter), "float64")
+    array = autodiff.asarray(np.array(number(parameter)))
     got = getattr(autodiff.F, loss)(autodiff.asarray(x), autodiff.asarray(t), **{parameter: array})
     assert_allclose(autodiff.numpy(got), expected, rtol=1e-12)
     by_number = slope(autodiff, loss, x, t, **{parameter: number(parameter)})
@@ -74,7 +74,7 @@ def test_the_derivative_in_a_parameter(
     ahead, behind = (
         NUMPY(loss, x, t, reduction=reduction, **{parameter: at + d}).sum() for d in (step, -step)
     )
-    got = autodiff.grad(of, autodiff.asarray(at, "float64"))
+    got = autodiff.grad(of, autodiff.asarray(np.array(at)))
     assert_allclose(got, (ahead - behind) / (2 * step), rtol=2e-7, atol=1e-9)
 
 
@@ -89,7 +89,7 @@ def test_the_derivative_in_gamma_is_finite_at_extremes(autodiff: Backend, loss: 
     for at in (0.25, 2.0):
         got = autodiff.grad(
             lambda g: getattr(autodiff.F, loss)(logits, targets, gamma=g, reduction="sum"),
-            autodiff.asarray(at, "float32"),
+            autodiff.asarray(np.array(at, np.float32)),
         )
         assert np.isfinite(got)
 

@@ -187,6 +187,8 @@ class Margins(NamedTuple):
     """What the margins of all classes of a row share; relative to its greatest logit, the top."""
 
     top: Array
+    one: Array
+    """exp(x_top - x_top), with a derivative."""
     odds: Array
     """exp(x_j - x_top), with 0 for the top itself."""
     total: Array
@@ -204,9 +206,10 @@ def all_margins(xp: Namespace, x: Array, valid: Array) -> tuple[Array, Margins]:
     x_top = xp.take_along_axis(x, top, axis=-1)  # 0, with a derivative
     odds = xp.put_along_axis(xp.exp(x), top, xp.zeros_like(x_top))
     total = xp.maximum(xp.sum(odds, axis=-1, keepdims=True), limits.smallest_normal)
-    rest = xp.exp(x_top) + (total - odds)
+    one = xp.exp(x_top)
+    rest = one + (total - odds)
     z = xp.put_along_axis(x - xp.log(rest), top, x_top - xp.log(total))
-    return z, Margins(top, odds, total, rest)
+    return z, Margins(top, one, odds, total, rest)
 
 
 def all_margins_grad(xp: Namespace, margins: Margins, upstream: Array) -> Array:
@@ -214,12 +217,12 @@ def all_margins_grad(xp: Namespace, margins: Margins, upstream: Array) -> Array:
 
     And 1 for j = k. No difference is taken of numbers that may be large and equal.
     """
-    top, odds, total, rest = margins
+    top, one, odds, total, rest = margins
     of_top = xp.take_along_axis(upstream, top, axis=-1)
     shares = xp.put_along_axis(upstream / rest, top, xp.zeros_like(of_top))
     all_shares = xp.sum(shares, axis=-1, keepdims=True)
     grad = upstream - odds * ((all_shares - shares) + of_top / total)
-    return xp.put_along_axis(grad, top, of_top - all_shares)
+    return xp.put_along_axis(grad, top, of_top - one * all_shares)
 
 
 def _softmax_arguments(

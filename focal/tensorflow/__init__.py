@@ -17,9 +17,9 @@ from focal.core import anchors as _anchors
 from focal.core import box_losses, boxes, losses, softmax, targets, variants
 from focal.core import nms as _nms
 from focal.core.anchors import AnchorConfig
-from focal.core.bind import bind
 from focal.core.prior import expected_initial_loss, inverse_frequency_alpha, prior_bias
 from focal.keras import PriorBias, SigmoidFocalLoss, SoftmaxFocalLoss, SparseSigmoidFocalLoss
+from focal.tensorflow._bind import bind
 from focal.tensorflow._namespace import xp as _xp
 from focal.tensorflow.replicas import num_positives
 
