@@ -14,7 +14,7 @@ def giou_loss(xp: Namespace, boxes1: Array, boxes2: Array, reduction: Reduction 
     r"""1 - GIoU of paired boxes.
 
     Args:
-        boxes1: (..., 4) as (x1, y1, x2, y2) in pixels, floating-point.
+        boxes1: (..., 4) as (x1, y1, x2, y2) in pixels, of a real type.
         boxes2: Same shape; box i of one is compared with box i of the other.
         reduction: "none" (default), "mean" or "sum".
 
@@ -22,7 +22,7 @@ def giou_loss(xp: Namespace, boxes1: Array, boxes2: Array, reduction: Reduction 
         (...) in [0, 2] for "none", else a scalar. The mean of no boxes is 0.
 
     Raises:
-        TypeError: an argument is not a floating-point array.
+        TypeError: an argument is not an array of a real type.
         ValueError: the shapes differ, or the reduction is unknown.
 
     Example:
@@ -57,7 +57,8 @@ def smooth_l1_loss(
     Args:
         inputs: Any shape, floating-point.
         targets: Same shape, any real type.
-        beta: Where the two pieces meet, finite, >= 0; 0 is L1. Default 1. Detectron uses 0.11.
+        beta: Where the two pieces meet, finite, >= 0; 0 is L1, of slope 0 at 0. Default 1.
+            Detectron uses 0.11.
         reduction: "none" (default), "mean" or "sum".
 
     Returns:

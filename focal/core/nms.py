@@ -21,6 +21,9 @@ BLOCK = 256
 CHUNK = 1024
 """Kept boxes that a block is compared with at once: BLOCK x CHUNK overlaps stay in a cache."""
 
+BEFORE = np.triu(np.ones((BLOCK, BLOCK), bool), 1)
+"""Whether a box of a block comes before another."""
+
 Rows = Sequence[Array]
 """Areas, x1, y1, x2, y2 and perhaps classes, each (..., N); the area of what is dropped is inf."""
 
@@ -29,10 +32,11 @@ def nms(xp: Namespace, boxes: Array, scores: Array, iou_threshold: float) -> Arr
     """Greedy non-maximum suppression.
 
     Walking from the best score down, a box is kept unless its IoU with a box already kept is
-    greater than the threshold. Equal scores are taken in the order given.
+    greater than the threshold. Equal scores are taken in the order given, NaN comes last. A box
+    with NaN is dropped and suppresses nothing.
 
     Args:
-        boxes: (N, 4) as (x1, y1, x2, y2) in pixels, floating-point.
+        boxes: (N, 4) as (x1, y1, x2, y2) in pixels, of a real type.
         scores: (N,) floating-point.
         iou_threshold: In [0, 1].
 
@@ -60,10 +64,10 @@ def nms(xp: Namespace, boxes: Array, scores: Array, iou_threshold: float) -> Arr
 def batched_nms(
     xp: Namespace, boxes: Array, scores: Array, classes: Array, iou_threshold: float
 ) -> Array:
-    """Non-maximum suppression within each class.
+    """Non-maximum suppression within each class, as :func:`nms`.
 
     Args:
-        boxes: (N, 4) as (x1, y1, x2, y2) in pixels, floating-point.
+        boxes: (N, 4) as (x1, y1, x2, y2) in pixels, of a real type.
         scores: (N,) floating-point.
         classes: (N,) integers; boxes of different classes never suppress one another.
         iou_threshold: In [0, 1].
@@ -104,7 +108,10 @@ def _kept(
 
 
 def suppress(xp: Namespace, boxes: Array, classes: Array | None, threshold: float) -> Array:
-    """Which of the boxes (..., N, 4), sorted by falling score, greedy NMS keeps: (..., N)."""
+    """Which of the boxes (..., N, 4), sorted by falling score, greedy NMS keeps: (..., N).
+
+    None that has NaN, and boxes of unlike `classes` (..., N) do not see one another.
+    """
     if boxes.shape[-2] is None:
         raise ValueError("non-maximum suppression: the number of boxes must be known when traced")
     return xp.compiled(_suppress, xp, xp.stop_gradient(boxes), classes, threshold)
@@ -113,10 +120,11 @@ def suppress(xp: Namespace, boxes: Array, classes: Array | None, threshold: floa
 def _suppress(xp: Namespace, boxes: Array, classes: Array | None, threshold: float) -> Array:
     """Block by block: first what earlier blocks kept drops boxes of a block, then its own do.
 
-    Within a block the greedy answer is the fixed point of "kept are those that no kept box
-    before me overlaps", reached from all that are left in as many rounds as the longest chain of
-    overlaps.
+    Within a block the greedy answer is a fixed point: a box stays unless a box before it stays and
+    overlaps it. From all that are left it is reached in as many rounds as the longest chain of
+    overlaps has boxes.
     """
+    before = xp.constant(BEFORE[(None,) * (len(boxes.shape) - 2) + (...,)], boxes)
     corners, areas = solid(xp, boxes)
     areas = xp.where(xp.any(boxes != boxes, axis=-1), math.inf, areas)
     rows = [areas, *corners] if classes is None else [areas, *corners, classes]
@@ -134,9 +142,7 @@ def _suppress(xp: Namespace, boxes: Array, classes: Array | None, threshold: flo
 
     def settle(block: Rows) -> Array:
         size = block[0].shape[-1]
-        square = (1,) * (len(boxes.shape) - 2) + (size, size)
-        before = xp.constant(np.triu(np.ones(square, bool), 1), boxes)
-        inner = over(block, block) & before
+        inner = over(block, block) & before[..., :size, :size]
         left = block[0] < math.inf
         keep = xp.fixed_point(
             lambda keep: left & ~xp.any(keep[..., :, None] & inner, axis=-2), left

@@ -189,10 +189,11 @@ def subsample(
         num_samples: Size of the minibatch, >= 0.
         positive_fraction: Greatest share of positives, in [0, 1]. Default 0.25, that is 1:3.
         noise: Random numbers of the shape of `labels`, floating-point; where they are smallest
-            is taken, in every framework alike. Default: others at every call, from the
-            generator that `torch.manual_seed` or `tf.random.set_seed` seeds, also in compiled
-            graphs. JAX and NumPy have no such generator and use one with a seed of the operating
-            system; inside of `jax.jit` or `jax.vmap` pass `jax.random.uniform(key, labels.shape)`.
+            is taken, in every framework alike. Default: new numbers at every call, in PyTorch
+            and TensorFlow from their own generators (`torch.manual_seed`, `tf.random.set_seed`),
+            also in compiled graphs. NumPy and JAX have no such generator: there the operating
+            system gives the seed, and under `jax.jit` or `jax.vmap` noise must be given, such as
+            `jax.random.uniform(key, labels.shape)`.
 
     Returns:
         (..., N) labels with -2 where not sampled.
