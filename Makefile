@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ALL := $(VENV)/.all
 WORKERS ?= 2
 
-.PHONY: setup test test-gpu demo lint bench bench-gpu docs pages wheel clean
+.PHONY: setup test test-gpu test-versions demo lint bench bench-gpu docs pages wheel clean
 
 setup: $(ALL)
 
@@ -27,6 +27,12 @@ test: $(ALL)
 
 test-gpu: $(ALL)
 	$(RUN) -m pytest -q tests/gpu
+
+# Fresh environments with other versions, about 8 GB each, under build/versions: docs/versions.md.
+SETS ?= floors gpu-image newest
+PYTHONS ?= python3.11 python3.12 python3.13
+test-versions:
+	$(PYTHON) -m tests.versions $(SETS) --pythons $(PYTHONS)
 
 # About two minutes of training on two cores; STEPS=200 makes it a short trial.
 STEPS ?= 2200

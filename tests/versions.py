@@ -31,17 +31,18 @@ BUILD = ROOT / "build" / "versions"
 RECORD = ROOT / "docs" / "results" / "versions.json"
 PAGE = ROOT / "docs" / "versions.md"
 
-COMMON = ("test_core_*.py", "test_objective.py", "test_postprocess.py")
+COMMON = ("test_core_*.py", "test_operands.py", "test_objective.py", "test_postprocess.py")
 FILES = {
     "numpy": (*COMMON, "test_weights.py"),
-    "torch": (*COMMON, "test_*_torch.py", "test_detector.py", "test_training.py"),
-    "jax": (*COMMON, "test_*_jax.py"),
-    "tensorflow": (*COMMON, "test_*_tensorflow.py"),
+    "torch": (*COMMON, "test_*torch*.py", "test_detector.py", "test_training.py"),
+    "jax": (*COMMON, "test_*jax*.py"),
+    "tensorflow": (*COMMON, "test_*tensorflow*.py"),
+    "keras": ("test_keras.py",),  # it has a process for each backend of Keras
 }
 """What each process runs. Of the tests that run over all backends it takes those of its own."""
 NEEDS = {"test_training.py": "pycocotools", "test_export_torch.py": "onnxruntime"}
 """Files that a set without this package leaves out."""
-BACKENDS = {"numpy": "numpy,array_api_strict"}
+BACKENDS = {"numpy": "numpy,array_api_strict", "keras": ""}
 JOBS = 2
 
 
@@ -53,7 +54,7 @@ class Set(NamedTuple):
     processes: tuple[str, ...]
     extras: tuple[str, ...]
     pins: tuple[str, ...] = ()
-    """Instead of what the extras ask for."""
+    """Instead of what the extras ask for, or besides."""
     without: tuple[str, ...] = ()
     lowest: bool = False
     """Every requirement at the lowest version of its range."""
@@ -63,7 +64,7 @@ SETS = {
     "floors": Set(
         "the lowest versions",
         "3.11",
-        ("numpy", "torch", "jax", "tensorflow"),
+        ("numpy", "torch", "jax", "tensorflow", "keras"),
         ("torch", "jax", "tensorflow", "retinanet", "test"),
         lowest=True,
     ),
@@ -78,8 +79,9 @@ SETS = {
     "newest": Set(
         "the newest versions",
         "3.13",
-        ("numpy", "torch", "jax", "tensorflow"),
+        ("numpy", "torch", "jax", "tensorflow", "keras"),
         ("torch", "jax", "tensorflow", "onnx", "retinanet", "test"),
+        pins=("onnxruntime",),
     ),
 }
 
@@ -106,7 +108,7 @@ def requirements(chosen: Set) -> list[str]:
 
 def files(chosen: Set, process: str) -> Iterator[str]:
     """The test files of a process."""
-    there = {*ranges(chosen.extras)} - {*chosen.without}
+    there = {*map(name_of, requirements(chosen))}
     for pattern in FILES[process]:
         for path in sorted((ROOT / "tests").glob(pattern)):
             if NEEDS.get(path.name, "numpy") in there:
@@ -129,7 +131,9 @@ def install(name: str, python: str) -> dict[str, str]:
     shutil.rmtree(place, ignore_errors=True)
     subprocess.run([python, "-m", "venv", place], check=True)
     pip = [place / "bin" / "python", "-m", "pip"]
-    subprocess.run([*pip, "install", "--quiet", *requirements(chosen)], check=True)
+    # Modules are compiled as they are imported, which most of them never are.
+    options = ["--quiet", "--no-compile"]
+    subprocess.run([*pip, "install", *options, *requirements(chosen)], check=True)
     subprocess.run([*pip, "check"], check=True)
     done = subprocess.run([*pip, "list", "--format=json"], capture_output=True, check=True)
     found = {x["name"].lower().replace("_", "-"): x["version"] for x in json.loads(done.stdout)}
@@ -141,7 +145,8 @@ def test(name: str, process: str) -> dict[str, Any]:
     place = BUILD / name
     report = place / f"{process}.xml"
     command = [place / "bin" / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    environment = os.environ | {
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    environment |= {
         "FOCAL_BACKENDS": BACKENDS.get(process, process),
         "FOCAL_REQUIRE_ALL": "1",
         "OMP_NUM_THREADS": "1",
@@ -208,8 +213,9 @@ def outcome(found: Mapping[str, Any] | None) -> str:
     """One cell."""
     if found is None:
         return ""
-    failed = f", {found['failed'] or 'aborted'} failed" if found["status"] else ""
-    return f"{found['passed']:,} passed{failed}"
+    failed = f", {found['failed']} failed" if found["failed"] else ""
+    aborted = ", aborted" if found["status"] not in (0, 1) else ""
+    return f"{found['passed']:,} passed{failed}{aborted}"
 
 
 def main() -> int:
