@@ -78,7 +78,7 @@ class _Loss(keras.losses.Loss):
 class _LabelLoss(_Loss):
     """A loss with class labels, some of which may be ignored: a mean does not count them."""
 
-    axis = -1
+    axis: int
 
     def __init__(self, reduction: str | None, name: str | None, dtype: Any) -> None:
         # Keras turns labels into this type, too, and half types do not hold every label.
@@ -186,9 +186,12 @@ class SparseSigmoidFocalLoss(_LabelLoss):
         dtype: Type to compute in. Default: Keras's `floatx`, float32. Half types become float32:
             Keras turns the labels into that type, too, and they would lose digits.
         label_smoothing: s in [0, 1]: the targets are `1 - s / 2` and `s / 2`. Default 0.
+        axis: The class axis. Default -1.
 
     Shape:
-        y_pred (..., K); y_true (...) or (..., 1), whole numbers in [-2, K).
+        y_pred with K classes on `axis`; y_true the same without `axis` or with 1 there, whole
+        numbers in [-2, K). K and above is an error in eager code on a CPU, and ignored in
+        compiled code and on a GPU.
 
     Raises:
         TypeError: a parameter has the wrong type.
@@ -205,7 +208,7 @@ class SparseSigmoidFocalLoss(_LabelLoss):
     """
 
     _function = "sparse_sigmoid_focal_loss"
-    _parameters = ("alpha", "gamma", "label_smoothing")
+    _parameters = ("alpha", "gamma", "label_smoothing", "axis")
 
     def __init__(
         self,
@@ -215,20 +218,22 @@ class SparseSigmoidFocalLoss(_LabelLoss):
         name: str | None = None,
         dtype: Any = None,
         label_smoothing: float = 0.0,
+        axis: int = -1,
     ) -> None:
         super().__init__(reduction, name, dtype)
         own = type(self).__name__
         self.alpha = _alpha(own, alpha)
         self.gamma = checks.check_gamma(own, gamma)
         self.label_smoothing = checks.check_number(own, "label_smoothing", label_smoothing, 0, 1)
+        self.axis = checks.check_integer(own, "axis", axis, -(2**31))
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """The loss of each sample."""
-        return ops.mean(self._losses(self._labels(y_true, y_pred), y_pred), axis=-1)
+        return ops.mean(self._losses(self._labels(y_true, y_pred), y_pred), axis=self.axis)
 
     def _counted(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         labels = self._labels(y_true, y_pred)
-        return (labels >= -1) & (labels < ops.shape(y_pred)[-1])
+        return (labels >= -1) & (labels < ops.shape(y_pred)[self.axis])
 
 
 @_registered
@@ -250,7 +255,8 @@ class SoftmaxFocalLoss(_LabelLoss):
 
     Shape:
         y_pred with K classes on `axis`; y_true the same without `axis` or with 1 there, whole
-        numbers.
+        numbers in [0, K) or `ignore_index`. Others are an error in eager code on a CPU, and
+        ignored in compiled code and on a GPU.
 
     Raises:
         TypeError: a parameter has the wrong type.

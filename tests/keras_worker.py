@@ -248,7 +248,7 @@ def shapes() -> dict[str, Any]:
     from focal.keras import SigmoidFocalLoss, SoftmaxFocalLoss, SparseSigmoidFocalLoss
 
     images = LOGITS.reshape(4, 3, 4, CLASSES)
-    choices = CHOICES.reshape(4, 3, 4)
+    labels, choices = LABELS.reshape(4, 3, 4), CHOICES.reshape(4, 3, 4)
     first = np.moveaxis(images, -1, 1)
     column = LOGITS[:, :1]
     many = np.zeros((2, 300), np.float32)
@@ -261,8 +261,10 @@ def shapes() -> dict[str, Any]:
             plain(SoftmaxFocalLoss(axis=1)(choices[:, None], first)),
         ],
         "sparse": [
-            plain(SparseSigmoidFocalLoss()(LABELS, LOGITS)),
-            plain(SparseSigmoidFocalLoss()(LABELS[:, None], LOGITS)),
+            plain(SparseSigmoidFocalLoss()(labels, images)),
+            plain(SparseSigmoidFocalLoss()(labels[..., None], images)),
+            plain(SparseSigmoidFocalLoss(axis=1)(labels, first)),
+            plain(SparseSigmoidFocalLoss(axis=1)(labels[:, None], first)),
         ],
         "flat": [
             plain(SigmoidFocalLoss()(SOFT[:, 0], column)),
@@ -299,6 +301,23 @@ def by_torch_compile() -> float:
 
     function = torch.compile(loss("sparse"), backend="eager")
     return plain(function(*map(keras.ops.convert_to_tensor, (LABELS, LOGITS))))
+
+
+def outside() -> dict[str, Any]:
+    """Labels of K: in eager code, and where `evaluate` compiles."""
+    import keras
+
+    found: dict[str, Any] = {}
+    for kind, ignored in (("sparse", -2), ("softmax", -100)):
+        wrong = np.where(np.arange(ROWS) % 5 == 0, CLASSES, TARGETS[kind])
+        right = np.where(wrong == CLASSES, ignored, wrong)
+        told = told_by(lambda kind=kind, wrong=wrong: loss(kind)(wrong, LOGITS))
+        found[kind] = {"eager": told}
+        if keras.backend.backend() in ("tensorflow", "jax"):
+            evaluated = network(kind).evaluate
+            options = {"batch_size": ROWS, "verbose": 0}
+            found[kind]["compiled"] = [evaluated(INPUTS, y, **options) for y in (wrong, right)]
+    return found
 
 
 def biases() -> dict[str, Any]:
@@ -400,14 +419,16 @@ def errors() -> list[str]:
     """What wrong arguments are told, in the order of `WRONG`."""
     import focal.keras
 
-    told = []
-    for wrong in WRONG.values():
-        try:
-            wrong(focal.keras)
-            told.append("nothing")
-        except Exception as error:
-            told.append(f"{type(error).__name__}: {error}")
-    return told
+    return [told_by(lambda wrong=wrong: wrong(focal.keras)) for wrong in WRONG.values()]
+
+
+def told_by(function: Callable[[], Any]) -> str:
+    """The error of a call."""
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
 
 
 def loaded(folder: Path) -> dict[str, float]:
@@ -435,6 +456,7 @@ def evaluate(folder: Path) -> dict[str, Any]:
         "copies": {kind: copies(kind) for kind in LOSSES},
         "earlier": earlier(),
         "shapes": shapes(),
+        "outside": outside(),
         "bias": biases(),
         "errors": errors(),
         "loaded": loaded(folder),

@@ -210,11 +210,26 @@ def test_masks_of_keras_and_ignored_labels_together(found: Found, backend: str) 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_shapes_and_types_of_labels(found: Found, backend: str) -> None:
     shapes = found("evaluate", backend)["shapes"]
-    assert len(set(shapes["sparse"])) == len(set(shapes["flat"])) == 1
-    close(shapes["softmax"], shapes["softmax"][0], 1e-6)
+    assert len(set(shapes["flat"])) == 1
+    for kind in ("sparse", "softmax"):
+        assert len(shapes[kind]) == 4
+        close(shapes[kind], shapes[kind][0], 1e-6)
     half = shapes["labels of a half type"]
     assert len(half) == 6 and len(set(half[:3])) == len(set(half[3:])) == 1
     assert shapes["nothing counted"] == [0, 0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["sparse", "softmax"])
+def test_a_label_outside_is_an_error_or_ignored(found: Found, kind: str, backend: str) -> None:
+    """In eager code, and in compiled code."""
+    outside = found("evaluate", backend)["outside"][kind]
+    function = worker.LOSSES[kind][1]
+    assert outside["eager"].startswith(f"ValueError: {function}: labels must ")
+    assert outside["eager"].endswith("; got 3")
+    if backend in ("tensorflow", "jax"):
+        wrong, right = outside["compiled"]
+        assert wrong == right > 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
