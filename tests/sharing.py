@@ -63,7 +63,7 @@ def trainer_cases() -> dict[str, tuple[RetinaNetConfig, TrainConfig]]:
         "ema, clipped": (ema, run.replace(clip_norm=0.5, ema=0.5)),
         "ema, clipped, accumulated, recomputed": (
             ema,
-            run.replace(clip_norm=0.5, ema=0.5, accumulate=4, recompute=True, momentum=0.9),
+            run.replace(clip_norm=0.5, ema=0.5, accumulate=4, recompute=True),
         ),
     }
 
