@@ -118,15 +118,15 @@ def files(chosen: Set, process: str) -> Iterator[str]:
 def interpreter(version: str, pythons: Sequence[str]) -> str:
     """That of the given ones which has this version."""
     script = "import sys; print('{}.{}'.format(*sys.version_info))"
-    for python in pythons:
-        done = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True)
+    for python in filter(shutil.which, pythons):
+        done = subprocess.run([python, "-c", script], capture_output=True, text=True, check=False)
         if done.stdout.strip() == version:
             return python
     raise SystemExit(f"no Python {version} among {', '.join(pythons)}")
 
 
-def install(name: str, python: str) -> dict[str, str]:
-    """A fresh environment; the versions of what is in it."""
+def install(name: str, python: str) -> None:
+    """A fresh environment."""
     chosen, place = SETS[name], BUILD / name
     shutil.rmtree(place, ignore_errors=True)
     subprocess.run([python, "-m", "venv", place], check=True)
@@ -135,6 +135,12 @@ def install(name: str, python: str) -> dict[str, str]:
     options = ["--quiet", "--no-compile"]
     subprocess.run([*pip, "install", *options, *requirements(chosen)], check=True)
     subprocess.run([*pip, "check"], check=True)
+
+
+def versions_in(name: str) -> dict[str, str]:
+    """The versions of what the set asks for, and of what computes behind it."""
+    chosen = SETS[name]
+    pip = [BUILD / name / "bin" / "python", "-m", "pip"]
     done = subprocess.run([*pip, "list", "--format=json"], capture_output=True, check=True)
     found = {x["name"].lower().replace("_", "-"): x["version"] for x in json.loads(done.stdout)}
     return {x: found[x] for x in (*map(name_of, requirements(chosen)), "jaxlib", "triton")}
@@ -144,6 +150,7 @@ def test(name: str, process: str) -> dict[str, Any]:
     """The tests of one framework: how many passed, and what did not."""
     place = BUILD / name
     report = place / f"{process}.xml"
+    report.unlink(missing_ok=True)
     command = [place / "bin" / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     environment |= {
@@ -172,16 +179,13 @@ def test(name: str, process: str) -> dict[str, Any]:
     return found | {"seconds": round(time.monotonic() - begin)}
 
 
-def run(name: str, python: str) -> dict[str, Any]:
-    """Install a set and test it."""
-    begin = time.monotonic()
-    packages = install(name, python)
+def run(name: str) -> dict[str, Any]:
+    """Test the set that is installed."""
     record = {
         "date": datetime.date.today().isoformat(),
         "command": f"make test-versions SETS={name}",
         "python": python_version(BUILD / name / "bin" / "python"),
-        "packages": packages,
-        "install_seconds": round(time.monotonic() - begin),
+        "packages": versions_in(name),
     }
     with ThreadPoolExecutor(JOBS) as pool:
         processes = SETS[name].processes
@@ -223,10 +227,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("sets", nargs="+", choices=SETS)
     parser.add_argument("--pythons", nargs="+", default=["python3.11", "python3.12", "python3.13"])
+    parser.add_argument("--reuse", action="store_true", help="take the environments that are there")
     options = parser.parse_args()
     failed = False
     for name in options.sets:
-        found = run(name, interpreter(SETS[name].python, options.pythons))
+        if not options.reuse:
+            install(name, interpreter(SETS[name].python, options.pythons))
+        found = run(name)
         record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
         record = {x: (record | {name: found})[x] for x in SETS if x in {*record, name}}
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
