@@ -61,14 +61,27 @@ from focal.kernels.torch_triton import BLOCK, _kernel
 # A float is passed in 32 bits unless its annotation says otherwise.
 gamma = next(p for p in _kernel.params if p.name == "gamma").annotation_type
 assert gamma == "fp64"
-types = {"n": "i32", "gamma": gamma, "alpha": "fp32", "alpha_rest": "fp32"}
+floats = dict.fromkeys(("alpha", "alpha_rest", "half_smoothing"), "fp32")
+types = {"n": "i32", "gamma": gamma, **floats}
 tasks = {"value": "*bf16", "sum": "*fp32", "slope": "*bf16"}
-for (task, out), t, power in itertools.product(tasks.items(), ("fp32", "i64"), (None, 0.5, 2.0)):
+cases = itertools.product(
+    tasks.items(), ("fp32", "i64"), (None, 0.5, 2.0), (False, True)
+)
+for (task, out), t, power, smoothed in cases:
     sparse = t == "i64"
     scale = {"scale": "*fp32"} if task == "slope" else {}
     signature = {"x": "*bf16", "t": f"*{t}", "out": out, **scale, **types}
-    constants = {"TASK": task, "GAMMA": power, "BALANCED": True, "HARD": sparse, "BLOCK": BLOCK}
-    constants |= {"CLASSES": 80 if sparse else 0, "SCALES": not sparse, "scale": None}
+    constants = {
+        "TASK": task,
+        "GAMMA": power,
+        "BALANCED": True,
+        "HARD": sparse and not smoothed,
+        "SMOOTHED": smoothed,
+        "CLASSES": 80 if sparse else 0,
+        "SCALES": not sparse,
+        "BLOCK": BLOCK,
+        "scale": None,
+    }
     names = _kernel.arg_names
     source = ASTSource(
         _kernel,
