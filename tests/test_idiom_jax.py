@@ -57,7 +57,11 @@ def every_loss(x, labels=LABELS):
         + F.sparse_sigmoid_focal_loss(x, labels, reduction="positives")
         + F.sparse_sigmoid_focal_loss(x, labels, gamma=0.5, reduction="mean")
         + F.softmax_focal_loss(
-            x, labels - (labels == -1).astype(labels.dtype), [1, 2, 3], reduction="mean", ignore_index=-2
+            x,
+            labels - (labels == -1).astype(labels.dtype),
+            [1, 2, 3],
+            reduction="mean",
+            ignore_index=-2,
         )
         + F.smooth_l1_loss(x, y, 0.1, reduction="mean")
     )

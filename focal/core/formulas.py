@@ -55,13 +55,17 @@ class SigmoidFocal(NamedTuple):
         factor = _weighted_power(xp, self, m, y)
         slope = w - s
         if not _is_zero(self.gamma):
-            bend = s - s * s  # p q; over m before anything else, or it underflows
-            bend /= m
-            bend *= xp.addcmul(-self.gamma, w, 2 * self.gamma)
-            slope = xp.addcmul(slope, bend, ce)
+            slope = xp.addcmul(slope, self._bend(xp, s, w, m), ce)
         slope *= factor
         slope *= sign
         return ce * factor, slope
+
+    def _bend(self, xp: Namespace, s: Array, w: Array, m: Array) -> Array:
+        """Gamma (2 w - 1) p q / m; p q over m before anything else, or it underflows."""
+        bend = s - s * s
+        bend /= m
+        bend *= xp.addcmul(-self.gamma, w, 2 * self.gamma)
+        return bend
 
     def background(self, xp: Namespace, x: Array) -> Array:
         """FL for y = 0, half the work: (1 - alpha) p^gamma softplus(x)."""

@@ -24,15 +24,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from focal.core.formulas import SigmoidFocal, Sparse
+from focal.core.formulas import Positive, SigmoidFocal, Sparse
 from focal.core.namespace import Namespace
 
 __all__ = ["Kernels"]
 
+Hard = SigmoidFocal | Sparse | Positive
+
 BLOCK = 3 << 17
 """Logits per block: larger ones leave the cache, smaller ones wait for Python."""
 STRIP = 128
-"""Targets that are looked through at once: to add them up takes less time than to search them."""
+"""Targets that are looked through at once: their greatest takes less time than a search."""
 RARE = 1 / 64
 """The share of positives up to which they are listed."""
 WORTH_LISTING = 1 << 15
@@ -42,6 +44,9 @@ WORTH_LISTING = 1 << 15
 class Kernels:
     """What `focal.kernels.torch_triton` is on a GPU, for operands of any type on a CPU.
 
+    A formula is `SigmoidFocal`, for targets like the logits, that in `Sparse`, for labels, or that
+    in `Positive`, whose target is the number 1.
+
     Args:
         xp: The array namespace of PyTorch.
     """
@@ -50,14 +55,14 @@ class Kernels:
         self.xp = xp
 
     def value(
-        self, formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor, out: Tensor | None = None
+        self, formula: Hard, x: Tensor, t: Tensor | float, out: Tensor | None = None
     ) -> Tensor:
         """FL of every logit.
 
         Args:
-            formula: `SigmoidFocal`, for targets like the logits, or that in `Sparse`, for labels.
+            formula: The formula.
             x: Logits: any number of them, or (rows, classes) for labels.
-            t: Targets, or a label for each row.
+            t: Targets, a label for each row, or 1.
             out: Where it is written to, contiguous and like x. Default: a new tensor.
         """
         out = torch.empty_like(x) if out is None else out
@@ -69,9 +74,9 @@ class Kernels:
 
     def slope(
         self,
-        formula: SigmoidFocal | Sparse,
+        formula: Hard,
         x: Tensor,
-        t: Tensor,
+        t: Tensor | float,
         scale: Tensor,
         out: Tensor | None = None,
     ) -> Tensor:
@@ -85,13 +90,13 @@ class Kernels:
                 flat[here] = slope
         return out
 
-    def total(self, formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor) -> Tensor:
+    def total(self, formula: Hard, x: Tensor, t: Tensor | float) -> Tensor:
         """The sum of FL, in float32 or better."""
         sums = [value.sum() for _, value, _ in self._blocks(formula, x, t)]
         return torch.stack(sums).sum()
 
     def total_and_slope(
-        self, formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor, out: Tensor | None = None
+        self, formula: Hard, x: Tensor, t: Tensor | float, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The sum of FL and dFL/dx in one pass, for logits of float32 or better."""
         out = torch.empty_like(x) if out is None else out
@@ -100,9 +105,9 @@ class Kernels:
 
     def _blocks(
         self,
-        formula: SigmoidFocal | Sparse,
+        formula: Hard,
         x: Tensor,
-        t: Tensor,
+        t: Tensor | float,
         value: Tensor | None = None,
         slope: Tensor | None = None,
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -111,23 +116,27 @@ class Kernels:
         The results stand in `value` and `slope`, where these are given and of the type to compute
         in, and otherwise in memory that the next block uses again.
         """
+        loss = formula if isinstance(formula, SigmoidFocal) else formula.formula
         sparse = isinstance(formula, Sparse)
-        loss = formula.formula if sparse else formula
         wide = torch.promote_types(x.dtype, torch.float32)
         classes = x.shape[1] if sparse else 1
         rows = max(1, BLOCK // classes)
         buffers: list[Tensor] = []
-        listed = _labelled(t, classes) if sparse else _rare(t)
+        listed = None
+        if isinstance(t, Tensor):
+            listed = _labelled(t, classes) if sparse else _rare(t)
         for start in range(0, len(x), rows):
             xb = x[start : start + rows].to(wide).reshape(-1)
-            tb = t[start : start + rows]
+            tb = t[start : start + rows] if isinstance(t, Tensor) else xb.new_ones(())
             here = slice(start * classes, start * classes + len(xb))
             scratch = _scratch(buffers, xb)
             v = value[here] if value is not None and value.dtype == wide else next(scratch)
             s = slope[here] if slope is not None and slope.dtype == wide else next(scratch)
             m, ce = next(scratch), next(scratch)
-            positives: _Listed | _Masked | None
-            if listed is not None:
+            positives: _Listed | _Masked | _Everywhere | None
+            if isinstance(formula, Positive):
+                positives = _Everywhere()
+            elif listed is not None:
                 positives = listed.within(here)
             else:
                 positives = _masked(tb.to(wide), m, scratch)
@@ -203,6 +212,18 @@ class _Masked(NamedTuple):
         m.mul_(share)
 
 
+class _Everywhere(NamedTuple):
+    """Nothing but positives, for a formula without alpha."""
+
+    def flip(self, values: Tensor) -> None:
+        """Change the sign of the values."""
+        values.neg_()
+
+    def weighted_power(self, loss: SigmoidFocal, m: Tensor) -> None:
+        """The factor m^gamma in the memory of m."""
+        _power(m, loss.gamma)
+
+
 def _labelled(labels: Tensor, classes: int) -> _Listed:
     """The logits of the labels' classes."""
     rows = torch.nonzero(labels >= 0)[:, 0]
@@ -213,11 +234,10 @@ def _rare(y: Tensor) -> _Listed | None:
     """The targets of 1, if they are few and all others are 0."""
     if len(y) < WORTH_LISTING:
         return None
-    if y.amin() < 0:  # out of range, and might cancel others in the sums below
-        return None
     whole = len(y) // STRIP * STRIP
     strips = y[:whole].view(-1, STRIP)
-    found = torch.nonzero(strips.sum(1))[:, 0]
+    # Not the sum, in which a target out of range may cancel a positive.
+    found = torch.nonzero(strips.amax(1))[:, 0]
     if len(found) > RARE * len(y):
         return None
     row, column = torch.nonzero(strips[found], as_tuple=True)
@@ -236,7 +256,7 @@ def _masked(y: Tensor, spare: Tensor, scratch: Iterator[Tensor]) -> _Masked | No
 def _margin_pass(
     loss: SigmoidFocal,
     x: Tensor,
-    positives: _Listed | _Masked,
+    positives: _Listed | _Masked | _Everywhere,
     value: Tensor,
     slope: Tensor,
     m: Tensor,

@@ -119,8 +119,10 @@ class Layout:
             step *= max(1, self.x.shape[axis])
         return self.x.new_empty_strided(self.x.shape, strides)
 
-    def flat(self, a: Tensor) -> Tensor:
+    def flat(self, a: Targets) -> Targets:
         """An operand, or what `new` gave, as one axis or as rows; a view where it can be."""
+        if not isinstance(a, Tensor):
+            return a
         if not self.by_row:
             return a.permute(self.order).reshape(-1)
         return a.reshape(-1, a.shape[-1]) if a.ndim == self.x.ndim else a.reshape(-1)

@@ -11,7 +11,7 @@ from focal.core import softmax
 from focal.core.namespace import Namespace
 from focal.torch import _ops
 from focal.torch._blocks import batch_first, by_rows
-from focal.torch._dispatch import nests_forward_mode
+from focal.torch._dispatch import is_plain, nests_forward_mode
 
 __all__ = ["class_margins", "label_margin"]
 
@@ -24,7 +24,8 @@ def label_margin(x: Tensor, at: Tensor, valid: Tensor) -> Tensor:
         return _CompiledMargin.apply(x, at, valid)
     if nests_forward_mode():
         return softmax.margin(xp, x, at, valid)[0]
-    return _Margin.apply(x, at, valid)
+    with_slope = torch.is_grad_enabled() and x.requires_grad and is_plain(x, at, valid)
+    return _Margin.apply(x, at, valid, with_slope)[0]
 
 
 def class_margins(x: Tensor, valid: Tensor) -> Tensor:
@@ -35,36 +36,60 @@ def class_margins(x: Tensor, valid: Tensor) -> Tensor:
 
 
 class _Margin(torch.autograd.Function):
-    """`focal.core.softmax.margin` of logits (..., K)."""
+    """`focal.core.softmax.margin` of logits (..., K), and dz/dx for the first backward pass."""
 
     @staticmethod
-    def forward(x: Tensor, at: Tensor, valid: Tensor) -> Tensor:
-        return by_rows(lambda *rows: softmax.margin(xp, *rows)[0], x, at, valid)
+    def forward(x: Tensor, at: Tensor, valid: Tensor, with_slope: bool) -> tuple[Tensor, Tensor]:
+        if not with_slope:
+            return by_rows(lambda *rows: softmax.margin(xp, *rows)[0], x, at, valid), x.new_empty(0)
+
+        def block(x: Tensor, at: Tensor, valid: Tensor, slope: Tensor) -> Tensor:
+            z, odds = softmax.margin(xp, x, at, valid)
+            slope.copy_(_slope(odds, at))
+            return z
+
+        slope = torch.empty_like(x, memory_format=torch.contiguous_format)
+        return by_rows(block, x, at, valid, slope), slope
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *operands, with_slope = inputs
+        ctx.save_for_backward(*operands)
+        ctx.save_for_forward(*operands)
+        ctx.slope = output[1].detach() if with_slope else None
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         x, at, valid = ctx.saved_tensors
+        if grad is None:
+            return None, None, None, None
+        slope, ctx.slope = ctx.slope, None
+        if slope is not None and not torch.is_grad_enabled() and is_plain(grad):
+            return slope.mul_(grad[..., None]), None, None, None
 
-        def slope(x: Tensor, at: Tensor, valid: Tensor, grad: Tensor) -> Tensor:
-            return softmax.margin_grad(xp, softmax.margin(xp, x, at, valid)[1], at, grad)
+        # A second pass through the graph, or one that is itself differentiated.
+        def scaled(x: Tensor, at: Tensor, valid: Tensor, grad: Tensor) -> Tensor:
+            return _slope(softmax.margin(xp, x, at, valid)[1], at) * grad[..., None]
 
-        return by_rows(slope, x, at, valid, grad), None, None
+        return by_rows(scaled, x, at, valid, grad), None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[Tensor, int]:
-        return _Margin.apply(*batch_first(info.batch_size, in_dims, operands)), 0
+    def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[Any, tuple[int, None]]:
+        x, at, valid, _ = batch_first(info.batch_size, in_dims, operands)
+        return _Margin.apply(x, at, valid, False), (0, None)
 
     @staticmethod
-    def jvp(ctx: Any, dx: Any, *_: Any) -> Tensor:
+    def jvp(ctx: Any, dx: Any, *_: Any) -> tuple[Tensor, None]:
         x, at, valid = ctx.saved_tensors
-        odds = softmax.margin(xp, x, at, valid)[1]
-        slopes = softmax.margin_grad(xp, odds, at, torch.ones_like(odds[..., 0]))
-        return torch.sum(slopes * dx, -1)
+        slope = _slope(softmax.margin(xp, x, at, valid)[1], at)
+        return torch.sum(slope * dx, -1), None
+
+
+def _slope(odds: Tensor, at: Tensor) -> Tensor:
+    """dz/dx."""
+    return softmax.margin_grad(xp, odds, at, torch.ones_like(odds[..., 0]))
 
 
 class _CompiledMargin(torch.autograd.Function):

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from focal.core import parameters
-from focal.core.formulas import SigmoidFocal, Sparse
+from focal.core.formulas import Positive, SigmoidFocal, Sparse
 from focal.core.namespace import Formula, Namespace
 from focal.kernels import torch_cpu
 from focal.torch import _ops
@@ -372,16 +372,16 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
 
 def _kernels(formula: Formula, x: Tensor, t: Targets, *more: Tensor) -> Any:
     """`focal.kernels.torch_triton` or its like for a CPU, where one takes these operands."""
-    loss = formula.formula if isinstance(formula, Sparse) else formula
+    loss = formula.formula if isinstance(formula, Sparse | Positive) else formula
     if not (
         isinstance(loss, SigmoidFocal)
         and all(n is None or parameters.is_number(n) for n in loss)
-        and isinstance(t, Tensor)
+        and isinstance(t, Tensor) != isinstance(formula, Positive)
         and x.numel() > 0
         and is_plain(x, t, *more)
     ):
         return None
-    if x.device.type == TRITON_DEVICE:
+    if x.device.type == TRITON_DEVICE and isinstance(t, Tensor):
         kernels = _triton_on(x.device)
         if kernels and kernels.takes(x, t, *more):
             return kernels
