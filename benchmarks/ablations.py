@@ -29,9 +29,9 @@ import torch
 from benchmarks.common import machine, versions
 from focal.core.anchors import AnchorConfig
 from focal.retinanet import RetinaNetConfig, TrainConfig, build
-from focal.retinanet.backend_torch import Trainer
 from focal.retinanet.data import CocoDataset, Dataset, Example, ShapesDataset, train_batches
-from focal.retinanet.loop import evaluate_model, learning_rate
+from focal.retinanet.torch.trainer import Trainer
+from focal.retinanet.training.loop import evaluate_model, learning_rate
 from focal.retinanet.weights import write_atomically
 
 Changes = Mapping[str, Any]

@@ -17,9 +17,9 @@ import torch
 
 from benchmarks.common import interleaved, record
 from focal.retinanet import load, predict
-from focal.retinanet.backend_torch import detect
 from focal.retinanet.data import CocoDataset, eval_batches
-from focal.retinanet.export_torch import export_onnx
+from focal.retinanet.torch.export import export_onnx
+from focal.retinanet.torch.trainer import detect
 
 PROGRAM = """
 import sys

@@ -15,9 +15,9 @@ import tensorflow as tf
 
 from benchmarks.common import interleaved, record
 from focal.retinanet import load, predict
-from focal.retinanet.backend_tensorflow import detect
 from focal.retinanet.data import CocoDataset, eval_batches
-from focal.retinanet.export_tensorflow import export_saved_model
+from focal.retinanet.tensorflow.export import export_saved_model
+from focal.retinanet.tensorflow.trainer import detect
 
 PROGRAM = """
 import sys

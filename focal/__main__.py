@@ -2,6 +2,6 @@
 
 import sys
 
-from focal.retinanet.cli import main
+from focal.cli import main
 
 sys.exit(main())

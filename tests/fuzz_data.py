@@ -48,14 +48,14 @@ import PIL
 from PIL import Image
 
 import focal
-import focal.retinanet.loop  # all that the command line imports, before files are watched
-import focal.retinanet.report
+import focal.retinanet.report.report
+import focal.retinanet.training.loop  # all that the command line imports, before files are watched
+from focal.cli import main as command_line
 from focal.retinanet import PRESETS
-from focal.retinanet.check_report import check_record, check_text
-from focal.retinanet.cli import main as command_line
 from focal.retinanet.data import CocoDataset, DataError, eval_batches, train_batches
-from focal.retinanet.data.check import check_data, read_boxes
-from focal.retinanet.evaluate import evaluate
+from focal.retinanet.report.check import check_data, read_boxes
+from focal.retinanet.report.check_report import check_record, check_text
+from focal.retinanet.training.evaluate import evaluate
 from focal.retinanet.weights import write_atomically
 
 WIDTH, HEIGHT = 48, 32

@@ -28,7 +28,7 @@ def start() -> None:
 
 def initial(config: RetinaNetConfig, seed: int) -> Arrays:
     """The weights of a new network."""
-    from focal.retinanet import network_torch
+    from focal.retinanet.torch import network as network_torch
 
     return network_torch.state(network_torch.build_network(config, seed))
 
@@ -37,7 +37,7 @@ def shapes(config: RetinaNetConfig) -> tuple[dict[str, tuple[int, ...]], int]:
     """The shapes of all weights by name, and the number of parameters."""
     import torch
 
-    from focal.retinanet import network_torch
+    from focal.retinanet.torch import network as network_torch
 
     with torch.device("meta"):
         network = network_torch.RetinaNet(config)
@@ -50,7 +50,7 @@ def raw_outputs(
     config: RetinaNetConfig, weights: Arrays, images: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Class logits and deltas."""
-    from focal.retinanet import backend_torch
+    from focal.retinanet.torch import trainer as backend_torch
 
     return backend_torch.raw_outputs(_detector(config, weights), images)
 
@@ -59,7 +59,7 @@ def detect(
     config: RetinaNetConfig, weights: Arrays, images: np.ndarray, sizes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Boxes, scores and labels."""
-    from focal.retinanet import backend_torch
+    from focal.retinanet.torch import trainer as backend_torch
 
     return backend_torch.detect(_detector(config, weights), images, sizes)
 
@@ -73,7 +73,7 @@ def step(
     rate: float,
 ) -> tuple[dict[str, float], Arrays, Arrays]:
     """What a step of training reports, the trainer's state after it, and the weights to keep."""
-    from focal.retinanet import backend_torch
+    from focal.retinanet.torch import trainer as backend_torch
 
     trainer = backend_torch.Trainer(_detector(config, weights), run)
     parts = {name: float(x) for name, x in trainer.step(number, batch, rate).items()}
@@ -93,7 +93,7 @@ def bottleneck(
     """
     import torch
 
-    from focal.retinanet import network_torch
+    from focal.retinanet.torch import network as network_torch
 
     torch.manual_seed(0)
     block = network_torch.Bottleneck(*sizes, net, network_torch._NORMS[norm])
@@ -142,14 +142,15 @@ def saved(config: RetinaNetConfig, weights: Arrays, path: Path) -> None:
 
 def loaded(path: Path) -> tuple[RetinaNetConfig, Arrays]:
     """Read a weights file into a detector: its config and weights."""
-    from focal.retinanet import backend_torch, load
+    from focal.retinanet import load
+    from focal.retinanet.torch import trainer as backend_torch
 
     model = load(path, "torch", "cpu")
     return model.config, backend_torch.state(model)
 
 
 def _detector(config: RetinaNetConfig, weights: Arrays) -> Any:
-    from focal.retinanet import backend_torch
+    from focal.retinanet.torch import trainer as backend_torch
 
     model = backend_torch.build(config, 0, "cpu")
     backend_torch.load_state(model, weights)

@@ -18,7 +18,7 @@ from focal.core.anchors import AnchorConfig
 from focal.retinanet.config import RetinaNetConfig, TrainConfig
 from focal.retinanet.data.loader import Batch
 from focal.retinanet.presets import PRESETS
-from focal.retinanet.replicas import Replicas
+from focal.retinanet.training.replicas import Replicas
 
 REPLICAS = 2
 ROWS, FEATURES, CLASSES = 8, 5, 3
@@ -129,7 +129,7 @@ def with_torch(out: Path) -> None:
     from torch import distributed
     from torch.nn.parallel import DistributedDataParallel
 
-    from focal.retinanet import backend_torch
+    from focal.retinanet.torch import trainer as backend_torch
     from focal.torch import num_positives, sparse_sigmoid_focal_loss
 
     replicas = backend_torch.replicas("cpu")
@@ -157,7 +157,7 @@ def with_jax(out: Path) -> None:
     from jax.sharding import PartitionSpec as P
 
     from focal.jax import num_positives, sparse_sigmoid_focal_loss
-    from focal.retinanet import backend_jax
+    from focal.retinanet.jax import trainer as backend_jax
 
     mesh = jax.sharding.Mesh(jax.devices(), ("replicas",))
     found = {}
@@ -197,7 +197,7 @@ def with_tensorflow(out: Path) -> None:
     tf.config.set_logical_device_configuration(
         cpu, [tf.config.LogicalDeviceConfiguration() for _ in range(REPLICAS)]
     )
-    from focal.retinanet import backend_tensorflow
+    from focal.retinanet.tensorflow import trainer as backend_tensorflow
     from focal.tensorflow import num_positives, sparse_sigmoid_focal_loss
 
     replicas = backend_tensorflow.replicas("cpu")

@@ -22,7 +22,7 @@ from typing import Any
 from focal.core.anchors import AnchorConfig
 from focal.retinanet import PRESETS, TrainConfig
 from focal.retinanet.data import ShapesDataset
-from focal.retinanet.loop import train
+from focal.retinanet.training.loop import train
 
 CONFIG = PRESETS["tiny"].detector.replace(
     classes=("circle", "square", "triangle"),
@@ -69,7 +69,7 @@ def soak(backend: str, steps: int, out: Path) -> dict[str, Any]:
     memory: list[float] = []
     validation = ShapesDataset("val", size=(64, 64), num_images=4)
     data = ShapesDataset("train", size=(64, 64), num_images=64)
-    trainer = importlib.import_module(f"focal.retinanet.backend_{backend}").Trainer
+    trainer = importlib.import_module(f"focal.retinanet.{backend}.trainer").Trainer
     whole = trainer.step
 
     def watched(self: Any, number: int, *arguments: Any) -> Any:

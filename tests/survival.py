@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from focal.retinanet.cli import main as focal_main
+from focal.cli import main as focal_main
 from focal.retinanet.data import ShapesDataset
-from focal.retinanet.run_folder import read_checkpoint
+from focal.retinanet.training.run_folder import read_checkpoint
 from focal.retinanet.weights import load_weights, read_tensors
 
 KEEP = 2
@@ -305,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as name:
         data = coco_folder(Path(name) / "data")
         os.environ.update(environment(Path(name)))
-        for module in (f"backend_{options.backend}", "loop", "report"):
+        for module in (f"{options.backend}.trainer", "training.loop", "report.report"):
             importlib.import_module(f"focal.retinanet.{module}")
         whole = {}
         common = {"steps": options.steps, "forked": True}

@@ -18,14 +18,14 @@ from backends import RETINANETS
 from PIL import Image
 
 import focal
-from focal.retinanet.cli import main
+from focal.cli import main
 
 pytest.importorskip("torch")
 pytest.importorskip("pycocotools")
 
 from focal.retinanet import load
 from focal.retinanet.data import ShapesDataset
-from focal.retinanet.run_folder import read_checkpoint
+from focal.retinanet.training.run_folder import read_checkpoint
 from focal.retinanet.weights import load_weights, save_weights
 
 QUICK = [

@@ -132,7 +132,7 @@ def test_boxes_are_in_pixels_of_the_image(model, monkeypatch):
         boxes = [[[0, 0, width / 2, height]] for height, width in sizes]
         return np.float32(boxes), np.full((len(sizes), 1), 0.5), np.ones((len(sizes), 1), int)
 
-    monkeypatch.setattr("focal.retinanet.backend_torch.detect", halves)
+    monkeypatch.setattr("focal.retinanet.torch.trainer.detect", halves)
     images = [picture(24, 32), picture(96, 64), picture(48, 48)]
     found = predict(model, images)
     assert [f["boxes"].tolist() for f in found] == [

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from focal.retinanet import cli
+from focal import cli
 from focal.testing import __main__ as sweep
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from focal.retinanet.data import ShapesDataset
-from focal.retinanet.evaluate import evaluate
+from focal.retinanet.training.evaluate import evaluate
 
 TRUTH = {
     "images": [{"id": 1}, {"id": 2}, {"id": 3}],

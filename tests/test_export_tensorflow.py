@@ -18,7 +18,7 @@ pytest.importorskip("safetensors")
 from focal.retinanet import PRESETS, build, predict  # noqa: E402
 from focal.retinanet.data import CocoDataset, ShapesDataset  # noqa: E402
 from focal.retinanet.data.transforms import fit, place  # noqa: E402
-from focal.retinanet.export_tensorflow import export_saved_model  # noqa: E402
+from focal.retinanet.tensorflow.export import export_saved_model  # noqa: E402
 
 BCCD = Path(__file__).resolve().parents[2] / "shared/data/bccd"
 CONFIG = PRESETS["tiny"].detector.replace(
@@ -193,7 +193,7 @@ def test_a_failure_leaves_the_old_export(model, folder, monkeypatch):
     def full(*_):
         raise OSError("no space left")
 
-    for target in ("tensorflow.saved_model.save", "focal.retinanet.export_tensorflow.Path.rename"):
+    for target in ("tensorflow.saved_model.save", "focal.retinanet.tensorflow.export.Path.rename"):
         with monkeypatch.context() as patch:
             patch.setattr(target, full)
             with pytest.raises(OSError, match="no space left"):

@@ -17,22 +17,22 @@ import onnx
 import onnxruntime
 import torch
 
+from focal.cli import main
 from focal.retinanet import (
     PRESETS,
     RetinaNetConfig,
     build,
     detector,
     export,
-    export_torch,
     load,
     predict,
     raw_outputs,
     save,
 )
-from focal.retinanet.cli import main
 from focal.retinanet.data import CocoDataset
 from focal.retinanet.detector import _canvases
-from focal.retinanet.export_torch import export_onnx, export_program
+from focal.retinanet.torch import export as export_torch
+from focal.retinanet.torch.export import export_onnx, export_program
 
 BCCD = Path(__file__).resolve().parents[2] / "shared/data/bccd"
 needs_bccd = pytest.mark.skipif(not BCCD.is_dir(), reason="the BCCD images are not here")
@@ -277,7 +277,7 @@ def test_the_command_gone_wrong(tmp_path, model, capsys):
 def test_a_path_without_an_ending_goes_to_tensorflow(tmp_path, monkeypatch, capsys):
     written = []
     writer = SimpleNamespace(export_saved_model=lambda *given: written.append(given))
-    monkeypatch.setitem(sys.modules, "focal.retinanet.export_tensorflow", writer)
+    monkeypatch.setitem(sys.modules, "focal.retinanet.tensorflow.export", writer)
     detector_of = lambda _, backend, device: SimpleNamespace(backend=backend, device=device)  # noqa: E731
     monkeypatch.setattr(detector, "load", detector_of)
     out = tmp_path / "new" / "net"

@@ -12,9 +12,9 @@ from PIL import Image
 
 import focal
 import focal.numpy as F
+from focal.cli import main
 from focal.core.anchors import AnchorConfig
 from focal.retinanet import PRESETS, build, save
-from focal.retinanet.cli import main
 from focal.retinanet.data import ShapesDataset
 from focal.retinanet.figures import (
     FIGURES,

@@ -135,10 +135,10 @@ def test_only_adapters_reach_the_kernels() -> None:
 
 
 def test_retinanet_imports_a_framework_only_in_its_own_files() -> None:
-    """network_torch.py is PyTorch's; what is shared names no framework at its top level."""
+    """retinanet/torch is PyTorch's; what is shared names no framework at its top level."""
     wrong = []
     for path in sources("retinanet"):
-        own = next((f for f in FRAMEWORKS if path.stem.endswith(f"_{f}")), None)
+        own = path.parent.name if path.parent.name in FRAMEWORKS else None
         names = {n.split(".")[0] for n in imports(path, top_level_only=own is None)}
         adapters = {
             n.split(".")[1]

@@ -20,12 +20,12 @@ from focal.retinanet import (
     TrainConfig,
     build,
     load,
-    network_jax,
     save,
 )
-from focal.retinanet import backend_jax as ours
 from focal.retinanet.architecture import BACKBONES
 from focal.retinanet.data import ShapesDataset, train_batches
+from focal.retinanet.jax import network as network_jax
+from focal.retinanet.jax import trainer as ours
 from focal.retinanet.objective import EMA_START
 from focal.retinanet.weights import load_weights, part
 
@@ -422,7 +422,7 @@ def test_images_without_boxes_are_no_trouble():
 
 def test_the_training_loop_runs_on_it(tmp_path):
     pytest.importorskip("pycocotools")
-    from focal.retinanet.loop import train
+    from focal.retinanet.training.loop import train
 
     data = shapes()
     options = {"backend": "jax", "device": "cpu"}

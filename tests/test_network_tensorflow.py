@@ -19,13 +19,13 @@ from focal.retinanet import (  # noqa: E402
     TrainConfig,
     build,
     load,
-    network_tensorflow,
     predict,
     save,
 )
-from focal.retinanet import backend_tensorflow as backend_tf  # noqa: E402
 from focal.retinanet.architecture import Backbone  # noqa: E402
 from focal.retinanet.data import ShapesDataset, train_batches  # noqa: E402
+from focal.retinanet.tensorflow import network as network_tensorflow  # noqa: E402
+from focal.retinanet.tensorflow import trainer as backend_tf  # noqa: E402
 
 SMALL = RetinaNetConfig(
     classes=("circle", "square", "triangle"),

@@ -9,10 +9,10 @@ pytest.importorskip("torch")
 import torch
 
 from focal.core.anchors import AnchorConfig
-from focal.retinanet import backend_torch
 from focal.retinanet.architecture import BACKBONES
 from focal.retinanet.config import RetinaNetConfig
-from focal.retinanet.network_torch import (
+from focal.retinanet.torch import trainer as backend_torch
+from focal.retinanet.torch.network import (
     FrozenBatchNorm2d,
     RetinaNet,
     build_network,

@@ -25,7 +25,7 @@ class Missing:
         if name.split(".")[0] in {names!r}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Missing())
-from focal.retinanet.cli import main
+from focal.cli import main
 sys.exit(main({arguments!r}))
 """
 
@@ -63,7 +63,7 @@ def test_the_wheel_is_the_package_and_nothing_else(built):
     assert [need for need in needs if "extra ==" not in need] == ["numpy>=2.0"]
     extras = {"torch", "jax", "tensorflow", "onnx", "retinanet", "docs", "dev"}
     assert extras <= set(fields.get_all("Provides-Extra"))
-    assert entries.decode() == "[console_scripts]\nfocal = focal.retinanet.cli:main\n"
+    assert entries.decode() == "[console_scripts]\nfocal = focal.cli:main\n"
 
 
 def test_the_sdist_builds_the_same_wheel(built, tmp_path, monkeypatch):

@@ -28,11 +28,11 @@ from sharing import (
 
 import focal
 import focal.numpy as F
-from focal.retinanet.cli import main
+from focal.cli import main
 from focal.retinanet.config import TrainConfig
 from focal.retinanet.data import ShapesDataset, train_batches
 from focal.retinanet.detector import backend_module, build
-from focal.retinanet.loop import learning_rate
+from focal.retinanet.training.loop import learning_rate
 
 TESTS = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -257,7 +257,7 @@ def test_two_processes_stop_after_the_same_step(tmp_path):
 
 
 def test_shares_that_are_not_equal(tmp_path):
-    from focal.retinanet.replicas import Replicas
+    from focal.retinanet.training.replicas import Replicas
 
     train = TrainConfig(batch_size=12, accumulate=2)
     Replicas(processes=2, local=3).check(train)
@@ -313,7 +313,7 @@ def test_what_is_computed_again_does_not_count_twice_in_the_statistics(framework
 
 
 def test_what_torch_cannot_compile():
-    backend = pytest.importorskip("focal.retinanet.backend_torch")
+    backend = pytest.importorskip("focal.retinanet.torch.trainer")
     config, train = trainer_cases()["batch"]
     model = backend.build(config.replace(norm="batch"), 0, "cpu")
     with pytest.raises(ValueError, match="compile and recompute need norm 'group'"):

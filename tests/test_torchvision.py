@@ -12,13 +12,13 @@ torch = pytest.importorskip("torch")
 from focal.core.anchors import AnchorConfig  # noqa: E402
 from focal.retinanet import RetinaNetConfig, load_torchvision, raw_outputs  # noqa: E402
 from focal.retinanet.detector import backend_module  # noqa: E402
-from focal.retinanet.network_torch import (  # noqa: E402
+from focal.retinanet.presets import CONVENTIONS  # noqa: E402
+from focal.retinanet.torch.network import (  # noqa: E402
     FrozenBatchNorm2d,
     build_network,
     load_state,
     state,
 )
-from focal.retinanet.presets import CONVENTIONS  # noqa: E402
 from focal.retinanet.torchvision import from_torchvision, read_torchvision  # noqa: E402
 from focal.retinanet.weights import load_weights  # noqa: E402
 

@@ -23,19 +23,19 @@ from focal.retinanet import (
     PRESETS,
     RetinaNetConfig,
     TrainConfig,
-    backend_torch,
     build,
     load,
-    loop,
     predict,
     raw_outputs,
 )
-from focal.retinanet.backend_torch import Trainer, state
 from focal.retinanet.data import ShapesDataset, train_batches
-from focal.retinanet.first_loss import first_loss
-from focal.retinanet.loop import learning_rate, train
-from focal.retinanet.run_folder import RunFolder, read_checkpoint
-from focal.retinanet.stopping import Stopped
+from focal.retinanet.torch import trainer as backend_torch
+from focal.retinanet.torch.trainer import Trainer, state
+from focal.retinanet.training import loop
+from focal.retinanet.training.first_loss import first_loss
+from focal.retinanet.training.loop import learning_rate, train
+from focal.retinanet.training.run_folder import RunFolder, read_checkpoint
+from focal.retinanet.training.stopping import Stopped
 from focal.retinanet.weights import load_weights
 
 CONFIG = PRESETS["tiny"].detector.replace(

@@ -103,8 +103,8 @@ def export(model: Any, path: str | os.PathLike[str]) -> None:
     """Write the detector with its post-processing, for programs that do without this library.
 
     What goes in and what comes out is the same in both formats:
-    `focal.retinanet.export_torch.export_onnx` and
-    `focal.retinanet.export_tensorflow.export_saved_model` describe it. ONNX is written by
+    `focal.retinanet.torch.export.export_onnx` and
+    `focal.retinanet.tensorflow.export.export_saved_model` describe it. ONNX is written by
     PyTorch and a SavedModel by TensorFlow, whichever framework the model is of.
 
     Args:
@@ -123,9 +123,9 @@ def export(model: Any, path: str | os.PathLike[str]) -> None:
         model = build(model.config, backend, device="cpu")
         backend_module(backend).load_state(model, tensors)
     if backend == "torch":
-        from focal.retinanet.export_torch import export_onnx as write
+        from focal.retinanet.torch.export import export_onnx as write
     else:
-        from focal.retinanet.export_tensorflow import export_saved_model as write
+        from focal.retinanet.tensorflow.export import export_saved_model as write
     write(model, path)
 
 
@@ -205,7 +205,7 @@ def backend_module(backend: str) -> ModuleType:
     """The module that runs detectors in a framework; imports the framework."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
-    return importlib.import_module(f"focal.retinanet.backend_{backend}")
+    return importlib.import_module(f"focal.retinanet.{backend}.trainer")
 
 
 def _canvases(

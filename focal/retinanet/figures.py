@@ -27,7 +27,7 @@ from focal.numpy import (
 )
 from focal.retinanet.data import Dataset, eval_batches
 from focal.retinanet.detector import backend_module
-from focal.retinanet.draw import PALETTE, save_image
+from focal.retinanet.report.draw import PALETTE, save_image
 from focal.retinanet.weights import write_atomically
 
 __all__ = [

@@ -7,7 +7,7 @@ import torch
 import focal.torch as F
 from focal.retinanet import PRESETS, build, predict, raw_outputs
 from focal.retinanet.data import ShapesDataset
-from focal.retinanet.loop import train
+from focal.retinanet.training.loop import train
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -197,9 +197,9 @@ def _add_backend(parser: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace, command: str) -> None:
     from focal.retinanet import report
-    from focal.retinanet.curves import loss_plot, read_metrics
     from focal.retinanet.detector import backend_module, predict
-    from focal.retinanet.loop import train
+    from focal.retinanet.report.curves import loss_plot, read_metrics
+    from focal.retinanet.training.loop import train
     from focal.retinanet.weights import load_weights
 
     detector, run = _configs(options)
@@ -249,8 +249,8 @@ def _train(options: argparse.Namespace, command: str) -> None:
 
 def _evaluate(options: argparse.Namespace, command: str) -> None:
     from focal.retinanet.detector import load
-    from focal.retinanet.loop import evaluate_model
-    from focal.retinanet.run_folder import plain_json
+    from focal.retinanet.training.loop import evaluate_model
+    from focal.retinanet.training.run_folder import plain_json
     from focal.retinanet.weights import write_atomically
 
     model = load(options.weights, options.backend, options.device)
@@ -272,7 +272,7 @@ def _evaluate(options: argparse.Namespace, command: str) -> None:
 def _predict(options: argparse.Namespace, _: str) -> None:
     from focal.retinanet.data import read_image
     from focal.retinanet.detector import load, predict
-    from focal.retinanet.draw import draw_boxes, save_image
+    from focal.retinanet.report.draw import draw_boxes, save_image
     from focal.retinanet.weights import write_atomically
 
     model = load(options.weights, options.backend, options.device)
@@ -320,9 +320,9 @@ def _export(options: argparse.Namespace, _: str) -> None:
 
 
 def _check(options: argparse.Namespace, command: str) -> int:
-    from focal.retinanet.check_picture import check_picture
-    from focal.retinanet.check_report import check_record, check_text
-    from focal.retinanet.data.check import check_data, read_boxes
+    from focal.retinanet.report.check import check_data, read_boxes
+    from focal.retinanet.report.check_picture import check_picture
+    from focal.retinanet.report.check_report import check_record, check_text
     from focal.retinanet.weights import write_atomically
 
     detector, _ = _configs(options)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from focal.retinanet.config import RetinaNetConfig
-from focal.retinanet.data.check import Boxes, Finding, Split, all_classes
 from focal.retinanet.data.images import printable
+from focal.retinanet.report.check import Boxes, Finding, Split, all_classes
 
 __all__ = ["BUCKETS", "check_record", "check_text"]
 

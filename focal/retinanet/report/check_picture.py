@@ -14,12 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
-from focal.retinanet.check_report import BUCKETS
 from focal.retinanet.config import RetinaNetConfig
-from focal.retinanet.data.check import Boxes
-from focal.retinanet.data.coverage import anchor_shapes
 from focal.retinanet.data.images import printable
-from focal.retinanet.draw import PALETTE, save_image
+from focal.retinanet.report.check import Boxes
+from focal.retinanet.report.check_report import BUCKETS
+from focal.retinanet.report.coverage import anchor_shapes
+from focal.retinanet.report.draw import PALETTE, save_image
 
 __all__ = ["check_picture"]
 

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from focal.retinanet.draw import PALETTE, save_image
+from focal.retinanet.report.draw import PALETTE, save_image
 
 __all__ = ["Lines", "curve", "loss_plot", "number", "read_metrics"]
 

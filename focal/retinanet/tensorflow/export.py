@@ -10,9 +10,9 @@ from tempfile import TemporaryDirectory
 import tensorflow as tf
 from tensorflow import Tensor
 
-from focal.retinanet.backend_tensorflow import detections_of
 from focal.retinanet.exported import description
-from focal.retinanet.network_tensorflow import RetinaNet
+from focal.retinanet.tensorflow.network import RetinaNet
+from focal.retinanet.tensorflow.trainer import detections_of
 
 __all__ = ["export_saved_model"]
 
@@ -54,7 +54,7 @@ def export_saved_model(model: RetinaNet, path: str | os.PathLike[str]) -> None:
         >>> import tempfile
         >>> import numpy as np, tensorflow as tf
         >>> from focal.retinanet import PRESETS, build
-        >>> from focal.retinanet.export_tensorflow import export_saved_model
+        >>> from focal.retinanet.tensorflow.export import export_saved_model
         >>> config = PRESETS["tiny"].detector.replace(classes=("cell",), canvas=(64, 64))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     export_saved_model(build(config, "tensorflow"), folder)

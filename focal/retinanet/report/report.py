@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from focal.retinanet.curves import Lines, curve, number, read_metrics
 from focal.retinanet.data.dataset import Example
-from focal.retinanet.draw import draw_boxes, save_image, side_by_side
+from focal.retinanet.report.curves import Lines, curve, number, read_metrics
+from focal.retinanet.report.draw import draw_boxes, save_image, side_by_side
 from focal.retinanet.weights import write_atomically
 
 __all__ = ["detections_picture", "write_report"]

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from focal.retinanet.backend_torch import detections_of
 from focal.retinanet.exported import description
-from focal.retinanet.network_torch import RetinaNet
+from focal.retinanet.torch.network import RetinaNet
+from focal.retinanet.torch.trainer import detections_of
 from focal.retinanet.weights import write_atomically
 
 __all__ = ["export_onnx", "export_program"]
@@ -72,7 +72,7 @@ def export_onnx(model: RetinaNet, path: str | os.PathLike[str]) -> None:
         >>> import os, tempfile
         >>> import numpy as np, onnxruntime
         >>> from focal.retinanet import PRESETS, build
-        >>> from focal.retinanet.export_torch import export_onnx
+        >>> from focal.retinanet.torch.export import export_onnx
         >>> config = PRESETS["tiny"].detector.replace(classes=("cell",), canvas=(64, 64))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = os.path.join(folder, "detector.onnx")
@@ -125,7 +125,7 @@ def export_program(model: RetinaNet) -> torch.export.ExportedProgram:
     Example:
         >>> import torch
         >>> from focal.retinanet import PRESETS, build
-        >>> from focal.retinanet.export_torch import export_program
+        >>> from focal.retinanet.torch.export import export_program
         >>> config = PRESETS["tiny"].detector.replace(classes=("cell",), canvas=(64, 64))
         >>> detector = export_program(build(config)).module()
         >>> images = torch.zeros(3, 64, 64, 3, dtype=torch.uint8)

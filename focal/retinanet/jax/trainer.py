@@ -26,7 +26,7 @@ from focal.core.anchors import anchors as core_anchors
 from focal.jax._namespace import xp
 from focal.retinanet.config import RetinaNetConfig, TrainConfig
 from focal.retinanet.data.loader import Batch
-from focal.retinanet.network_jax import (
+from focal.retinanet.jax.network import (
     RetinaNet,
     arrays,
     build_network,
@@ -43,7 +43,7 @@ from focal.retinanet.objective import (
     targets,
 )
 from focal.retinanet.postprocess import detections
-from focal.retinanet.replicas import Replicas
+from focal.retinanet.training.replicas import Replicas
 from focal.retinanet.weights import check_names, part
 
 __all__ = [

@@ -21,11 +21,11 @@ import focal
 from focal.retinanet.config import RetinaNetConfig, TrainConfig
 from focal.retinanet.data import Batch, Dataset, eval_batches, train_batches
 from focal.retinanet.detector import backend_module, detect
-from focal.retinanet.evaluate import evaluate
-from focal.retinanet.first_loss import check_first_loss
-from focal.retinanet.replicas import Replicas
-from focal.retinanet.run_folder import RunFolder
-from focal.retinanet.stopping import Signals, Stopped
+from focal.retinanet.training.evaluate import evaluate
+from focal.retinanet.training.first_loss import check_first_loss
+from focal.retinanet.training.replicas import Replicas
+from focal.retinanet.training.run_folder import RunFolder
+from focal.retinanet.training.stopping import Signals, Stopped
 from focal.retinanet.weights import save_weights
 
 __all__ = ["evaluate_model", "learning_rate", "train"]

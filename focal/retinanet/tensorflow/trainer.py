@@ -18,7 +18,9 @@ from tensorflow import Tensor
 from focal.core.anchors import anchors as core_anchors
 from focal.retinanet.config import RetinaNetConfig, TrainConfig
 from focal.retinanet.data.loader import Batch
-from focal.retinanet.network_tensorflow import (
+from focal.retinanet.objective import EMA_START, Targets, divisor, objective, targets
+from focal.retinanet.postprocess import Detections, detections
+from focal.retinanet.tensorflow.network import (
     RetinaNet,
     arrays,
     assign,
@@ -29,9 +31,7 @@ from focal.retinanet.network_tensorflow import (
     recompute,
     state,
 )
-from focal.retinanet.objective import EMA_START, Targets, divisor, objective, targets
-from focal.retinanet.postprocess import Detections, detections
-from focal.retinanet.replicas import Replicas
+from focal.retinanet.training.replicas import Replicas
 from focal.retinanet.weights import part
 from focal.tensorflow._namespace import xp
 

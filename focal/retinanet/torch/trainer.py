@@ -19,16 +19,16 @@ from torch.nn.parallel import DistributedDataParallel
 from focal.core.anchors import anchors as core_anchors
 from focal.retinanet.config import RetinaNetConfig, TrainConfig
 from focal.retinanet.data.loader import Batch
-from focal.retinanet.network_torch import (
+from focal.retinanet.objective import EMA_START, Targets, divisor, objective, targets
+from focal.retinanet.postprocess import Detections, detections
+from focal.retinanet.torch.network import (
     RetinaNet,
     build_network,
     load_state,
     recompute,
     state,
 )
-from focal.retinanet.objective import EMA_START, Targets, divisor, objective, targets
-from focal.retinanet.postprocess import Detections, detections
-from focal.retinanet.replicas import Replicas
+from focal.retinanet.training.replicas import Replicas
 from focal.retinanet.weights import part
 from focal.torch._namespace import xp
 

@@ -27,9 +27,9 @@ from focal.retinanet.data.coco_json import (
     read_json,
     read_objects,
 )
-from focal.retinanet.data.coverage import best_iou, scales
 from focal.retinanet.data.images import DataError, printable, resize
 from focal.retinanet.data.paths import PathRule
+from focal.retinanet.report.coverage import best_iou, scales
 
 __all__ = ["Boxes", "Finding", "Split", "all_classes", "check_data", "read_boxes"]
 

@@ -1,0 +1,1 @@
+"""The RetinaNet in JAX, with flax.nnx and optax: network, trainer."""

@@ -1,0 +1,1 @@
+"""What is drawn and written for a reader: pictures, curves, the report, the check of data."""

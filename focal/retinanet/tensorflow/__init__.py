@@ -1,0 +1,1 @@
+"""The RetinaNet in TensorFlow, with Keras: network, trainer, export."""

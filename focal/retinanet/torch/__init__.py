@@ -1,0 +1,1 @@
+"""The RetinaNet in PyTorch: network, trainer, export."""
