@@ -138,7 +138,7 @@ def check_module(module: str, arguments: list[str]) -> None:
     if module == "focal":
         options = cli._parser().parse_args(arguments)  # exits where it does not understand
         if hasattr(options, "set"):
-            cli._configs(options)
+            cli.options.configs(options)
     elif module == "focal.testing":
         sweep._parser().parse_args(arguments)
     else:

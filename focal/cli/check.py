@@ -1,0 +1,63 @@
+"""`focal check`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import focal
+from focal.cli.options import Commands, add_detector, configs
+
+__all__ = ["add", "run"]
+
+EPILOG = """\
+All splits are read, each image is decoded once, and every problem is listed with file and record.
+Errors are what training or evaluation would stop on: files that are missing, broken, of another
+size than the JSON says or outside the folder; records with a missing, wrong, unknown or repeated
+value; a missing train or val split; classes that differ between splits. Warnings are the rest:
+boxes that are dropped or clipped, images, boxes and files that are there twice, in two splits,
+without a class or of an unusual size, and more.
+
+The sizes of the boxes and the share that the anchors reach are those of --preset, --convention
+and --canvas, on whole images without augmentation.
+
+exit status: 0 if there are no errors, whatever the warnings; 1 if there are errors;
+             2 if there is nothing to check, or the command is wrong
+"""
+
+
+def add(commands: Commands) -> None:
+    """The command and its options."""
+    check = commands.add_parser(
+        "check",
+        help="find what is wrong with a data set",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    check.add_argument("data", type=Path, help="a COCO folder, as train reads it")
+    add_detector(check)
+    check.add_argument("--out", type=Path, help="also write check.json and check.png here")
+    check.set_defaults(run=run, resume=False, set=[], steps=None, seed=None)
+
+
+def run(options: argparse.Namespace, command: str) -> int:
+    """Carry it out."""
+    from focal.retinanet.report.check import check_data, read_boxes
+    from focal.retinanet.report.check_picture import check_picture
+    from focal.retinanet.report.check_report import check_record, check_text
+    from focal.retinanet.weights import write_atomically
+
+    detector, _ = configs(options)
+    findings, splits = check_data(options.data, progress=True)
+    boxes = read_boxes(splits, detector)
+    notes = {"command": command, "data": str(options.data), "focal": focal.__version__}
+    record = check_record(findings, splits, boxes, detector, notes)
+    print(check_text(record))
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(record, indent=1, allow_nan=False)
+        write_atomically(options.out / "check.json", text.encode())
+        picture = check_picture(boxes, record, detector, options.out / "check.png")
+        print(f"\nwritten: {options.out / 'check.json'}, {picture.name}")
+    return 1 if record["errors"] else 0

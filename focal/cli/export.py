@@ -1,0 +1,33 @@
+"""`focal export`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from focal.cli.options import Commands
+
+__all__ = ["add", "run"]
+
+
+def add(commands: Commands) -> None:
+    """The command and its options."""
+    export = commands.add_parser("export", help="write a detector for ONNX or TensorFlow programs")
+    export.add_argument("weights", type=Path, help="weights.safetensors of a run")
+    export.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="a file ending in .onnx, or a folder, without an ending, for a SavedModel",
+    )
+    export.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace, _: str) -> None:
+    """Carry it out."""
+    from focal.retinanet.detector import export, export_backend, load
+
+    model = load(options.weights, export_backend(options.out), device="cpu")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    export(model, options.out)
+    print(f"written: {options.out}")
