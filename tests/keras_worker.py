@@ -481,10 +481,10 @@ def only_known_warnings() -> None:
 
 
 if __name__ == "__main__":
+    import keras  # before warnings are errors: what it brings along may warn of itself
+
     only_known_warnings()
     what, place = sys.argv[1], Path(sys.argv[2])
     found = {"train": train, "evaluate": evaluate}[what](place)
-    import keras
-
     file = place / f"{keras.backend.backend()}-{what}.json"
     file.write_text(json.dumps(found))

@@ -21,9 +21,6 @@ BLOCK = 256
 CHUNK = 1024
 """Kept boxes that a block is compared with at once: BLOCK x CHUNK overlaps stay in a cache."""
 
-BEFORE = np.triu(np.ones((BLOCK, BLOCK), bool), 1)
-"""Whether a box of a block comes before another."""
-
 Rows = Sequence[Array]
 """Areas, x1, y1, x2, y2 and perhaps classes, each (..., N); the area of what is dropped is inf."""
 
@@ -124,7 +121,8 @@ def _suppress(xp: Namespace, boxes: Array, classes: Array | None, threshold: flo
     overlaps it. From all that are left it is reached in as many rounds as the longest chain of
     overlaps has boxes.
     """
-    before = xp.constant(BEFORE[(None,) * (len(boxes.shape) - 2) + (...,)], boxes)
+    place = np.arange(BLOCK).reshape((1,) * (len(boxes.shape) - 2) + (BLOCK,))
+    before = xp.constant(place[..., :, None] < place[..., None, :], boxes)
     corners, areas = solid(xp, boxes)
     areas = xp.where(xp.any(boxes != boxes, axis=-1), math.inf, areas)
     rows = [areas, *corners] if classes is None else [areas, *corners, classes]

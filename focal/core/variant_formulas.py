@@ -56,12 +56,12 @@ class Varifocal(NamedTuple):
     def value(self, xp: Namespace, x: Array, y: Array) -> Array:
         """VFL."""
         positive = y * CROSS_ENTROPY.value(xp, x, y)
-        return xp.where(y <= 0, self.alpha * self._negative.background(xp, x), positive)
+        return xp.where(y <= 0, self.alpha * self._negative().background(xp, x), positive)
 
     def value_and_grad(self, xp: Namespace, x: Array, y: Array) -> tuple[Array, Array]:
         """VFL and dVFL/dx: y (p - y), or alpha p^gamma (gamma q softplus(x) + p)."""
         ce, d = CROSS_ENTROPY.value_and_grad(xp, x, y)
-        value, slope = self._negative.background_and_grad(xp, x)
+        value, slope = self._negative().background_and_grad(xp, x)
         return (
             xp.where(y <= 0, self.alpha * value, y * ce),
             xp.where(y <= 0, self.alpha * slope, y * d),
@@ -70,9 +70,8 @@ class Varifocal(NamedTuple):
     def hess(self, xp: Namespace, x: Array, y: Array) -> Array:
         """d2VFL/dx2."""
         positive = y * xp.sigmoid(x) * xp.sigmoid(-x)
-        return xp.where(y <= 0, self.alpha * self._negative.hess(xp, x, 0.0), positive)
+        return xp.where(y <= 0, self.alpha * self._negative().hess(xp, x, 0.0), positive)
 
-    @property
     def _negative(self) -> SigmoidFocal:
         return SigmoidFocal(None, self.gamma)
 
@@ -89,20 +88,19 @@ class HeatmapFocal(NamedTuple):
     def value(self, xp: Namespace, x: Array, y: Array) -> Array:
         """The loss."""
         sign, rest = self._sides(xp, y)
-        return rest * self._focal.background(xp, sign * x)
+        return rest * self._focal().background(xp, sign * x)
 
     def value_and_grad(self, xp: Namespace, x: Array, y: Array) -> tuple[Array, Array]:
         """The loss and its derivative."""
         sign, rest = self._sides(xp, y)
-        value, slope = self._focal.background_and_grad(xp, sign * x)
+        value, slope = self._focal().background_and_grad(xp, sign * x)
         return rest * value, sign * rest * slope
 
     def hess(self, xp: Namespace, x: Array, y: Array) -> Array:
         """The second derivative."""
         sign, rest = self._sides(xp, y)
-        return rest * self._focal.hess(xp, sign * x, 0.0)
+        return rest * self._focal().hess(xp, sign * x, 0.0)
 
-    @property
     def _focal(self) -> SigmoidFocal:
         return SigmoidFocal(None, self.gamma)
 
@@ -121,22 +119,21 @@ class AsymmetricFocal(NamedTuple):
 
     def value(self, xp: Namespace, x: Array, y: Array) -> Array:
         """ASL."""
-        positive, negative = self._sides
+        positive, negative = self._sides()
         return y * positive.background(xp, -x) + (1 - y) * negative.background(xp, x)
 
     def value_and_grad(self, xp: Namespace, x: Array, y: Array) -> tuple[Array, Array]:
         """ASL and dASL/dx."""
-        positive, negative = self._sides
+        positive, negative = self._sides()
         cost, slope = positive.background_and_grad(xp, -x)
         other_cost, other_slope = negative.background_and_grad(xp, x)
         return y * cost + (1 - y) * other_cost, (1 - y) * other_slope - y * slope
 
     def hess(self, xp: Namespace, x: Array, y: Array) -> Array:
         """d2ASL/dx2."""
-        positive, negative = self._sides
+        positive, negative = self._sides()
         return y * positive.hess(xp, -x, 0.0) + (1 - y) * negative.hess(xp, x, 0.0)
 
-    @property
     def _sides(self) -> tuple[SigmoidFocal, SigmoidFocal | _Shifted]:
         plain = SigmoidFocal(None, self.gamma_negative)
         shifted = _Shifted(self.gamma_negative, self.margin) if self.margin else plain

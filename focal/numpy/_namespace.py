@@ -11,7 +11,6 @@ from numpy import (  # noqa: F401  (the standard part of the namespace)
     abs,
     any,
     argsort,
-    astype,
     clip,
     concat,
     exp,
@@ -51,6 +50,11 @@ def to_array(value: object) -> Array | None:
     except ValueError:  # a ragged list
         return None
     return None if array.dtype.kind in "OSUMmV" else array
+
+
+def astype(x: Array, dtype: Any) -> Array:
+    """In another type; NumPy 2.0's own function refuses its scalars."""
+    return np.asarray(x).astype(dtype)
 
 
 def constant(value: Any, like: Array) -> Array:

@@ -274,7 +274,7 @@ def _with_operands(formula: Any, x: Tensor) -> Any:
     The exponents that have code of their own in the core stay numbers.
     """
     fields = {}
-    for name, value in zip(formula._fields, formula, strict=True):
+    for name, value in zip(type(formula)._fields, formula, strict=True):
         if isinstance(value, tuple):
             fields[name] = _with_operands(value, x)
         elif name in EXPONENTS and parameters.is_number(value) and value not in OWN_CODE:

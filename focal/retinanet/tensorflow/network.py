@@ -336,6 +336,11 @@ def _hidden(
     return _recomputed(compute) if recompute else compute
 
 
+def _per_anchor(x: Tensor, values: int) -> Tensor:
+    """(N, H, W, A * values) to (N, H * W * A, values), in float32."""
+    return ops.cast(ops.reshape(x, (ops.shape(x)[0], -1, values)), "float32")
+
+
 class ClassificationHead(keras.layers.Layer):
     """The class subnet, with the same weights at every level."""
 
@@ -349,12 +354,12 @@ class ClassificationHead(keras.layers.Layer):
         prior = PriorBias(config.prior)
         outputs = config.anchors.per_cell * config.num_classes
         self.cls_logits = conv(config.channels, outputs, 3, bias_initializer=prior)
-        self.per_anchor = keras.layers.Reshape((-1, config.num_classes), dtype="float32")
+        self.num_classes = config.num_classes
 
     def call(self, levels: Sequence[Tensor], training: bool = False) -> Tensor:
         """The levels, each (N, H, W, channels), to class logits (N, anchors, K)."""
         hidden = _hidden(self.conv, self.recompute and training)
-        logits = [self.per_anchor(self.cls_logits(hidden(x))) for x in levels]
+        logits = [_per_anchor(self.cls_logits(hidden(x)), self.num_classes) for x in levels]
         return ops.concatenate(logits, axis=1)
 
 
@@ -368,12 +373,11 @@ class RegressionHead(keras.layers.Layer):
         conv = partial(Conv, kernel_initializer=keras.initializers.RandomNormal(0, 0.01, seeds))
         self.conv = _tower(config, conv)
         self.bbox_reg = conv(config.channels, 4 * config.anchors.per_cell, 3)
-        self.per_anchor = keras.layers.Reshape((-1, 4), dtype="float32")
 
     def call(self, levels: Sequence[Tensor], training: bool = False) -> Tensor:
         """The levels, each (N, H, W, channels), to box deltas (N, anchors, 4)."""
         hidden = _hidden(self.conv, self.recompute and training)
-        deltas = [self.per_anchor(self.bbox_reg(hidden(x))) for x in levels]
+        deltas = [_per_anchor(self.bbox_reg(hidden(x)), 4) for x in levels]
         return ops.concatenate(deltas, axis=1)
 
 
