@@ -28,11 +28,12 @@ import torch
 
 from benchmarks.common import machine, versions
 from focal.core.anchors import AnchorConfig
+from focal.files import write_atomically
 from focal.retinanet import RetinaNetConfig, TrainConfig, build
 from focal.retinanet.data import CocoDataset, Dataset, Example, ShapesDataset, train_batches
 from focal.retinanet.torch.trainer import Trainer
-from focal.retinanet.training.loop import evaluate_model, learning_rate
-from focal.retinanet.weights import write_atomically
+from focal.retinanet.training.evaluate import evaluate_model
+from focal.retinanet.training.loop import learning_rate
 
 Changes = Mapping[str, Any]
 RESULTS = (

@@ -14,9 +14,9 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from benchmarks.pages import fill, markdown
+from focal.files import write_atomically
 from focal.retinanet.figures import blank
 from focal.retinanet.report.draw import PALETTE, save_image
-from focal.retinanet.weights import write_atomically
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 RESULTS = DOCS / "results" / "ablations.json"

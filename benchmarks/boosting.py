@@ -26,8 +26,8 @@ from sklearn.model_selection import train_test_split
 import focal
 from benchmarks.common import record
 from benchmarks.pages import fill, markdown
+from focal.files import write_atomically
 from focal.numpy import sigmoid_focal_loss, sigmoid_focal_loss_grad, sigmoid_focal_loss_hess
-from focal.retinanet.weights import write_atomically
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "boosting.md"
 ROUNDS, PATIENCE = 500, 30

@@ -14,7 +14,7 @@ from benchmarks.common import record, table
 from focal.retinanet import load, predict, raw_outputs
 from focal.retinanet.data import CocoDataset
 from focal.retinanet.detector import BACKENDS
-from focal.retinanet.training.loop import evaluate_model
+from focal.retinanet.training.evaluate import evaluate_model
 
 
 def main() -> None:

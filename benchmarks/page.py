@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.common import PHASES, RESULTS, sides_of
 from benchmarks.pages import fill, markdown
+from focal.files import write_atomically
 from focal.retinanet.report.draw import PALETTE
-from focal.retinanet.weights import write_atomically
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 PLOT = PAGE.parent / "pictures" / "benchmarks_cpu.png"

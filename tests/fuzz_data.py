@@ -51,12 +51,12 @@ import focal
 import focal.retinanet.report.report
 import focal.retinanet.training.loop  # all that the command line imports, before files are watched
 from focal.cli import main as command_line
+from focal.files import write_atomically
 from focal.retinanet import PRESETS
 from focal.retinanet.data import CocoDataset, DataError, eval_batches, train_batches
 from focal.retinanet.report.check import check_data, read_boxes
 from focal.retinanet.report.check_report import check_record, check_text
 from focal.retinanet.training.evaluate import evaluate
-from focal.retinanet.weights import write_atomically
 
 WIDTH, HEIGHT = 48, 32
 FILE = "instances_train.json"

@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from focal.retinanet.data import Example, ShapesDataset
-from focal.retinanet.report.curves import loss_plot, read_metrics
+from focal.retinanet.report.curves import loss_plot
 from focal.retinanet.report.draw import PALETTE, class_colour, draw_boxes, save_image, side_by_side
 from focal.retinanet.report.report import detections_picture, write_report
+from focal.retinanet.training.metrics import read_metrics
 
 HOSTILE = (
     "<script>alert(1)</script>",

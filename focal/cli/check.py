@@ -43,10 +43,10 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace, command: str) -> int:
     """Carry it out."""
+    from focal.files import write_atomically
     from focal.retinanet.report.check import check_data, read_boxes
     from focal.retinanet.report.check_picture import check_picture
     from focal.retinanet.report.check_report import check_record, check_text
-    from focal.retinanet.weights import write_atomically
 
     detector, _ = configs(options)
     findings, splits = check_data(options.data, progress=True)

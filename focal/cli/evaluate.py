@@ -23,10 +23,10 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace, command: str) -> None:
     """Carry it out."""
+    from focal.files import write_atomically
     from focal.retinanet.detector import load
-    from focal.retinanet.training.loop import evaluate_model
+    from focal.retinanet.training.evaluate import evaluate_model
     from focal.retinanet.training.run_folder import plain_json
-    from focal.retinanet.weights import write_atomically
 
     model = load(options.weights, options.backend, options.device)
     dataset = open_dataset(options.data, options.split, model.config)

@@ -26,10 +26,10 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace, _: str) -> None:
     """Carry it out."""
+    from focal.files import write_atomically
     from focal.retinanet.data import read_image
     from focal.retinanet.detector import load, predict
     from focal.retinanet.report.draw import draw_boxes, save_image
-    from focal.retinanet.weights import write_atomically
 
     model = load(options.weights, options.backend, options.device)
     pictures = [options.out / f"{path.stem}.png" for path in options.images]

@@ -71,8 +71,9 @@ def run(options: argparse.Namespace, command: str) -> None:
     """Carry it out."""
     from focal.retinanet.detector import backend_module, predict
     from focal.retinanet.report import report
-    from focal.retinanet.report.curves import loss_plot, read_metrics
+    from focal.retinanet.report.curves import loss_plot
     from focal.retinanet.training.loop import train
+    from focal.retinanet.training.metrics import read_metrics
     from focal.retinanet.weights import load_weights
 
     detector, settings = configs(options)

@@ -17,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Plot
 
 import focal
+from focal.files import write_atomically
 from focal.numpy import anchors as make_anchors
 from focal.numpy import (
     assign_targets,
@@ -28,7 +29,6 @@ from focal.numpy import (
 from focal.retinanet.data import Dataset, eval_batches
 from focal.retinanet.detector import backend_module
 from focal.retinanet.report.draw import PALETTE, save_image
-from focal.retinanet.weights import write_atomically
 
 __all__ = [
     "FIGURES",

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from focal.files import write_atomically
 from focal.testing.sweep import Settings, Tally, patterns, sweep
 from focal.testing.ulp import allowed_ulp
 
@@ -202,8 +203,5 @@ def _versions() -> dict[str, str]:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all: under another name first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())

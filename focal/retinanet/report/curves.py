@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,38 +11,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from focal.retinanet.report.draw import PALETTE, save_image
+from focal.retinanet.training.metrics import Lines, number, read_metrics
 
-__all__ = ["Lines", "curve", "loss_plot", "number", "read_metrics"]
+__all__ = ["curve", "loss_plot"]
 
 _LOSSES = {"loss": "#555555", "classification": PALETTE[0], "box": PALETTE[6]}
 _APS = {"AP": PALETTE[0], "AP50": PALETTE[1]}
-Lines = list[dict[str, Any]]
-
-
-def read_metrics(path: Path) -> tuple[Lines, dict[str, Lines]]:
-    """The training lines of a `metrics.jsonl`, and the evaluation lines of each split.
-
-    Lines cut short by a crash are left out. Where a resumed run did steps again, the later line
-    counts. A missing file has no lines.
-    """
-    train: dict[float, dict[str, Any]] = {}
-    evals: dict[str, dict[float, dict[str, Any]]] = {}
-    for text in path.read_bytes().split(b"\n") if path.is_file() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if not isinstance(line, dict) or not math.isfinite(number(line, "step")):
-            continue
-        if line.get("kind") == "train":
-            train[line["step"]] = line
-        elif line.get("kind") == "eval":
-            evals.setdefault(str(line.get("split", "val")), {})[line["step"]] = line
-    return _by_step(train), {split: _by_step(lines) for split, lines in evals.items()}
-
-
-def _by_step(lines: dict[float, dict[str, Any]]) -> Lines:
-    return [lines[step] for step in sorted(lines)]
 
 
 def loss_plot(metrics_path: Path, out: Path) -> Path:
@@ -94,12 +64,6 @@ def loss_plot(metrics_path: Path, out: Path) -> Path:
         axes[0].text(0.5, 0.5, "no training steps yet", transform=axes[0].transAxes, ha="center")
     canvas.draw()
     return save_image(out, np.asarray(canvas.buffer_rgba())[..., :3])
-
-
-def number(line: Mapping[str, Any], key: str) -> float:
-    """A number of a line; NaN where there is none."""
-    value = line.get(key)
-    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def curve(lines: Lines, key: str) -> tuple[np.ndarray, np.ndarray]:

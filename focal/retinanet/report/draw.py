@@ -12,8 +12,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from focal.files import write_atomically
 from focal.retinanet.data.images import resize
-from focal.retinanet.weights import write_atomically
 
 __all__ = ["PALETTE", "class_colour", "draw_boxes", "save_image", "side_by_side"]
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from focal.files import write_atomically
 from focal.retinanet.data.dataset import Example
-from focal.retinanet.report.curves import Lines, curve, number, read_metrics
+from focal.retinanet.report.curves import curve
 from focal.retinanet.report.draw import draw_boxes, save_image, side_by_side
-from focal.retinanet.weights import write_atomically
+from focal.retinanet.training.metrics import Lines, number, read_metrics
 
 __all__ = ["detections_picture", "write_report"]
 

@@ -17,10 +17,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from focal.files import write_atomically
 from focal.retinanet.exported import description
 from focal.retinanet.torch.network import RetinaNet
 from focal.retinanet.torch.trainer import detections_of
-from focal.retinanet.weights import write_atomically
 
 __all__ = ["export_onnx", "export_program"]
 

@@ -8,10 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
-__all__ = ["evaluate"]
+from focal.retinanet.data import Dataset, eval_batches
+from focal.retinanet.detector import detect
+from focal.retinanet.training.progress import ProgressBar
+
+__all__ = ["evaluate", "evaluate_model"]
 
 
 def evaluate(
@@ -37,6 +39,8 @@ def evaluate(
         ValueError: an unknown or repeated image id, a label that is no class, a box or score
             that is not finite, or arrays whose lengths differ.
     """
+    from pycocotools.cocoeval import COCOeval
+
     names = {c["id"]: c["name"] for c in ground_truth["categories"]}
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         # Ids are numbered anew: pycocotools takes a match with an annotation of id 0 for none.
@@ -63,8 +67,10 @@ def evaluate(
     return metrics
 
 
-def _index(ground_truth: Mapping[str, Any], annotations: Sequence[Mapping[str, Any]]) -> COCO:
+def _index(ground_truth: Mapping[str, Any], annotations: Sequence[Mapping[str, Any]]) -> Any:
     """A COCO object over copies of the annotations, which pycocotools writes into."""
+    from pycocotools.coco import COCO
+
     coco = COCO()
     coco.dataset = {
         "images": ground_truth["images"],
@@ -121,3 +127,20 @@ def _mean(values: np.ndarray) -> float:
     """The mean over classes that occur; COCOeval has -1 for the others."""
     values = values[values > -1]
     return float(values.mean()) if values.size else float("nan")
+
+
+def evaluate_model(
+    model: Any, dataset: Dataset, batch_size: int = 8, progress: bool = False
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """COCO metrics of a model on a dataset, and its detections in pixels of the images."""
+    found: list[dict[str, Any]] = []
+    batches = eval_batches(dataset, model.config, batch_size)
+    total = -(-len(dataset) // batch_size)
+    bar = ProgressBar(batches, total=total, desc=dataset.name, unit="batch", disable=not progress)
+    with contextlib.closing(batches):
+        for batch in bar:
+            results = detect(model, batch.images, batch.sizes, batch.scales)
+            for image_id, result in zip(batch.image_ids, results, strict=True):
+                if image_id >= 0:
+                    found.append({"image_id": int(image_id), **result})
+    return evaluate(dataset.ground_truth(), found, dataset.category_ids), found

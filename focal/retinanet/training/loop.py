@@ -15,20 +15,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from tqdm import tqdm
 
 import focal
 from focal.retinanet.config import RetinaNetConfig, TrainConfig
-from focal.retinanet.data import Batch, Dataset, eval_batches, train_batches
-from focal.retinanet.detector import backend_module, detect
-from focal.retinanet.training.evaluate import evaluate
+from focal.retinanet.data import Batch, Dataset, train_batches
+from focal.retinanet.detector import backend_module
+from focal.retinanet.training.evaluate import evaluate_model
 from focal.retinanet.training.first_loss import check_first_loss
+from focal.retinanet.training.progress import ProgressBar
 from focal.retinanet.training.replicas import Replicas
 from focal.retinanet.training.run_folder import RunFolder
 from focal.retinanet.training.stopping import Signals, Stopped
 from focal.retinanet.weights import save_weights
 
-__all__ = ["evaluate_model", "learning_rate", "train"]
+__all__ = ["learning_rate", "train"]
 
 UNREAD = 100
 """The most steps that go by before their losses are looked at."""
@@ -185,7 +185,7 @@ class _Run:
         if 0 < first < train.steps and _every(train.eval_every, first):
             self.measured(first)
         silent = self.replicas.rank > 0
-        bar = _Bar(
+        bar = ProgressBar(
             total=train.steps, initial=first, unit="step", dynamic_ncols=True, disable=silent
         )
         with bar:
@@ -227,7 +227,7 @@ class _Run:
         return self.replicas.maximum(self.signals.received)
 
     def log(
-        self, step: int, parts: Mapping[str, Any], rate: float, speed: float, bar: tqdm[Any]
+        self, step: int, parts: Mapping[str, Any], rate: float, speed: float, bar: ProgressBar
     ) -> None:
         """A line of the metrics, and what the bar shows of it."""
         values = {name: float(value) for name, value in parts.items()}
@@ -313,12 +313,6 @@ def _first_not_finite(steps: list[tuple[int, Mapping[str, Any], np.ndarray]]) ->
     raise AssertionError("every loss and gradient is finite")
 
 
-class _Bar(tqdm):
-    """Progress, without the thread that tqdm watches it with, which would outlive the run."""
-
-    monitor_interval = 0
-
-
 class _Speed:
     """Images per second between two calls."""
 
@@ -330,20 +324,3 @@ class _Speed:
         speed = (step - self._step) * self._batch_size / (now - self._time)
         self._step, self._time = step, now
         return round(speed, 2)
-
-
-def evaluate_model(
-    model: Any, dataset: Dataset, batch_size: int = 8, progress: bool = False
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """COCO metrics of a model on a dataset, and its detections in pixels of the images."""
-    found: list[dict[str, Any]] = []
-    batches = eval_batches(dataset, model.config, batch_size)
-    total = -(-len(dataset) // batch_size)
-    bar = _Bar(batches, total=total, desc=dataset.name, unit="batch", disable=not progress)
-    with contextlib.closing(batches):
-        for batch in bar:
-            results = detect(model, batch.images, batch.sizes, batch.scales)
-            for image_id, result in zip(batch.image_ids, results, strict=True):
-                if image_id >= 0:
-                    found.append({"image_id": int(image_id), **result})
-    return evaluate(dataset.ground_truth(), found, dataset.category_ids), found

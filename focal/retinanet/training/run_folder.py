@@ -7,7 +7,6 @@ report.html.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -18,13 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from focal.retinanet.weights import (
-    PARTIAL,
-    read_tensors,
-    sync_folder,
-    write_atomically,
-    write_tensors,
-)
+from focal.files import PARTIAL, sync_folder, write_atomically
+from focal.retinanet.training.metrics import read_lines
+from focal.retinanet.weights import read_tensors, write_tensors
 
 __all__ = ["RunFolder", "plain_json", "read_checkpoint"]
 
@@ -131,7 +126,7 @@ class RunFolder:
             return tensors, steps, float(found["seconds"])
         self._remove_partial_files()
         self._remove_older(path)  # which a kill may have prevented
-        lines = [entry for entry in self._entries() if entry["step"] <= steps]
+        lines = [line for line in read_lines(self.metrics) if line["step"] <= steps]
         write_atomically(self.metrics, "".join(plain_json(x) + "\n" for x in lines).encode())
         _log.info("going on from %s, after step %d", path, steps)
         return tensors, steps, float(found["seconds"])
@@ -162,22 +157,14 @@ class RunFolder:
 
     def evaluated(self, step: int) -> bool:
         """Whether the metrics hold the evaluation after this step."""
-        return any(x["kind"] == "eval" and x["step"] == step for x in self._entries())
+        lines = read_lines(self.metrics)
+        return any(x.get("kind") == "eval" and x["step"] == step for x in lines)
 
     def write_config(self, record: Mapping[str, Any]) -> None:
         """Write config.json."""
         if not self._writes:
             return
         write_atomically(self.config, json.dumps(record, indent=2).encode())
-
-    def _entries(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, without one that was cut short by a kill."""
-        entries = []
-        if self.metrics.exists():
-            for line in self.metrics.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):
-                    entries.append(json.loads(line))
-        return entries
 
     def _remove_older(self, newest: Path) -> None:
         """Remove the checkpoints before the last few."""
