@@ -121,7 +121,7 @@ def fresh_caches() -> Iterator[None]:
     """What a file has compiled goes with it: no other file calls the same functions."""
     yield
     modules = sys.modules
-    if "torch" in modules:
+    if "torch._dynamo" in modules:  # else it would be imported, and Triton with it
         modules["torch"].compiler.reset()
     if "jax" in modules:
         modules["jax"].clear_caches()

@@ -87,13 +87,18 @@ def sum(x: Tensor, axis: int | None = None, keepdims: bool = False) -> Tensor:
 
 
 def maximum(x: Tensor, y: Tensor | float) -> Tensor:
-    """With a tensor or a number."""
-    return torch.maximum(x, y) if isinstance(y, Tensor) else torch.clamp(x, min=y)
+    """With a tensor or a number; of equal ones, a number leaves the gradient to x."""
+    if isinstance(y, Tensor):
+        return torch.maximum(x, y)
+    # Since PyTorch 2.15 a clamp has no gradient at its limit.
+    return where(x < y, y, x) if torch.is_grad_enabled() else torch.clamp(x, min=y)
 
 
 def minimum(x: Tensor, y: Tensor | float) -> Tensor:
-    """With a tensor or a number."""
-    return torch.minimum(x, y) if isinstance(y, Tensor) else torch.clamp(x, max=y)
+    """With a tensor or a number; of equal ones, a number leaves the gradient to x."""
+    if isinstance(y, Tensor):
+        return torch.minimum(x, y)
+    return where(x > y, y, x) if torch.is_grad_enabled() else torch.clamp(x, max=y)
 
 
 def where(condition: Tensor, x: Tensor | float, y: Tensor) -> Tensor:

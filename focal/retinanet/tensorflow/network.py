@@ -337,8 +337,8 @@ def _hidden(
 
 
 def _per_anchor(x: Tensor, values: int) -> Tensor:
-    """(N, H, W, A * values) to (N, H * W * A, values), in float32."""
-    return ops.cast(ops.reshape(x, (ops.shape(x)[0], -1, values)), "float32")
+    """(N, H, W, A * values) to (N, H * W * A, values)."""
+    return ops.reshape(x, (ops.shape(x)[0], -1, values))
 
 
 class ClassificationHead(keras.layers.Layer):
