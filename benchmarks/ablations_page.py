@@ -15,8 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from benchmarks.pages import fill, markdown
 from focal.files import write_atomically
-from focal.retinanet.figures import blank
 from focal.retinanet.report.draw import PALETTE, save_image
+from focal.retinanet.report.figures import blank
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 RESULTS = DOCS / "results" / "ablations.json"

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 
 import focal.numpy
 from focal.files import write_atomically
-from focal.retinanet.figures import ulp_errors
 from focal.retinanet.report.draw import PALETTE, save_image
+from focal.retinanet.report.figures import ulp_errors
 from focal.testing.frameworks import FRAMEWORKS
 from focal.testing.ulp import allowed_ulp
 

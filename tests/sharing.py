@@ -18,7 +18,7 @@ from focal.core.anchors import AnchorConfig
 from focal.retinanet.config import RetinaNetConfig, TrainConfig
 from focal.retinanet.data.loader import Batch
 from focal.retinanet.presets import PRESETS
-from focal.retinanet.training.replicas import Replicas
+from focal.retinanet.replicas import Replicas
 
 REPLICAS = 2
 ROWS, FEATURES, CLASSES = 8, 5, 3

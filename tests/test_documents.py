@@ -56,6 +56,25 @@ def test_what_a_block_prints_is_shown_in_its_words(capsys):
     assert shown > 0
 
 
+def test_the_map_of_the_readme_is_the_folder():
+    """Every file and folder of `focal` that is in the map exists; none of the first level lacks."""
+    text = (ROOT / "README.md").read_text()
+    (lines,) = re.findall(r"^## The map of the house\n\n```\n(.*?)^```$", text, re.S | re.M)
+    named, folder = set(), ROOT
+    for line in lines.splitlines():
+        paths = re.match(r"\s*((?:[\w/]+(?:/|\.py)\s)+)", f"{line} ")[1].split()
+        if not line.startswith(" "):
+            folder = ROOT / paths[0]
+            parent = folder.parent
+            named |= {parent / path.removeprefix(f"{parent.name}/") for path in paths}
+        else:
+            named |= {folder / path for path in paths}
+    assert [path for path in named if not path.exists()] == []
+    there = {p for room in ("", "core", "retinanet") for p in (ROOT / "focal" / room).iterdir()}
+    modules = {p for p in there if p.suffix == ".py" or (p / "__init__.py").exists()}
+    assert {p.name for p in modules - named} <= {"__init__.py", "__main__.py"}
+
+
 def test_local_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text()):

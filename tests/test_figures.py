@@ -16,7 +16,7 @@ from focal.cli import main
 from focal.core.anchors import AnchorConfig
 from focal.retinanet import PRESETS, build, save
 from focal.retinanet.data import ShapesDataset
-from focal.retinanet.figures import (
+from focal.retinanet.report.figures import (
     FIGURES,
     anchor_logits,
     cumulative_share,

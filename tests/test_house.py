@@ -153,9 +153,25 @@ def test_retinanet_imports_a_framework_only_in_its_own_files() -> None:
     assert wrong == []
 
 
+def test_rooms_of_the_retinanet_import_one_way() -> None:
+    """What a detector is, then data, the frameworks, the training, the reports, the commands."""
+    rank = {"data": 1, "torch": 2, "jax": 2, "tensorflow": 2, "training": 3, "report": 4}
+    wrong = []
+    for path in sources("retinanet"):
+        own = path.relative_to(ROOT / "retinanet").parts
+        # A file that is in no room imports from one only where it is asked to work.
+        for name in imports(path, top_level_only=len(own) == 1):
+            if name.startswith("focal.retinanet."):
+                if rank.get(name.split(".")[2], 0) > (rank[own[0]] if len(own) > 1 else 0):
+                    wrong.append(f"{path.relative_to(ROOT)}: {name}")
+    assert wrong == []
+    users = {p for p in ROOT.rglob("*.py") if any(n.startswith("focal.cli") for n in imports(p))}
+    assert users - set(sources("cli")) == {ROOT / "__main__.py"}
+
+
 def test_testing_imports_core_and_numpy_and_nobody_imports_it() -> None:
     """A framework is imported when a loss is checked in it."""
-    allowed = {"core", "numpy", "testing"}
+    allowed = {"core", "files", "numpy", "testing"}
     assert [v for path in sources("testing") for v in violations(path, allowed, set())] == []
     others = set(ROOT.rglob("*.py")) - set(sources("testing"))
     assert [p for p in others if any(n.startswith("focal.testing") for n in imports(p))] == []

@@ -257,7 +257,7 @@ def test_two_processes_stop_after_the_same_step(tmp_path):
 
 
 def test_shares_that_are_not_equal(tmp_path):
-    from focal.retinanet.training.replicas import Replicas
+    from focal.retinanet.replicas import Replicas
 
     train = TrainConfig(batch_size=12, accumulate=2)
     Replicas(processes=2, local=3).check(train)

@@ -24,7 +24,7 @@ def add(commands: Commands) -> None:
 def run(options: argparse.Namespace, _: str) -> None:
     """Carry it out."""
     from focal.retinanet.detector import load
-    from focal.retinanet.figures import write_figures
+    from focal.retinanet.report.figures import write_figures
 
     if (options.weights is None) != (options.data is None):
         raise ValueError("--weights and --data: figure 4 needs both; got one")

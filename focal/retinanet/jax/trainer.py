@@ -43,7 +43,7 @@ from focal.retinanet.objective import (
     targets,
 )
 from focal.retinanet.postprocess import detections
-from focal.retinanet.training.replicas import Replicas
+from focal.retinanet.replicas import Replicas
 from focal.retinanet.weights import check_names, part
 
 __all__ = [

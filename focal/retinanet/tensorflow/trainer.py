@@ -20,6 +20,7 @@ from focal.retinanet.config import RetinaNetConfig, TrainConfig
 from focal.retinanet.data.loader import Batch
 from focal.retinanet.objective import EMA_START, Targets, divisor, objective, targets
 from focal.retinanet.postprocess import Detections, detections
+from focal.retinanet.replicas import Replicas
 from focal.retinanet.tensorflow.network import (
     RetinaNet,
     arrays,
@@ -31,7 +32,6 @@ from focal.retinanet.tensorflow.network import (
     recompute,
     state,
 )
-from focal.retinanet.training.replicas import Replicas
 from focal.retinanet.weights import part
 from focal.tensorflow._namespace import xp
 

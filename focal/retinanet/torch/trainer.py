@@ -21,6 +21,7 @@ from focal.retinanet.config import RetinaNetConfig, TrainConfig
 from focal.retinanet.data.loader import Batch
 from focal.retinanet.objective import EMA_START, Targets, divisor, objective, targets
 from focal.retinanet.postprocess import Detections, detections
+from focal.retinanet.replicas import Replicas
 from focal.retinanet.torch.network import (
     RetinaNet,
     build_network,
@@ -28,7 +29,6 @@ from focal.retinanet.torch.network import (
     recompute,
     state,
 )
-from focal.retinanet.training.replicas import Replicas
 from focal.retinanet.weights import part
 from focal.torch._namespace import xp
 

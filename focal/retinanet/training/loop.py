@@ -20,10 +20,10 @@ import focal
 from focal.retinanet.config import RetinaNetConfig, TrainConfig
 from focal.retinanet.data import Batch, Dataset, train_batches
 from focal.retinanet.detector import backend_module
+from focal.retinanet.replicas import Replicas
 from focal.retinanet.training.evaluate import evaluate_model
 from focal.retinanet.training.first_loss import check_first_loss
 from focal.retinanet.training.progress import ProgressBar
-from focal.retinanet.training.replicas import Replicas
 from focal.retinanet.training.run_folder import RunFolder
 from focal.retinanet.training.stopping import Signals, Stopped
 from focal.retinanet.weights import save_weights
