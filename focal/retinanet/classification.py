@@ -1,4 +1,4 @@
-"""The classification losses that a detector can be trained with, focal loss and its rivals."""
+"""Classification losses of the detector: focal loss, FL*, online hard example mining."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ class TrainConfig:
     batch_size: int = 16
     """Images of one step, over all replicas."""
     accumulate: int = 1
-    """Parts that each replica's share is taken in, one after the other, to save memory."""
+    """Gradient-accumulation steps: parts of each replica's share, one after the other."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = 0.01
     reference_batch: int | None = None
@@ -161,8 +161,8 @@ class TrainConfig:
     compile: bool = False
     """`torch.compile`, or XLA in TensorFlow. JAX compiles in any case."""
     recompute: bool = False
-    """Keep only what goes into residual blocks and subnets; the backward pass computes the rest
-    again: more time, less memory, the same gradient."""
+    """Activation checkpointing of residual blocks and subnets: less memory, more time, the same
+    gradient."""
 
     # Input
     crop: tuple[int, int] | None = None

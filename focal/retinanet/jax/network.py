@@ -131,7 +131,7 @@ def _conv(
 
 
 class Recomputed(nnx.Module):
-    """A part of the network that can keep its input alone, and compute again when going back."""
+    """A part of the network that can use activation checkpointing."""
 
     recompute = False  # what `train(recompute=True)` sets
 

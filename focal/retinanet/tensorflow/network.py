@@ -145,7 +145,7 @@ def _chain(layers: Sequence[keras.layers.Layer], x: Tensor) -> Tensor:
 def _recomputed(
     compute: Callable[[Tensor], Tensor], norms: Sequence[BatchNorm] = ()
 ) -> Callable[[Tensor], Tensor]:
-    """The function, which keeps its input alone, and computes again when going back.
+    """The function with activation checkpointing.
 
     TensorFlow calls it once more for the backward pass, and the batch must not count twice in the
     running statistics: they are results of the function, and are set outside of it.
@@ -416,7 +416,7 @@ class RetinaNet(keras.Model):
 
 
 def recompute(model: RetinaNet) -> None:
-    """Keep no activations inside residual blocks and subnets; compute them again going back."""
+    """Use activation checkpointing in residual blocks and subnets."""
     for _, layer in named_layers(model):
         if isinstance(layer, (Block, ClassificationHead, RegressionHead)):
             layer.recompute = True

@@ -80,7 +80,7 @@ def _initialise(module: nn.Module, weight: Callable[[Tensor], Tensor]) -> None:
 
 
 class Recomputed(nn.Module):
-    """A part of the network that can keep its input alone, and compute again when going back."""
+    """A part of the network that can use activation checkpointing."""
 
     recompute = False
 
@@ -317,7 +317,7 @@ class RetinaNet(nn.Module):
 
 
 def recompute(model: RetinaNet) -> None:
-    """Keep no activations inside residual blocks and subnets; compute them again going back."""
+    """Use activation checkpointing in residual blocks and subnets."""
     for module in model.modules():
         if isinstance(module, Recomputed):
             module.recompute = True

@@ -30,8 +30,8 @@ from focal.retinanet.weights import save_weights
 
 __all__ = ["learning_rate", "train"]
 
-UNREAD = 100
-"""The most steps that go by before their losses are looked at."""
+MAX_PENDING_STEPS = 100
+"""Losses are read from the device at least this often."""
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
@@ -194,7 +194,7 @@ class _Run:
                 rate = learning_rate(train, done - 1)
                 batch = next(batches)
                 parts = self.trainer.step(done - 1, batch, rate)
-                self.unread.append((done, parts, batch.image_ids))
+                self.pending.append((done, parts, batch.image_ids))
                 bar.update()
                 logs = _every(train.log_every, done) or done == train.steps
                 saves = _every(train.save_every, done) or done == train.steps
@@ -219,11 +219,11 @@ class _Run:
         its results, and now and then.
         """
         received = self.signals.received if self.replicas.processes == 1 else 0
-        if not (looks or received or len(self.unread) == UNREAD):
+        if not (looks or received or len(self.pending) == MAX_PENDING_STEPS):
             return 0
         if not self.trainer.healthy:
             self.refuse()
-        self.unread.clear()
+        self.pending.clear()
         return self.replicas.maximum(self.signals.received)
 
     def log(
@@ -253,7 +253,7 @@ class _Run:
 
     def refuse(self) -> NoReturn:
         """Say what is not finite; since then no step has changed anything."""
-        step, reason = _first_not_finite(self.unread)
+        step, reason = _first_not_finite(self.pending)
         state = self.trainer.state()
         # From before the run's first step nothing is missing.
         if step - 1 > self.first and all(np.isfinite(x).all() for x in state.values()):
