@@ -169,7 +169,7 @@ class _Run:
     """Whether the first loss is to be what the initialisation promises. Not for several processes:
     each has a part of the batch, and knows the loss of the whole."""
     signals: Signals = field(default_factory=Signals)
-    unread: list[tuple[int, Mapping[str, Any], np.ndarray]] = field(default_factory=list)
+    pending: list[tuple[int, Mapping[str, Any], np.ndarray]] = field(default_factory=list)
     """Number, loss parts and images of the steps since the device was last waited for."""
 
     def __post_init__(self) -> None:
