@@ -23,7 +23,8 @@ $(ALL): $(READY)
 	touch $@
 
 test: $(ALL)
-	FOCAL_REQUIRE_ALL=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --dist loadfile
+	FOCAL_REQUIRE_ALL=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) \
+		--dist loadfile --no-loadscope-reorder
 
 test-gpu: $(ALL)
 	$(RUN) -m pytest -q tests/gpu

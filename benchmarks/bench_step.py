@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.common import summary
-from focal.retinanet import backend_torch
 from focal.retinanet.config import RetinaNetConfig, TrainConfig
 from focal.retinanet.data import train_batches
 from focal.retinanet.data.shapes import ShapesDataset
 from focal.retinanet.presets import PRESETS
+from focal.retinanet.torch import trainer as backend_torch
 
 
 class SplitTrainer(backend_torch.Trainer):

@@ -28,6 +28,9 @@ from backends import (
     load,
 )
 
+LONG = {"test_replicas", "test_keras", "test_survival", "test_cli", "test_export_torch"}
+"""Files of few tests that run whole programs."""
+
 settings.register_profile(
     "ci",
     derandomize=True,
@@ -66,11 +69,13 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests that are for a backend, by a parameter, which is not to be tested."""
+    """Long files first, and none of the tests that are for a backend which is not to be tested."""
     mine, others = [], []
     for item in items:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
         (others if any(map(left_out, parameters)) else mine).append(item)
+    # Two workers share the files; a long one at the end would leave the other without work.
+    mine.sort(key=lambda item: item.path.stem not in LONG)
     items[:] = mine
     config.hook.pytest_deselected(items=others)
 

@@ -25,8 +25,8 @@ MODULES = (
     "keras",
     "testing",
     "retinanet",
-    "retinanet.export_torch",
-    "retinanet.export_tensorflow",
+    "retinanet.torch.export",
+    "retinanet.tensorflow.export",
 )
 
 

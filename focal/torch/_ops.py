@@ -90,15 +90,19 @@ def maximum(x: Tensor, y: Tensor | float) -> Tensor:
     """With a tensor or a number; of equal ones, a number leaves the gradient to x."""
     if isinstance(y, Tensor):
         return torch.maximum(x, y)
-    # Since PyTorch 2.15 a clamp has no gradient at its limit.
-    return where(x < y, y, x) if torch.is_grad_enabled() else torch.clamp(x, min=y)
+    return where(x < y, y, x) if _differentiated(x) else torch.clamp(x, min=y)
 
 
 def minimum(x: Tensor, y: Tensor | float) -> Tensor:
     """With a tensor or a number; of equal ones, a number leaves the gradient to x."""
     if isinstance(y, Tensor):
         return torch.minimum(x, y)
-    return where(x > y, y, x) if torch.is_grad_enabled() else torch.clamp(x, max=y)
+    return where(x > y, y, x) if _differentiated(x) else torch.clamp(x, max=y)
+
+
+def _differentiated(x: Tensor) -> bool:
+    """Whether the gradient at a limit may matter: since PyTorch 2.15 a clamp has none there."""
+    return x.requires_grad or not is_plain(x)
 
 
 def where(condition: Tensor, x: Tensor | float, y: Tensor) -> Tensor:
