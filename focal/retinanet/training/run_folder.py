@@ -1,7 +1,7 @@
 """What a training run leaves on the disk, whole at every moment.
 
 config.json, metrics.jsonl, weights.safetensors (what to use) and the last few
-checkpoint-NNNNNN.safetensors (what to resume from); `curves.py` and `report.py` add pictures and
+checkpoint-NNNNNN.safetensors (what to resume from). `focal.retinanet.report` adds pictures and
 report.html.
 """
 
