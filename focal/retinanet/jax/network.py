@@ -254,10 +254,11 @@ class FeaturePyramid(nnx.Module):
         for i in (1, 0):
             inner[i] = inner[i] + _upsample(inner[i + 1], inner[i].shape)
         levels = [block(x) for block, x in zip(self.layer_blocks, inner, strict=True)]
-        if "p6" in self.extra_blocks:
+        extra = list(self.extra_blocks)  # older versions of `nnx.Dict` cannot be asked with `in`
+        if "p6" in extra:
             source = features[-1] if self.p6_from == "c5" else levels[-1]
             levels.append(self.extra_blocks["p6"](source))
-        if "p7" in self.extra_blocks:
+        if "p7" in extra:
             levels.append(self.extra_blocks["p7"](nnx.relu(levels[-1])))
         return levels
 
