@@ -121,7 +121,7 @@ def test_the_command_line_is_one(command, fed):
 
 
 def test_the_commands_in_the_help_are_commands():
-    epilog = re.sub(r"\\\n\s*", "", cli.TRAIN_EPILOG)
+    epilog = re.sub(r"\\\n\s*", "", cli.train.EPILOG)
     commands = re.findall(r"^  ((?:focal|torchrun) .*)$", epilog, re.M)
     assert len(commands) >= 4
     for command in commands:

@@ -96,7 +96,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     model = train(
         detector,
         settings,
-        open_dataset,
+        dataset,
         validation,
         options.out,
         backend=options.backend,
