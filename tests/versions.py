@@ -179,8 +179,8 @@ def test(name: str, process: str) -> dict[str, Any]:
     return found | {"seconds": round(time.monotonic() - begin)}
 
 
-def run(name: str, only: Sequence[str], earlier: Mapping[str, Any]) -> dict[str, Any]:
-    """Test the set that is installed, or only some of its processes; the others keep their result."""
+def run(name: str, only: Sequence[str]) -> dict[str, Any]:
+    """Test the set that is installed, or only some of its processes."""
     record = {
         "date": datetime.date.today().isoformat(),
         "command": f"make test-versions SETS={name}",
@@ -190,8 +190,13 @@ def run(name: str, only: Sequence[str], earlier: Mapping[str, Any]) -> dict[str,
     with ThreadPoolExecutor(JOBS) as pool:
         processes = [x for x in SETS[name].processes if x in only or not only]
         found = pool.map(lambda process: test(name, process), processes)
-        results = earlier.get("processes", {}) | dict(zip(processes, found, strict=True))
+        results = recorded().get(name, {}).get("processes", {}) | dict(zip(processes, found))
     return record | {"processes": {x: results[x] for x in SETS[name].processes if x in results}}
+
+
+def recorded() -> dict[str, Any]:
+    """What is known of all sets."""
+    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
 
 
 def python_version(python: Path) -> str:
@@ -235,8 +240,8 @@ def main() -> int:
     for name in options.sets:
         if not options.reuse:
             install(name, interpreter(SETS[name].python, options.pythons))
-        record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-        found = run(name, options.only, record.get(name, {}))
+        found = run(name, options.only)
+        record = recorded()
         record = {x: (record | {name: found})[x] for x in SETS if x in {*record, name}}
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
         PAGE.write_text(fill(PAGE.read_text(), {"versions": table(record)}))
