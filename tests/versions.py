@@ -190,7 +190,8 @@ def run(name: str, only: Sequence[str]) -> dict[str, Any]:
     with ThreadPoolExecutor(JOBS) as pool:
         processes = [x for x in SETS[name].processes if x in only or not only]
         found = pool.map(lambda process: test(name, process), processes)
-        results = recorded().get(name, {}).get("processes", {}) | dict(zip(processes, found))
+        new = dict(zip(processes, found, strict=True))
+    results = recorded().get(name, {}).get("processes", {}) | new
     return record | {"processes": {x: results[x] for x in SETS[name].processes if x in results}}
 
 
