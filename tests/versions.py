@@ -179,8 +179,8 @@ def test(name: str, process: str) -> dict[str, Any]:
     return found | {"seconds": round(time.monotonic() - begin)}
 
 
-def run(name: str) -> dict[str, Any]:
-    """Test the set that is installed."""
+def run(name: str, only: Sequence[str]) -> dict[str, Any]:
+    """Test the set that is installed, or only some of its processes."""
     record = {
         "date": datetime.date.today().isoformat(),
         "command": f"make test-versions SETS={name}",
@@ -188,9 +188,16 @@ def run(name: str) -> dict[str, Any]:
         "packages": versions_in(name),
     }
     with ThreadPoolExecutor(JOBS) as pool:
-        processes = SETS[name].processes
+        processes = [x for x in SETS[name].processes if x in only or not only]
         found = pool.map(lambda process: test(name, process), processes)
-        return record | {"processes": dict(zip(processes, found, strict=True))}
+        new = dict(zip(processes, found, strict=True))
+    results = recorded().get(name, {}).get("processes", {}) | new
+    return record | {"processes": {x: results[x] for x in SETS[name].processes if x in results}}
+
+
+def recorded() -> dict[str, Any]:
+    """What is known of all sets."""
+    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
 
 
 def python_version(python: Path) -> str:
@@ -228,13 +235,14 @@ def main() -> int:
     parser.add_argument("sets", nargs="+", choices=SETS)
     parser.add_argument("--pythons", nargs="+", default=["python3.11", "python3.12", "python3.13"])
     parser.add_argument("--reuse", action="store_true", help="take the environments that are there")
+    parser.add_argument("--only", nargs="+", choices=FILES, default=[], help="these processes")
     options = parser.parse_args()
     failed = False
     for name in options.sets:
         if not options.reuse:
             install(name, interpreter(SETS[name].python, options.pythons))
-        found = run(name)
-        record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+        found = run(name, options.only)
+        record = recorded()
         record = {x: (record | {name: found})[x] for x in SETS if x in {*record, name}}
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
         PAGE.write_text(fill(PAGE.read_text(), {"versions": table(record)}))
