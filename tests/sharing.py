@@ -119,7 +119,7 @@ def all_cases(backend: ModuleType, replicas: Replicas) -> dict[str, np.ndarray]:
     """What the cases leave, by the names of the case and of the tensor."""
     return {
         f"trainer/{name}/{key}": x
-        for name in CASES[backend.__name__.rpartition("_")[2]]
+        for name in CASES[backend.__name__.split(".")[-2]]
         for key, x in after_a_step(backend, name, replicas).items()
     }
 
