@@ -23,7 +23,7 @@ $(ALL): $(READY)
 	touch $@
 
 test: $(ALL)
-	FOCAL_REQUIRE_ALL=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) \
+	FOCAL_BACKENDS= FOCAL_REQUIRE_ALL=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) \
 		--dist loadfile --no-loadscope-reorder
 
 test-gpu: $(ALL)

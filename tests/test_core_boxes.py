@@ -372,8 +372,9 @@ def test_smooth_l1_gradient_of_float32_is_that_of_float64(
 ) -> None:
     """To an ULP of 1, the size of its terms; XLA takes a subnormal difference for 0."""
     x, y = example
-    distance = np.abs(x - y)
-    assume(not ((distance > 0) & (distance < np.finfo(np.float32).tiny)).any())
+    if autodiff.name == "jax":
+        distance = np.abs(x - y)
+        assume(not ((distance > 0) & (distance < np.finfo(np.float32).tiny)).any())
     exact = autodiff.slope("smooth_l1_loss", x.astype(float), y.astype(float), beta=beta)
     got = autodiff.slope("smooth_l1_loss", x, y, beta=beta)
     assert worst_ulps(got, exact, "float32", np.ones_like(exact)) <= 1
