@@ -8,8 +8,6 @@ the page.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import numpy as np
 import pytest
 from backends import Backend
 from numpy.testing import assert_allclose, assert_array_equal
+from pages import from_page
 
 from focal.numpy import (
     asymmetric_focal_loss,
@@ -42,17 +41,7 @@ RIGHT = {"rtol": 1e-12}
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "migration.md"
 
 
-def from_page(name: str) -> Callable[..., Any]:
-    """A function that the page defines."""
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
-    (block,) = (b for b in blocks if f"def {name}(" in b)
-    found: dict[str, Any] = {}
-    exec(block, found)
-    function: Callable[..., Any] = found[name]
-    return function
-
-
-two_terms = from_page("two_terms")
+two_terms = from_page(PAGE, "two_terms")
 
 
 def cross_entropy(y: np.ndarray) -> np.ndarray:

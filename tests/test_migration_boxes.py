@@ -6,16 +6,14 @@ The functions that the page gives are taken from the page.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from backends import Backend
 from numpy.testing import assert_allclose, assert_array_equal
+from pages import from_page
 
 from focal import AnchorConfig
 from focal.numpy import (
@@ -39,18 +37,8 @@ SCALES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
 RATIOS = (0.5, 1.0, 3.0)
 
 
-def from_page(name: str) -> Callable[..., Any]:
-    """A function that the page defines."""
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
-    (block,) = (b for b in blocks if f"def {name}(" in b)
-    found: dict[str, Any] = {}
-    exec(block, found)
-    function: Callable[..., Any] = found[name]
-    return function
-
-
-stretched, match_matrix = from_page("stretched"), from_page("match_matrix")
-overwriting, forced = from_page("overwriting"), from_page("forced")
+stretched, match_matrix = from_page(PAGE, "stretched"), from_page(PAGE, "match_matrix")
+overwriting, forced = from_page(PAGE, "overwriting"), from_page(PAGE, "forced")
 
 
 def reordered(boxes: np.ndarray, config: AnchorConfig) -> np.ndarray:
