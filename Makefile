@@ -33,7 +33,7 @@ test-gpu: $(ALL)
 SETS ?= floors gpu-image newest
 PYTHONS ?= python3.11 python3.12 python3.13
 test-versions:
-	$(PYTHON) -m tests.versions $(SETS) --pythons $(PYTHONS)
+	$(PYTHON) -m tests.tools.versions $(SETS) --pythons $(PYTHONS)
 
 # About two minutes of training on two cores; STEPS=200 makes it a short trial.
 STEPS ?= 2200

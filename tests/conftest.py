@@ -9,14 +9,9 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
-
-sys.path.insert(0, str(Path(__file__).parent))  # the helper modules beside this file
-
 from backends import (
     AUTODIFF,
     BACKENDS,
@@ -27,8 +22,9 @@ from backends import (
     left_out,
     load,
 )
+from hypothesis import HealthCheck, settings
 
-LONG = {"test_replicas", "test_keras", "test_survival", "test_cli", "test_export_torch"}
+LONG = ("test_replicas", "test_keras", "test_survival", "test_cli", "torch/test_export")
 """Files of few tests that run whole programs."""
 
 settings.register_profile(
@@ -75,7 +71,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
         (others if any(map(left_out, parameters)) else mine).append(item)
     # Two workers share the files; a long one at the end would leave the other without work.
-    mine.sort(key=lambda item: item.path.stem not in LONG)
+    mine.sort(key=lambda item: not item.path.with_suffix("").as_posix().endswith(LONG))
     items[:] = mine
     config.hook.pytest_deselected(items=others)
 

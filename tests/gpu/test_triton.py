@@ -1,6 +1,6 @@
 """The kernels of Triton: on a GPU, or without one in Triton's interpreter.
 
-`make test-gpu` runs this file on a GPU, `tests/test_kernels_triton.py` in the interpreter.
+`make test-gpu` runs this file on a GPU, `tests/torch/test_triton.py` in the interpreter.
 """
 
 import gc
