@@ -57,27 +57,27 @@ ROOMS = {
     "core": Room(
         "focal/core/*.py focal/numpy/*.py",
         (
-            ("numpy", CORE),
+            ("numpy,array_api_strict", CORE),
             ("torch", f"{CORE} tests/project/test_docstrings.py"),
-            ("", f"{CORE} tests/retinanet/test_objective.py tests/project/test_migration.py"),
+            ("numpy,torch", "tests/retinanet/test_objective.py tests/project/test_migration.py"),
         ),
     ),
     "adapters": Room(
         "focal/torch/*.py focal/jax/*.py focal/tensorflow/*.py focal/kernels/*.py",
         (
-            ("{backend}", f"{CORE} tests/{{backend}}/test_idiom.py"),
-            ("", "tests/torch/test_operands.py tests/torch/test_triton.py"),
-            ("", "tests/project/test_migration.py tests/testing tests/project/test_docstrings.py"),
+            ("{backend}", "tests/{backend}/test_[io]*.py tests/core/test_*.py"),
+            ("{backend}", "tests/project/test_migration.py tests/torch/test_triton.py"),
+            ("{backend}", "tests/testing/test_testing.py tests/project/test_docstrings.py"),
         ),
     ),
     "trainers": Room(
         "focal/retinanet/torch/*.py focal/retinanet/jax/*.py focal/retinanet/tensorflow/*.py "
         "focal/retinanet/training/*.py focal/retinanet/*.py",
         (
-            ("", "tests/{backend}/test_network.py tests/retinanet/test_objective.py"),
-            ("", "tests/retinanet/test_[cpw]*.py tests/retinanet/test_t*.py"),
-            ("", "tests/retinanet/test_detector.py tests/{backend}/test_export.py"),
-            ("", "tests/retinanet/test_replicas.py"),
+            ("{backend}", "tests/{backend}/test_network.py tests/retinanet/test_[cpw]*.py"),
+            ("{backend}", "tests/retinanet/test_t*.py tests/retinanet/test_objective.py"),
+            ("{backend}", "tests/retinanet/test_detector.py tests/{backend}/test_export.py"),
+            ("{backend}", "tests/retinanet/test_replicas.py"),
         ),
     ),
 }
