@@ -24,6 +24,7 @@ from focal.jax._namespace import xp as _xp
 from focal.jax.initializers import prior_bias_init
 from focal.jax.replicas import num_positives
 
+xp = _xp
 sigmoid_focal_loss = bind(losses.sigmoid_focal_loss, _xp, __name__)
 sparse_sigmoid_focal_loss = bind(losses.sparse_sigmoid_focal_loss, _xp, __name__)
 softmax_focal_loss = bind(softmax.softmax_focal_loss, _xp, __name__)

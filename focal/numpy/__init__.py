@@ -17,6 +17,7 @@ from focal.core.bind import bind
 from focal.core.prior import expected_initial_loss, inverse_frequency_alpha, prior_bias
 from focal.numpy._namespace import xp as _xp
 
+xp = _xp
 sigmoid_focal_loss = bind(losses.sigmoid_focal_loss, _xp, __name__)
 sparse_sigmoid_focal_loss = bind(losses.sparse_sigmoid_focal_loss, _xp, __name__)
 softmax_focal_loss = bind(softmax.softmax_focal_loss, _xp, __name__)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import numpy as np
 
-from focal.core.losses import sigmoid_focal_loss_star, sparse_sigmoid_focal_loss
-from focal.core.namespace import Array, Namespace
-from focal.core.targets import hard_example_mask
+from focal.core.namespace import Array
 from focal.retinanet.config import RetinaNetConfig
 
 __all__ = ["OHEM_CANDIDATES", "classification_loss"]
@@ -16,7 +16,7 @@ OHEM_CANDIDATES = 1000
 
 
 def classification_loss(
-    xp: Namespace,
+    F: ModuleType,
     logits: Array,
     anchors: Array,
     labels: Array,
@@ -26,7 +26,7 @@ def classification_loss(
     """The sum of the loss over the anchors of a batch.
 
     Args:
-        xp: The array namespace.
+        F: The framework's module, such as `focal.torch`.
         logits: (B, N, K) class logits.
         anchors: (N, 4).
         labels: (B, N): class, -1 background, -2 ignored.
@@ -34,35 +34,30 @@ def classification_loss(
         weight: Factors of the images, (B, 1, 1), or None.
     """
     if config.loss == "focal_star":
-        return _focal_star(xp, logits, labels, config, weight)
+        return _focal_star(F, logits, labels, config, weight)
     if config.loss == "ohem":
-        return _hard_examples(xp, logits, anchors, labels, config, weight)
-    return sparse_sigmoid_focal_loss(
-        xp, logits, labels, config.alpha, config.gamma, "sum", weight=weight
+        return _hard_examples(F, logits, anchors, labels, config, weight)
+    return F.sparse_sigmoid_focal_loss(
+        logits, labels, config.alpha, config.gamma, "sum", weight=weight
     )
 
 
 def _focal_star(
-    xp: Namespace, logits: Array, labels: Array, config: RetinaNetConfig, weight: Array | None
+    F: ModuleType, logits: Array, labels: Array, config: RetinaNetConfig, weight: Array | None
 ) -> Array:
     """FL* (paper, appendix A), which has dense targets only."""
+    xp = F.xp
     classes = xp.astype(xp.constant(np.arange(config.num_classes), labels), labels.dtype)
     targets = xp.astype(labels[..., None] == classes, xp.float32)
     used = xp.astype(labels >= -1, xp.float32)[..., None]
-    return sigmoid_focal_loss_star(
-        xp,
-        logits,
-        targets,
-        config.alpha,
-        config.gamma,
-        config.star_beta,
-        "sum",
-        weight=used if weight is None else used * weight,
+    weight = used if weight is None else used * weight
+    return F.sigmoid_focal_loss_star(
+        logits, targets, config.alpha, config.gamma, config.star_beta, "sum", weight=weight
     )
 
 
 def _hard_examples(
-    xp: Namespace,
+    F: ModuleType,
     logits: Array,
     anchors: Array,
     labels: Array,
@@ -73,16 +68,13 @@ def _hard_examples(
 
     The ratio is kept among the candidates, so a positive that is easier than all of them is none.
     """
-    losses = sparse_sigmoid_focal_loss(
-        xp, logits, labels, config.alpha, config.gamma, weight=weight
-    )
+    xp, ratio = F.xp, config.ohem_ratio
+    losses = F.sparse_sigmoid_focal_loss(logits, labels, config.alpha, config.gamma, weight=weight)
     losses, at = xp.top_k(xp.sum(losses, axis=-1), min(OHEM_CANDIDATES, labels.shape[1]))
     positive = xp.take_along_axis(labels, at, axis=-1) >= 0
-    ratio = config.ohem_ratio
     total = 0.0
     for image in range(losses.shape[0]):
-        mask = hard_example_mask(
-            xp,
+        mask = F.hard_example_mask(
             losses[image],
             config.ohem_examples,
             positive=None if ratio is None else positive[image],

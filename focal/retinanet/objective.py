@@ -1,105 +1,62 @@
-"""What the network is trained to minimise: targets and losses of a batch, in any framework."""
+"""What the network is trained to minimize, in any framework.
+
+`F` is the module of a framework, such as `focal.torch`. The functions here are its public ones.
+"""
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
-from focal.core.box_losses import giou_loss, smooth_l1_loss
-from focal.core.boxes import decode_boxes
-from focal.core.namespace import Array, Namespace
-from focal.core.targets import assign_targets
+from focal.core.namespace import Array
 from focal.retinanet.classification import classification_loss
 from focal.retinanet.config import RetinaNetConfig
 
-__all__ = ["EMA_START", "Objective", "Targets", "divisor", "objective", "running_mean", "targets"]
+__all__ = ["EMA_START", "Losses", "Targets", "losses", "normalizer", "running_mean", "targets"]
 
 EMA_START = 100.0
-"""Where detectron2 starts its running mean of the positives, the normaliser "ema"."""
+"""The first value of the running mean of the positives (normalizer "ema"), as in detectron2."""
 
 
 class Targets(NamedTuple):
-    """What each anchor is to learn: labels (B, N) and deltas (B, N, 4)."""
+    """Targets of each anchor: labels (B, N) and box deltas (B, N, 4)."""
 
     labels: Array
     deltas: Array
 
 
-class Objective(NamedTuple):
-    """The loss parts of a batch, normalised, and its number of positive anchors."""
+class Losses(NamedTuple):
+    """Both parts of the loss of a batch, normalized."""
 
     classification: Array
     box: Array
-    positives: Array
 
 
 def targets(
-    xp: Namespace, anchors: Array, boxes: Array, labels: Array, config: RetinaNetConfig
+    F: ModuleType, anchors: Array, boxes: Array, labels: Array, config: RetinaNetConfig
 ) -> Targets:
     """Match anchors (N, 4) with boxes (B, M, 4), padded with zeros, of classes `labels` (B, M)."""
-    assigned, deltas = assign_targets(
-        xp,
-        anchors,
-        boxes,
-        labels,
-        foreground=config.foreground,
-        background=config.background,
-        allow_low_quality=config.allow_low_quality,
+    return Targets(
+        *F.assign_targets(
+            anchors,
+            boxes,
+            labels,
+            foreground=config.foreground,
+            background=config.background,
+            allow_low_quality=config.allow_low_quality,
+        )
     )
-    return Targets(assigned, deltas)
 
 
-def objective(
-    xp: Namespace,
-    logits: Array,
-    deltas: Array,
-    anchors: Array,
-    target: Targets,
-    config: RetinaNetConfig,
-    normaliser: Array | None = None,
-) -> Objective:
-    """Classification and box loss, each divided by the number of positive anchors.
-
-    Args:
-        xp: The array namespace.
-        logits: (B, N, K) class logits.
-        deltas: (B, N, 4) box deltas.
-        anchors: (N, 4).
-        target: The batch's targets.
-        config: The losses, their parameters, and the normaliser.
-        normaliser: Divide by this instead: the `divisor` of the whole batch, where this is a part
-            of it. Parts add up to the whole.
-    """
-    positive = xp.astype(target.labels >= 0, xp.float32)
-    count = xp.sum(positive)
-    if config.normaliser == "image":
-        # Each image divided by its own positives, then the mean over images.
-        each = xp.maximum(xp.sum(positive, axis=-1, keepdims=True), 1.0)
-        weight, scale = (1 / each)[..., None], positive.shape[0]
-        scale = scale if normaliser is None else normaliser
-    else:
-        weight, scale = None, xp.maximum(count if normaliser is None else normaliser, 1.0)
-
-    classification = classification_loss(xp, logits, anchors, target.labels, config, weight)
-    deltas = xp.astype(deltas, xp.float32)
-    if config.box_loss == "giou":
-        predicted = decode_boxes(xp, deltas, anchors)
-        each = giou_loss(xp, predicted, decode_boxes(xp, target.deltas, anchors))
-    else:
-        each = xp.sum(smooth_l1_loss(xp, deltas, target.deltas, config.box_beta), axis=-1)
-    mask = positive if weight is None else positive * weight[..., 0]
-    box = xp.sum(each * mask) * config.box_weight
-    return Objective(classification / scale, box / scale, count)
-
-
-def divisor(
+def normalizer(
     config: RetinaNetConfig, images: int, positives: Array, mean: Array
 ) -> tuple[Array | int, Array]:
     """What the loss of a batch is divided by, and the running mean of the positives after it.
 
     Args:
-        config: The normaliser.
+        config: The normalizer.
         images: Of the whole batch, over all replicas.
-        positives: The positive anchors of the whole batch.
+        positives: `F.num_positives` of the whole batch.
         mean: The running mean before it.
     """
     if config.normaliser == "image":
@@ -113,3 +70,41 @@ def divisor(
 def running_mean(mean: Array, positives: Array) -> Array:
     """The running mean of the positives after one more batch, as in detectron2."""
     return mean + 0.1 * (positives - mean)
+
+
+def losses(
+    F: ModuleType,
+    logits: Array,
+    deltas: Array,
+    anchors: Array,
+    target: Targets,
+    config: RetinaNetConfig,
+    normalizer: Array | float,
+) -> Losses:
+    """Classification and box loss of a batch, or of a part of it: parts add up to the whole.
+
+    Args:
+        F: The framework's module.
+        logits: (B, N, K) class logits.
+        deltas: (B, N, 4) box deltas.
+        anchors: (N, 4).
+        target: The targets.
+        config: The losses, their parameters, and whether each image has a normalizer of its own.
+        normalizer: Both sums are divided by it: `normalizer` of the whole batch.
+    """
+    xp = F.xp
+    logits, deltas = xp.astype(logits, xp.float32), xp.astype(deltas, xp.float32)
+    positive = xp.astype(target.labels >= 0, xp.float32)
+    weight = None
+    if config.normaliser == "image":  # each image's loss is divided by its own positives
+        weight = 1 / xp.maximum(xp.sum(positive, axis=-1, keepdims=True), 1.0)
+        positive = positive * weight
+        weight = weight[..., None]
+    classification = classification_loss(F, logits, anchors, target.labels, config, weight)
+    if config.box_loss == "giou":
+        boxes = F.decode_boxes(deltas, anchors)
+        box = F.giou_loss(boxes, F.decode_boxes(target.deltas, anchors))
+    else:
+        box = xp.sum(F.smooth_l1_loss(deltas, target.deltas, config.box_beta), axis=-1)
+    box = xp.sum(box * positive) * config.box_weight
+    return Losses(classification / normalizer, box / normalizer)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 from focal.core.anchors import level_shapes
-from focal.core.boxes import decode_boxes
 from focal.core.namespace import Array, Namespace
 from focal.core.nms import suppress
 from focal.retinanet.config import RetinaNetConfig
@@ -22,7 +22,7 @@ class Detections(NamedTuple):
 
 
 def detections(
-    xp: Namespace,
+    F: ModuleType,
     logits: Array,
     deltas: Array,
     anchors: Array,
@@ -32,7 +32,7 @@ def detections(
     """Threshold, take the best of each level, decode, clip, suppress per class, take the best.
 
     Args:
-        xp: The array namespace.
+        F: The framework's module, such as `focal.torch`.
         logits: (B, N, K) class logits of the canvas.
         deltas: (B, N, 4) box deltas.
         anchors: (N, 4) of the canvas.
@@ -45,7 +45,7 @@ def detections(
     Source: Lin et al. 2017, section 4.1, "Inference"; suppression per class and the limit of
     detections as in Detectron.
     """
-    classes = logits.shape[-1]
+    xp, classes = F.xp, logits.shape[-1]
     scores, positions, start = [], [], 0
     for rows, columns in level_shapes(config.canvas, config.anchors):
         count = rows * columns * config.anchors.per_cell
@@ -63,7 +63,7 @@ def detections(
     anchor, label = position // classes, position % classes
     of_anchor = xp.take(anchors, xp.reshape(anchor, (-1,)), axis=0)
     of_anchor = xp.reshape(of_anchor, (*xp.shape(anchor), 4))
-    boxes = decode_boxes(xp, _rows(xp, deltas, anchor), of_anchor)
+    boxes = F.decode_boxes(_rows(xp, deltas, anchor), of_anchor)
     boxes = _clip(xp, boxes, sizes)
 
     # What the threshold rejected comes last, where it suppresses nothing.

@@ -23,6 +23,7 @@ from focal.tensorflow._bind import bind
 from focal.tensorflow._namespace import xp as _xp
 from focal.tensorflow.replicas import num_positives
 
+xp = _xp
 sigmoid_focal_loss = bind(losses.sigmoid_focal_loss, _xp, __name__)
 sparse_sigmoid_focal_loss = bind(losses.sparse_sigmoid_focal_loss, _xp, __name__)
 softmax_focal_loss = bind(softmax.softmax_focal_loss, _xp, __name__)

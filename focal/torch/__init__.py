@@ -36,6 +36,7 @@ from focal.torch.variant_modules import (
     VarifocalLoss,
 )
 
+xp = _xp
 sigmoid_focal_loss = bind(losses.sigmoid_focal_loss, _xp, __name__)
 sparse_sigmoid_focal_loss = bind(losses.sparse_sigmoid_focal_loss, _xp, __name__)
 softmax_focal_loss = bind(softmax.softmax_focal_loss, _xp, __name__)

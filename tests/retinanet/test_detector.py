@@ -11,7 +11,6 @@ import torch
 
 import focal
 import focal.numpy as F
-from focal.numpy._namespace import xp
 from focal.retinanet import (
     CONVENTIONS,
     PRESETS,
@@ -24,7 +23,7 @@ from focal.retinanet import (
     save,
 )
 from focal.retinanet.data import ShapesDataset, train_batches
-from focal.retinanet.objective import objective, targets
+from focal.retinanet.objective import losses, targets
 
 CONFIG = PRESETS["tiny"].detector.replace(
     classes=("ball", "cube"), canvas=(48, 64), channels=16, head_depth=1, max_detections=20
@@ -207,8 +206,8 @@ def first_loss(prior):
     batch = next(train_batches(data, config, run))
     logits, deltas = raw_outputs(build(config, device="cpu"), batch.images)
     anchors = F.anchors(config.canvas, config.anchors)
-    target = targets(xp, anchors, batch.boxes, batch.labels, config)
-    found = objective(xp, logits, deltas, anchors, target, config)
+    target = targets(F, anchors, batch.boxes, batch.labels, config)
+    found = losses(F, logits, deltas, anchors, target, config, F.num_positives(target.labels))
     used, positives = (target.labels != -2).sum(), (target.labels >= 0).sum()
     expected = focal.expected_initial_loss(int(used), int(positives), 3, pi=prior)
     return found.classification, expected

@@ -27,9 +27,9 @@ NAMESPACES = ("numpy", "torch")
 
 def run(name, logits, deltas, sizes, config=CONFIG, anchors=ANCHORS):
     pytest.importorskip(name)
-    xp = importlib.import_module(f"focal.{name}._namespace").xp
-    arrays = (xp.constant(np.asarray(x), None) for x in (logits, deltas, anchors, sizes))
-    return Detections(*map(np.asarray, detections(xp, *arrays, config)))
+    library = importlib.import_module(f"focal.{name}")
+    arrays = (library.xp.constant(np.asarray(x), None) for x in (logits, deltas, anchors, sizes))
+    return Detections(*map(np.asarray, detections(library, *arrays, config)))
 
 
 def outputs(seed, classes=3, spread=2.0, batch=3):

@@ -397,21 +397,6 @@ def test_load_state_names_what_does_not_fit(tiny):
 # Releases of PyTorch
 
 
-@pytest.mark.parametrize("private", [True, False])
-def test_averages_move_by_their_share(monkeypatch, private):
-    if not private:
-        monkeypatch.delattr(torch, "_foreach_sub")
-    start = [images(3, 4), images(5, seed=1)]
-    current = [images(3, 4, seed=2), images(5, seed=3)]
-    averages = [x.clone() for x in start]
-    backend_torch._move(averages, current, torch.tensor(0.25))
-    for found, old, new in zip(averages, start, current, strict=True):
-        torch.testing.assert_close(found, 0.75 * old + 0.25 * new)
-    kept = [x.clone() for x in averages]
-    backend_torch._move(averages, current, torch.tensor(0.0))
-    assert all((x == y).all() for x, y in zip(averages, kept, strict=True))
-
-
 def test_bfloat16_is_for_processors_that_are_known_to_have_it(monkeypatch):
     cpu = torch.device("cpu")
     for known in (True, False):

@@ -49,42 +49,26 @@ _LECUN_UNIFORM = _drawn_by_numpy(
 _GAUSSIAN = _drawn_by_numpy(lambda rng, shape: rng.normal(0, 0.01, shape))
 
 
-class FrozenBatchNorm(nnx.Module):
-    """Batch normalisation as a fixed scale and shift: nothing in it is a parameter."""
-
-    def __init__(self, channels: int, affine: type[nnx.Variable[Array]] = nnx.BatchStat) -> None:
-        zeros, ones = jnp.zeros(channels, jnp.float32), jnp.ones(channels, jnp.float32)
-        self.scale, self.bias = affine(ones), affine(zeros)
-        self.mean, self.var = nnx.BatchStat(zeros), nnx.BatchStat(ones)
-
-    def __call__(self, x: Array) -> Array:
-        """Normalise x, of shape (N, H, W, channels), with the running statistics."""
-        return self.normalise(x, self.mean[...], self.var[...])
-
-    def normalise(self, x: Array, mean: Array, var: Array) -> Array:
-        """Normalise x with these statistics, in float32."""
-        scale = self.scale * jax.lax.rsqrt(var + NORM_EPS)
-        shift = self.bias - mean * scale
-        return (x * scale + shift).astype(x.dtype)
+# Normalization draws no numbers: any `rngs` will do.
 
 
-class BatchNorm(FrozenBatchNorm):
-    """Batch normalisation as in PyTorch: the running variance is of unbiased estimates."""
+class FrozenBatchNorm(nnx.BatchNorm):
+    """Batch normalization as a fixed scale and shift: nothing in it is a parameter."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__(channels, affine=nnx.Param)
-        self.use_running_average = False  # what `train` and `eval` of nnx modules set
+        super().__init__(channels, epsilon=NORM_EPS, rngs=nnx.Rngs(0))
+        self.scale, self.bias = nnx.BatchStat(self.scale[...]), nnx.BatchStat(self.bias[...])
 
     def __call__(self, x: Array) -> Array:
-        """Normalise x, of shape (N, H, W, channels); in training with its own statistics."""
-        if self.use_running_average:
-            return super().__call__(x)
-        wide, axes = x.astype(jnp.float32), (0, 1, 2)
-        mean, var = jnp.mean(wide, axes), jnp.var(wide, axes)
-        count = x.size // x.shape[-1]
-        for running, batch in ((self.mean, mean), (self.var, var * (count / max(1, count - 1)))):
-            running[...] += 0.1 * (batch - running[...])
-        return self.normalise(x, mean, var)
+        """Normalize x, of shape (N, H, W, channels), with the running statistics."""
+        return super().__call__(x, use_running_average=True)
+
+
+def _batch_norm(channels: int) -> nnx.BatchNorm:
+    """PyTorch's running variance is unbiased, this one is not: n / (n - 1) of n pixels apart."""
+    return nnx.BatchNorm(
+        channels, momentum=0.9, epsilon=NORM_EPS, use_fast_variance=False, rngs=nnx.Rngs(0)
+    )
 
 
 def _group_norm(channels: int) -> nnx.GroupNorm:
@@ -93,13 +77,13 @@ def _group_norm(channels: int) -> nnx.GroupNorm:
         norm_groups(channels),
         epsilon=NORM_EPS,
         use_fast_variance=False,
-        rngs=nnx.Rngs(0),  # it draws nothing
+        rngs=nnx.Rngs(0),
     )
 
 
 _Norm = Callable[[int], nnx.Module]
 _NORMS: Mapping[str, _Norm] = {
-    "batch": BatchNorm,
+    "batch": _batch_norm,
     "frozen_batch": FrozenBatchNorm,
     "group": _group_norm,
 }

@@ -22,8 +22,7 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from focal.core.anchors import anchors as core_anchors
-from focal.jax._namespace import xp
+import focal.jax as F
 from focal.retinanet.config import RetinaNetConfig, TrainConfig
 from focal.retinanet.data.loader import Batch
 from focal.retinanet.jax.network import (
@@ -34,14 +33,7 @@ from focal.retinanet.jax.network import (
     replaced,
     state,
 )
-from focal.retinanet.objective import (
-    EMA_START,
-    Objective,
-    Targets,
-    divisor,
-    objective,
-    targets,
-)
+from focal.retinanet.objective import EMA_START, Losses, Targets, losses, normalizer, targets
 from focal.retinanet.postprocess import detections
 from focal.retinanet.replicas import Replicas
 from focal.retinanet.weights import check_names, part
@@ -140,7 +132,7 @@ class _Run(NamedTuple):
 
 
 class Trainer:
-    """One training run: the network, its optimiser, and the moving average of its weights.
+    """One training run: the network, its optimizer, and the moving average of its weights.
 
     `model` always has the weights of the last step. Others are put into it by `load_state`
     before the run begins: the run goes on from its own.
@@ -158,7 +150,7 @@ class Trainer:
         self.static = nnx.graphdef(model), train.replace(precision=precision)
         _, parameters, statistics = nnx.split(model, nnx.Param, ...)
         average = nnx.merge_state(parameters, statistics) if train.ema else nnx.State({})
-        slots = _optimiser(train).init(parameters)
+        slots = _optimizer(train).init(parameters)
         run = _Run(parameters, statistics, average, slots, jnp.float32(EMA_START), jnp.bool(True))
         self.run = _own_copy(run, self.place)
 
@@ -168,26 +160,20 @@ class Trainer:
         return self.run.healthy
 
     def step(self, number: int, batch: Batch, learning_rate: float) -> dict[str, Array]:
-        """One step of the optimiser; the loss parts stay on the device.
+        """One step of the optimizer; the losses stay on the device.
 
-        `batch` is this process's share; the parts are those of the whole batch.
+        `batch` is this process's share; the losses are those of the whole batch.
         """
         decay = self.train.average_decay(number)
         share = batch.images, batch.boxes, batch.labels
         if self.replicas.handle:
             rows = NamedSharding(self.replicas.handle, PartitionSpec("replicas"))
             share = [jax.make_array_from_process_local_data(rows, x) for x in share]
-        self.run, loss, parts, norm = _train_step(
+        self.run, found = _train_step(
             *self.static, self.replicas.count, self.run, *share, learning_rate, decay
         )
         nnx.update(self.model, self.run.parameters, self.run.statistics)
-        return {
-            "loss": loss,
-            "classification": parts.classification,
-            "box": parts.box,
-            "positives": parts.positives,
-            "gradient_norm": norm,
-        }
+        return found
 
     def weights(self) -> dict[str, np.ndarray]:
         """The weights to evaluate and to keep: the moving average where there is one."""
@@ -225,7 +211,7 @@ def _raw_outputs(
 ) -> tuple[Array, Array]:
     model = nnx.merge(graphdef, variables)
     model.eval()  # this copy of it, whatever mode the caller's is in
-    return model(_normalised(images, model.config))
+    return model(_normalized(images, model.config))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -234,7 +220,7 @@ def _detections(
 ) -> tuple[Array, Array, Array]:
     config = nnx.merge(graphdef, variables).config
     logits, deltas = _raw_outputs(graphdef, variables, images)
-    return detections(xp, logits, deltas, _anchors(images, config), sizes, config)
+    return detections(F, logits, deltas, _anchors(images, config), sizes, config)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
@@ -248,77 +234,75 @@ def _train_step(
     labels: Array,
     learning_rate: float,
     decay: float,
-) -> tuple[_Run, Array, Objective, Array]:
+) -> tuple[_Run, dict[str, Array]]:
     # A batch that is sharded over replicas is one array here: what follows, written for one
     # device, is shared out by the compiler, and its sums are those of the whole batch.
     config = nnx.merge(graphdef, run.parameters, run.statistics).config
     anchors = _anchors(images, config)
-    target = targets(xp, anchors, boxes, labels, config)
-    positives = jnp.sum(target.labels >= 0).astype(jnp.float32)
-    normaliser, mean_positives = divisor(config, len(images), positives, run.mean_positives)
+    target = targets(F, anchors, boxes, labels, config)
+    positives = F.num_positives(target.labels)
+    divisor, mean_positives = normalizer(config, len(images), positives, run.mean_positives)
 
-    def loss(
+    @partial(jax.value_and_grad, has_aux=True)
+    def gradient_of(
         parameters: nnx.State, statistics: nnx.State, images: Array, target: Targets
-    ) -> tuple[Array, Any]:
+    ) -> tuple[Array, tuple[Losses, nnx.State]]:
         model = nnx.merge(graphdef, parameters, statistics, copy=True)
         # The type is that of the layers; the weights are float32.
         model.train(dtype=jnp.dtype(train.precision), recompute=train.recompute)
-        logits, deltas = model(_normalised(images, config))
-        logits, deltas = logits.astype(jnp.float32), deltas.astype(jnp.float32)
-        parts = objective(xp, logits, deltas, anchors, target, config, normaliser)
+        parts = losses(F, *model(_normalized(images, config)), anchors, target, config, divisor)
         return parts.classification + parts.box, (parts, nnx.state(model, nnx.Not(nnx.Param)))
 
-    slope = jax.value_and_grad(loss, has_aux=True)
+    def accumulate(carry: Any, piece: tuple[Array, Targets]) -> tuple[Any, None]:
+        """One gradient-accumulation step."""
+        sums, statistics = carry
+        (_, (parts, statistics)), gradient = gradient_of(run.parameters, statistics, *piece)
+        return (jax.tree.map(jnp.add, sums, (parts, gradient)), statistics), None
 
-    def add(carry: Any, piece: tuple[Array, Targets]) -> tuple[Any, None]:
-        """Loss and gradient of one more part of the batch."""
-        total, parts, statistics, gradient = carry
-        (value, (found, statistics)), more = slope(run.parameters, statistics, *piece)
-        sums = jax.tree.map(jnp.add, (total, parts, gradient), (value, found, more))
-        return (*sums[:2], statistics, sums[2]), None
+    zeros = Losses(*jnp.zeros(2)), jax.tree.map(jnp.zeros_like, run.parameters)
+    pieces = _pieces((images, target), replicas, train.accumulate)
+    ((parts, gradient), statistics), _ = jax.lax.scan(
+        accumulate, (zeros, run.statistics), pieces, unroll=train.accumulate == 1
+    )
 
-    if train.accumulate == 1:
-        (total, (parts, statistics)), gradient = slope(
-            run.parameters, run.statistics, images, target
-        )
-    else:
-        pieces = jax.tree.map(
-            partial(_in_parts, replicas=replicas, parts=train.accumulate), (images, target)
-        )
-        zero = jnp.float32(0)
-        start = zero, Objective(zero, zero, zero), run.statistics
-        gradient = jax.tree.map(jnp.zeros_like, run.parameters)
-        (total, parts, statistics, gradient), _ = jax.lax.scan(add, (*start, gradient), pieces)
-    updates, slots = _optimiser(train).update(gradient, run.slots, run.parameters)
-    # The optimiser is one of learning rate 1; a rate of its own would compile each anew.
+    updates, slots = _optimizer(train).update(gradient, run.slots, run.parameters)
+    # The optimizer has learning rate 1: with a rate of its own each would be compiled again.
     updates = jax.tree.map(lambda x: learning_rate * x, updates)
     parameters = optax.apply_updates(run.parameters, updates)
     average = run.average
     if train.ema:
         current = nnx.merge_state(parameters, statistics)
-        average = jax.tree.map(lambda a, x: x + decay * (a - x), average, current)
-    norm = jnp.sqrt(sum(jnp.sum(x * x) for x in jax.tree.leaves(gradient)))
-    healthy = run.healthy & jnp.isfinite(total) & jnp.isfinite(norm)
+        average = optax.incremental_update(current, average, 1 - decay)
+    loss, norm = parts.classification + parts.box, optax.global_norm(gradient)
+    healthy = run.healthy & jnp.isfinite(loss) & jnp.isfinite(norm)
     new = _Run(parameters, statistics, average, slots, mean_positives, healthy)
+    # `optax.apply_if_finite` looks at gradients alone, and lets statistics and average go on.
     kept = jax.tree.map(lambda x, old: jnp.where(healthy, x, old), new, run)
-    return kept._replace(healthy=healthy), total, parts, norm
+    return kept._replace(healthy=healthy), {
+        "loss": loss,
+        **parts._asdict(),
+        "positives": positives,
+        "gradient_norm": norm,
+    }
 
 
-def _optimiser(train: TrainConfig) -> optax.GradientTransformation:
+def _optimizer(train: TrainConfig) -> optax.GradientTransformation:
     """PyTorch's rule of that name, with learning rate 1."""
-    clip = (
-        optax.identity() if train.clip_norm is None else optax.clip_by_global_norm(train.clip_norm)
-    )
-    if train.optimizer == "sgd":
-        decay = optax.add_decayed_weights(train.weight_decay)
-        return optax.chain(clip, decay, optax.sgd(1.0, train.momentum))
-    return optax.chain(clip, optax.adamw(1.0, weight_decay=train.weight_decay))
+    clip = optax.clip_by_global_norm(train.clip_norm) if train.clip_norm else optax.identity()
+    if train.optimizer == "adamw":
+        return optax.chain(clip, optax.adamw(1.0, weight_decay=train.weight_decay))
+    decay = optax.add_decayed_weights(train.weight_decay)
+    return optax.chain(clip, decay, optax.sgd(1.0, train.momentum))
 
 
-def _in_parts(x: Array, replicas: int, parts: int) -> Array:
-    """(B, ...) to (parts, B / parts, ...), each part of every replica's share in equal measure."""
-    shares = x.reshape(replicas, parts, -1, *x.shape[1:])
-    return jnp.moveaxis(shares, 1, 0).reshape(parts, -1, *x.shape[1:])
+def _pieces(batch: Any, replicas: int, count: int) -> Any:
+    """(B, ...) to (count, B / count, ...): equal parts of the share of every replica."""
+
+    def split(x: Array) -> Array:
+        shares = x.reshape(replicas, count, -1, *x.shape[1:])
+        return jnp.moveaxis(shares, 1, 0).reshape(count, -1, *x.shape[1:])
+
+    return jax.tree.map(split, batch)
 
 
 def _own_copy(run: _Run, place: Any) -> _Run:
@@ -337,15 +321,14 @@ def _fast_precision(model: RetinaNet) -> str:
     return "float32" if _device(model).platform == "cpu" else "bfloat16"
 
 
-def _normalised(images: Array, config: RetinaNetConfig) -> Array:
+def _normalized(images: Array, config: RetinaNetConfig) -> Array:
     """uint8 to float32 with the config's mean and standard deviation."""
     mean, std = np.array(config.mean, np.float32), np.array(config.std, np.float32)
     return images.astype(jnp.float32) * (1 / (255 * std)) - mean / std
 
 
 def _anchors(images: Array, config: RetinaNetConfig) -> Array:
-    _, height, width, _ = images.shape
-    return core_anchors(xp, (height, width), config.anchors)
+    return F.anchors(images.shape[1:3], config.anchors)
 
 
 def _by_path(tree: Any) -> dict[str, Array]:

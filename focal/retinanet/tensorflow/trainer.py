@@ -15,10 +15,10 @@ import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
 
-from focal.core.anchors import anchors as core_anchors
+import focal.tensorflow as F
 from focal.retinanet.config import RetinaNetConfig, TrainConfig
 from focal.retinanet.data.loader import Batch
-from focal.retinanet.objective import EMA_START, Targets, divisor, objective, targets
+from focal.retinanet.objective import EMA_START, Targets, losses, normalizer, targets
 from focal.retinanet.postprocess import Detections, detections
 from focal.retinanet.replicas import Replicas
 from focal.retinanet.tensorflow.network import (
@@ -33,7 +33,6 @@ from focal.retinanet.tensorflow.network import (
     state,
 )
 from focal.retinanet.weights import part
-from focal.tensorflow._namespace import xp
 
 __all__ = [
     "Trainer",
@@ -99,7 +98,7 @@ def build(config: RetinaNetConfig, seed: int, device: str | None = None) -> Reti
         model = build_network(config, seed)
 
     def raw(images: Tensor) -> tuple[Tensor, Tensor]:
-        return model(_normalised(config, images), training=False)
+        return model(_normalized(config, images), training=False)
 
     # It belongs to the model, so that its graphs go when the model goes.
     model.raw_outputs = tf.function(raw, autograph=False, reduce_retracing=True)
@@ -160,8 +159,8 @@ def _postprocess(config: RetinaNetConfig) -> Callable[[Tensor, Tensor, Tensor], 
     """
 
     def found(logits: Tensor, deltas: Tensor, sizes: Tensor) -> Detections:
-        anchors = core_anchors(xp, config.canvas, config.anchors)
-        return detections(xp, logits, deltas, anchors, sizes, config)
+        anchors = F.anchors(config.canvas, config.anchors)
+        return detections(F, logits, deltas, anchors, sizes, config)
 
     return tf.function(found, autograph=False, reduce_retracing=True)
 
@@ -200,7 +199,7 @@ class SGD(keras.optimizers.SGD):
 
 
 class Trainer:
-    """One training run: the network, its optimiser, and the moving average of its weights.
+    """One training run: the network, its optimizer, and the moving average of its weights.
 
     Several replicas have a network of their own, a copy of the one that is given.
     """
@@ -244,9 +243,9 @@ class Trainer:
         return self._healthy.read_value()  # the variable of several replicas is always true
 
     def step(self, number: int, batch: Batch, learning_rate: float) -> dict[str, Tensor]:
-        """One step of the optimiser; the loss parts stay on the device.
+        """One step of the optimizer; the losses stay on the device.
 
-        `batch` is this process's share; the parts are those of the whole batch.
+        `batch` is this process's share; the losses are those of the whole batch.
         """
         decay = self.train.average_decay(number)
         share = batch.images, batch.boxes, batch.labels
@@ -295,35 +294,19 @@ class Trainer:
     def _replica_step(
         self, images: Tensor, boxes: Tensor, labels: Tensor, mean_positives: Tensor
     ) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]:
-        """On one replica: what is to be told, the gradients, and the statistics before them."""
+        """On one replica: what to log, the gradients, and the statistics before them."""
         config = self.model.config
-        context = tf.distribute.get_replica_context()
-        total = functools.partial(context.all_reduce, tf.distribute.ReduceOp.SUM)
-        anchors = core_anchors(xp, tuple(images.shape[1:3]), config.anchors)
-        target = targets(xp, anchors, boxes, labels, config)
-        positives = total(tf.reduce_sum(tf.cast(target.labels >= 0, tf.float32)))
+        anchors = F.anchors(tuple(images.shape[1:3]), config.anchors)
+        target = targets(F, anchors, boxes, labels, config)
+        positives = F.num_positives(target.labels)
         count = images.shape[0] * self.replicas.count
-        normaliser, mean = divisor(config, count, positives, mean_positives)
-        normaliser = tf.cast(normaliser, tf.float32)
-
-        pieces = [_in_parts(x, self.train.accumulate) for x in (images, *target)]
-
-        def add(number: Tensor, *sums: Tensor) -> tuple[Tensor, ...]:
-            """Loss and gradient of one more part of the share."""
-            more = self._gradient(*(piece[number] for piece in pieces), anchors, normaliser)
-            return number + 1, *(a + b for a, b in zip(sums, more, strict=True))
+        divisor, mean = normalizer(config, count, positives, mean_positives)
+        divisor = tf.cast(divisor, tf.float32)
 
         before = [v.value.read_value() for v in self.model.non_trainable_variables]
-        if self.train.accumulate == 1:
-            found = self._gradient(images, *target, anchors, normaliser)
-        else:  # a loop, not a graph of all parts, which would compute them at the same time
-            _, *found = tf.while_loop(
-                lambda number, *_: number < self.train.accumulate,
-                add,
-                [0, 0.0, 0.0, *(tf.zeros(w.shape) for w in self.model.trainable_variables)],
-                parallel_iterations=1,
-            )
-        classification, box, *gradients = found
+        (classification, box), gradients = self._accumulated(images, target, anchors, divisor)
+        context = tf.distribute.get_replica_context()
+        total = functools.partial(context.all_reduce, tf.distribute.ReduceOp.SUM)
         norm = tf.linalg.global_norm(total(gradients) if self.replicas.count > 1 else gradients)
         if self.train.clip_norm is not None:
             gradients, _ = tf.clip_by_global_norm(gradients, self.train.clip_norm, norm)
@@ -338,8 +321,28 @@ class Trainer:
         }
         return told, gradients, before
 
+    def _accumulated(
+        self, images: Tensor, target: Targets, anchors: Tensor, divisor: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Both losses and the gradients, over all gradient-accumulation steps."""
+        count = self.train.accumulate
+        if count == 1:
+            return self._gradient(images, *target, anchors, divisor)
+        pieces = [tf.reshape(x, (count, -1, *x.shape[1:])) for x in (images, *target)]
+
+        def add(number: Tensor, *sums: Any) -> tuple[Any, ...]:
+            more = self._gradient(*(piece[number] for piece in pieces), anchors, divisor)
+            return number + 1, *tf.nest.map_structure(tf.add, sums, more)
+
+        zeros = [0.0, 0.0], [tf.zeros(w.shape) for w in self.model.trainable_variables]
+        # A loop: a graph of all the steps would compute them at the same time.
+        _, *found = tf.while_loop(
+            lambda number, *_: number < count, add, [0, *zeros], parallel_iterations=1
+        )
+        return tuple(found)
+
     def _apply(self, gradients: list[Tensor]) -> None:
-        """One step of the optimiser on one replica, with the sum over all of them."""
+        """One step of the optimizer on one replica, with the sum over all of them."""
         self.optimizer.apply(gradients, self.model.trainable_variables)
 
     def _restore(self, before: list[Tensor]) -> None:
@@ -348,20 +351,18 @@ class Trainer:
             variable.value.assign(value)
 
     def _slope(
-        self, images: Tensor, labels: Tensor, deltas: Tensor, anchors: Tensor, normaliser: Tensor
-    ) -> list[Tensor]:
-        """Both parts of the loss, and the gradient of their sum in each weight."""
+        self, images: Tensor, labels: Tensor, deltas: Tensor, anchors: Tensor, divisor: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Both losses, and the gradient of their sum in each weight."""
         model, config = self.model, self.model.config
         weights = [w.value for w in model.trainable_variables]
         with _computing(model, self.precision):
             with tf.GradientTape() as tape:
-                logits, found = model(_normalised(config, images), training=True)
-                logits, found = tf.cast(logits, tf.float32), tf.cast(found, tf.float32)
-                target = Targets(labels, deltas)
-                parts = objective(xp, logits, found, anchors, target, config, normaliser)
+                outputs = model(_normalized(config, images), training=True)
+                parts = losses(F, *outputs, anchors, Targets(labels, deltas), config, divisor)
                 loss = parts.classification + parts.box
             gradients = tape.gradient(loss, weights)  # which may compute layers again
-        return [parts.classification, parts.box, *gradients]
+        return list(parts), gradients
 
     def weights(self) -> dict[str, np.ndarray]:
         """The weights to evaluate and to keep: the moving average where there is one."""
@@ -400,11 +401,6 @@ def _own_statistics(create: Callable[..., Any], **options: Any) -> Any:
     return create(**options)
 
 
-def _in_parts(x: Tensor, parts: int) -> Tensor:
-    """(B, ...) to (parts, B / parts, ...)."""
-    return tf.reshape(x, (parts, x.shape[0] // parts, *x.shape[1:]))
-
-
 def _places() -> list[str]:
     """Such as "CPU:0"; one of several workers is told of those of the others, too."""
     names = (d.name.rpartition("/device:")[2] for d in tf.config.list_logical_devices())
@@ -425,7 +421,7 @@ def _place(device: str | None) -> str:
     return place
 
 
-def _normalised(config: RetinaNetConfig, images: Tensor) -> Tensor:
+def _normalized(config: RetinaNetConfig, images: Tensor) -> Tensor:
     """(B, H, W, 3) uint8 to float32."""
     mean, std = np.float32(config.mean), np.float32(config.std)
     return tf.cast(images, tf.float32) * (1 / (255 * std)) - mean / std

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from focal.core.anchors import anchors as core_anchors
+import focal.torch as F
 from focal.retinanet.config import RetinaNetConfig, TrainConfig
 from focal.retinanet.data.loader import Batch
-from focal.retinanet.objective import EMA_START, Targets, divisor, objective, targets
+from focal.retinanet.objective import EMA_START, Targets, losses, normalizer, targets
 from focal.retinanet.postprocess import Detections, detections
 from focal.retinanet.replicas import Replicas
 from focal.retinanet.torch.network import (
@@ -30,7 +30,6 @@ from focal.retinanet.torch.network import (
     state,
 )
 from focal.retinanet.weights import part
-from focal.torch._namespace import xp
 
 __all__ = [
     "Trainer",
@@ -125,7 +124,7 @@ def _evaluating(model: RetinaNet) -> Iterator[None]:
 def raw_outputs(model: RetinaNet, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Class logits (B, N, K) and deltas (B, N, 4) of uint8 canvases (B, H, W, 3)."""
     with _evaluating(model):
-        logits, deltas = model(_normalised(model, images))
+        logits, deltas = model(_normalized(model, images))
     return logits.float().cpu().numpy(), deltas.float().cpu().numpy()
 
 
@@ -141,16 +140,22 @@ def detect(
 def detections_of(model: RetinaNet, images: np.ndarray | Tensor, sizes: Tensor) -> Detections:
     """`detect` in operations of PyTorch alone, which a compiler or an export can record."""
     anchors = _anchors(images.shape[1:3], model.config, _device(model))
-    logits, deltas = model(_normalised(model, images))
-    return detections(xp, logits, deltas, anchors, sizes, model.config)
+    logits, deltas = model(_normalized(model, images))
+    return detections(F, logits, deltas, anchors, sizes, model.config)
 
 
 class Trainer:
-    """One training run: the network, its optimiser, and the moving average of its weights."""
+    """One training run: the network, its optimizer, and the moving average of its weights."""
 
     def __init__(
         self, model: RetinaNet, train: TrainConfig, replicas: Replicas | None = None
     ) -> None:
+        if train.recompute and train.compile and model.config.norm == "batch":
+            raise ValueError(
+                "TrainConfig: torch.compile would count each batch twice in the running "
+                "statistics; compile with recompute needs norm 'group' or 'frozen_batch', "
+                "got 'batch'"
+            )
         self.model = model.train()
         self.train = train
         self.replicas = replicas or Replicas()
@@ -158,98 +163,52 @@ class Trainer:
         self.precision = train.precision
         if train.precision == "auto":
             self.precision = _fast_precision(self.device)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        self.parameters = parameters
-        if train.optimizer == "sgd":
-            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
-                parameters,
-                train.learning_rate,
-                train.momentum,
-                weight_decay=train.weight_decay,
-                fused=True,
-            )
-        else:
-            self.optimizer = torch.optim.AdamW(
-                parameters, train.learning_rate, weight_decay=train.weight_decay, fused=True
-            )
-        # It skips, on the device, the step of a gradient that is not finite. It scales nothing.
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = _optimizer(self.parameters, train)
+        # On the device, it skips the step of a gradient that is not finite. It scales nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=1.0)
         self.average = {k: v.clone() for k, v in self._floats().items()} if train.ema else {}
         self.mean_positives = torch.tensor(EMA_START, device=self.device)
         # False from the first loss or gradient that is not finite; then no step changes anything.
         self.healthy = torch.tensor(True, device=self.device)
-        self.anchors: dict[tuple[int, int], Tensor] = {}
-        if train.recompute and train.compile and model.config.norm == "batch":
-            raise ValueError(
-                "TrainConfig: torch.compile cannot keep running statistics from counting twice; "
-                "compile and recompute need norm 'group' or 'frozen_batch', got 'batch'"
-            )
+        self.anchors: dict[tuple[int, ...], Tensor] = {}
         if train.recompute:
             recompute(model)
         self.network: nn.Module = model
-        self.no_sync: Any = contextlib.nullcontext
         if self.replicas.count > 1:
             if self.device.type == "cuda":  # on a CPU there is none: each has its own statistics
                 nn.SyncBatchNorm.convert_sync_batchnorm(model)
             self.network = DistributedDataParallel(model, gradient_as_bucket_view=True)
-            self.no_sync = self.network.no_sync
+        self.no_sync = getattr(self.network, "no_sync", contextlib.nullcontext)
         if train.compile:
             self.network = torch.compile(self.network)
 
     def step(self, number: int, batch: Batch, learning_rate: float) -> dict[str, Tensor]:
-        """One step of the optimiser; the loss parts stay on the device.
+        """One step of the optimizer; the losses stay on the device.
 
-        `batch` is this process's share; the parts are those of the whole batch.
+        `batch` is this process's share; the losses are those of the whole batch.
         """
-        config = self.model.config
-        # The padding that no image of this batch needs is left out on the host.
-        most = max(1, int((batch.labels >= 0).sum(1).max()))
-        boxes = torch.as_tensor(batch.boxes[:, :most], device=self.device)
-        labels = torch.as_tensor(batch.labels[:, :most], device=self.device)
-        canvas = batch.images.shape[1:3]
-        if canvas not in self.anchors:
-            self.anchors[canvas] = _anchors(canvas, config, self.device)
-        anchors = self.anchors[canvas]
-
-        statistics = [x for x in self.model.buffers() if x.is_floating_point()]
+        statistics = [x for m in self.model.modules() if _is_batch_norm(m) for x in m.buffers()]
         before = [x.clone() for x in statistics]
+        anchors = self._anchors(batch.images.shape[1:3])
         with torch.no_grad():
-            target = targets(xp, anchors, boxes, labels, config)
-            positives = self._total((target.labels >= 0).sum().float())
-            everything = len(labels) * self.replicas.count
-            normaliser, mean_positives = divisor(config, everything, positives, self.mean_positives)
+            target = targets(F, anchors, *self._boxes(batch), self.model.config)
+            positives = F.num_positives(target.labels)
+            images = len(batch.images) * self.replicas.count
+            divisor, mean_positives = normalizer(
+                self.model.config, images, positives, self.mean_positives
+            )
 
         self.optimizer.zero_grad(set_to_none=True)
-        rows = len(labels) // self.train.accumulate
-        found = torch.zeros(2, device=self.device)
-        for first in range(0, len(labels), rows):
-            piece = slice(first, first + rows)
-            last = first + rows == len(labels)
-            with contextlib.nullcontext() if last else self.no_sync():
-                with _autocast(self.device, self.precision):
-                    logits, deltas = self.network(_normalised(self.model, batch.images[piece]))
-                part = objective(
-                    xp,
-                    logits.float(),
-                    deltas.float(),
-                    anchors,
-                    Targets(target.labels[piece], target.deltas[piece]),
-                    config,
-                    normaliser,
-                )
-                # Normalised by all replicas' positives, the gradients are to be added up, and
-                # DistributedDataParallel takes their mean.
-                loss = (part.classification + part.box) * self.replicas.count
-                self.scaler.scale(loss).backward()
-            found += torch.stack([part.classification.detach(), part.box.detach()])
-        classification, box = self._total(found)
+        classification, box = self._backward(batch.images, anchors, target, divisor)
         loss = classification + box
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         if self.train.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.train.clip_norm, norm)
+
         self.healthy = self.healthy & loss.isfinite() & norm.isfinite()
-        gradients[0].add_(torch.where(self.healthy, 0.0, math.nan))
+        gradients[0].add_(torch.where(self.healthy, 0.0, math.nan))  # what the scaler looks for
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.scaler.step(self.optimizer)
@@ -257,7 +216,8 @@ class Trainer:
         for x, old in zip(statistics, before, strict=True):
             x.copy_(torch.where(self.healthy, x, old))
         self.mean_positives = torch.where(self.healthy, mean_positives, self.mean_positives)
-        self._update_average(number)
+        if self.train.ema:
+            self._move_average(self.train.average_decay(number))
         return {
             "loss": loss,
             "classification": classification,
@@ -266,11 +226,40 @@ class Trainer:
             "gradient_norm": norm,
         }
 
-    def _total(self, x: Tensor) -> Tensor:
-        """The sum over all replicas."""
+    def _backward(
+        self, images: np.ndarray, anchors: Tensor, target: Targets, divisor: Tensor | int
+    ) -> Tensor:
+        """Forward and backward pass of each gradient-accumulation step; both losses."""
+        found = torch.zeros(2, device=self.device)
+        rows = len(images) // self.train.accumulate
+        for first in range(0, len(images), rows):
+            piece = slice(first, first + rows)
+            last = first + rows == len(images)
+            with contextlib.nullcontext() if last else self.no_sync():
+                with _autocast(self.device, self.precision):
+                    outputs = self.network(_normalized(self.model, images[piece]))
+                part = Targets(target.labels[piece], target.deltas[piece])
+                loss = losses(F, *outputs, anchors, part, self.model.config, divisor)
+                # Normalized by the positives of all replicas, the gradients are to be added up;
+                # DistributedDataParallel takes their mean.
+                total = (loss.classification + loss.box) * self.replicas.count
+                self.scaler.scale(total).backward()
+            found += torch.stack(loss).detach()
         if self.replicas.count > 1:
-            distributed.all_reduce(x)
-        return x
+            distributed.all_reduce(found)
+        return found
+
+    def _boxes(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Boxes and labels, without the padding that no image of this batch needs."""
+        most = max(1, int((batch.labels >= 0).sum(1).max()))
+        boxes, labels = (x[:, :most] for x in (batch.boxes, batch.labels))
+        device = self.device
+        return torch.as_tensor(boxes, device=device), torch.as_tensor(labels, device=device)
+
+    def _anchors(self, canvas: tuple[int, ...]) -> Tensor:
+        if canvas not in self.anchors:
+            self.anchors[canvas] = _anchors(canvas, self.model.config, self.device)
+        return self.anchors[canvas]
 
     def weights(self) -> dict[str, np.ndarray]:
         """The weights to evaluate and to keep: the moving average where there is one."""
@@ -310,29 +299,32 @@ class Trainer:
         return {k: v for k, v in self.model.state_dict().items() if v.is_floating_point()}
 
     @torch.no_grad()
-    def _update_average(self, number: int) -> None:
-        if self.train.ema:
-            current = self._floats()
-            share = (1 - self.train.average_decay(number)) * self.healthy
-            _move(list(self.average.values()), [current[k] for k in self.average], share)
-
-
-def _move(averages: list[Tensor], current: list[Tensor], share: Tensor) -> None:
-    """Move each average by this share of the way to its current value."""
-    if hasattr(torch, "_foreach_sub"):  # private, and a few launches on a GPU instead of hundreds
-        change = torch._foreach_sub(current, averages)
-        torch._foreach_mul_(change, share)
+    def _move_average(self, decay: float) -> None:
+        """The exponential moving average of weights and statistics; it stays where not healthy."""
+        current = self._floats()
+        averages = list(self.average.values())
+        # All tensors in a few kernels; `swa_utils.AveragedModel` would wait for the device.
+        change = torch._foreach_sub([current[name] for name in self.average], averages)
+        torch._foreach_mul_(change, (1 - decay) * self.healthy)
         torch._foreach_add_(averages, change)
-    else:
-        for average, x in zip(averages, current, strict=True):
-            average.add_((x - average) * share)
+
+
+def _optimizer(parameters: list[nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:
+    rate, decay = train.learning_rate, train.weight_decay
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, rate, weight_decay=decay, fused=True)
+    return torch.optim.SGD(parameters, rate, train.momentum, weight_decay=decay, fused=True)
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _normalised(model: RetinaNet, images: np.ndarray | Tensor) -> Tensor:
+def _normalized(model: RetinaNet, images: np.ndarray | Tensor) -> Tensor:
     """(B, H, W, 3) uint8 to (B, 3, H, W) float32, channels-last in memory as it came."""
     device = _device(model)
     batch, height, width, channels = images.shape
@@ -340,13 +332,12 @@ def _normalised(model: RetinaNet, images: np.ndarray | Tensor) -> Tensor:
     mean = torch.tensor(model.config.mean, device=device).repeat(width)
     std = torch.tensor(model.config.std, device=device).repeat(width)
     rows = torch.as_tensor(images, device=device).view(batch, height, width * channels).float()
-    normalised = torch.addcmul(-mean / std, rows, 1 / (255 * std))
-    return normalised.view(images.shape).permute(0, 3, 1, 2)
+    normalized = torch.addcmul(-mean / std, rows, 1 / (255 * std))
+    return normalized.view(images.shape).permute(0, 3, 1, 2)
 
 
 def _anchors(canvas: tuple[int, ...], config: RetinaNetConfig, device: torch.device) -> Tensor:
-    height, width = canvas
-    return core_anchors(xp, (height, width), config.anchors).to(device)
+    return F.anchors(tuple(canvas), config.anchors).to(device)
 
 
 def _fast_precision(device: torch.device) -> str:

@@ -6,9 +6,7 @@ import logging
 
 import numpy as np
 
-from focal.core.anchors import anchors as core_anchors
-from focal.core.prior import expected_initial_loss
-from focal.numpy._namespace import xp
+import focal.numpy as F
 from focal.retinanet.config import RetinaNetConfig
 from focal.retinanet.data import Batch
 from focal.retinanet.objective import EMA_START, running_mean, targets
@@ -32,28 +30,23 @@ def first_loss(
     Returns:
         `focal.expected_initial_loss` of the batch, with the config's normaliser.
     """
-    anchors = core_anchors(xp, canvas, config.anchors)
+    anchors = F.anchors(canvas, config.anchors)
     counts = []
     for index in range(len(boxes)):  # one at a time: in NumPy all of them would fill the memory
         real = labels[index] >= 0
-        target = targets(xp, anchors, boxes[index, real], labels[index, real], config)
+        target = targets(F, anchors, boxes[index, real], labels[index, real], config)
         counts.append([np.sum(target.labels != -2), np.sum(target.labels >= 0)])
 
     def loss(used: int, positives: int) -> float:
-        return expected_initial_loss(
-            int(used),
-            int(positives),
-            config.num_classes,
-            config.prior,
-            config.alpha,
-            config.gamma,
-        )
+        rest = config.num_classes, config.prior, config.alpha, config.gamma
+        return F.expected_initial_loss(int(used), int(positives), *rest)
 
     if config.normaliser == "image":
         return float(np.mean([loss(*each) for each in counts]))
     total, positives = np.sum(counts, axis=0)
     if config.normaliser == "ema":
-        return loss(total, positives) * max(1, positives) / running_mean(EMA_START, positives)
+        least = max(1, positives)
+        return loss(total, positives) * least / running_mean(EMA_START, least)
     return loss(total, positives)
 
 
