@@ -150,7 +150,7 @@ class Trainer:
         self.static = nnx.graphdef(model), train.replace(precision=precision)
         _, parameters, statistics = nnx.split(model, nnx.Param, ...)
         average = nnx.merge_state(parameters, statistics) if train.ema else nnx.State({})
-        slots = _optimizer(train).init(parameters)
+        slots = _optimiser(train).init(parameters)
         run = _Run(parameters, statistics, average, slots, jnp.float32(EMA_START), jnp.bool(True))
         self.run = _own_copy(run, self.place)
 
@@ -173,7 +173,8 @@ class Trainer:
             *self.static, self.replicas.count, self.run, *share, learning_rate, decay
         )
         nnx.update(self.model, self.run.parameters, self.run.statistics)
-        return found
+        names = "loss", "classification", "box", "positives", "gradient_norm"
+        return dict(zip(names, found, strict=True))
 
     def weights(self) -> dict[str, np.ndarray]:
         """The weights to evaluate and to keep: the moving average where there is one."""
@@ -211,7 +212,7 @@ def _raw_outputs(
 ) -> tuple[Array, Array]:
     model = nnx.merge(graphdef, variables)
     model.eval()  # this copy of it, whatever mode the caller's is in
-    return model(_normalized(images, model.config))
+    return model(_normalised(images, model.config))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -234,7 +235,7 @@ def _train_step(
     labels: Array,
     learning_rate: float,
     decay: float,
-) -> tuple[_Run, dict[str, Array]]:
+) -> tuple[_Run, tuple[Array, ...]]:
     # A batch that is sharded over replicas is one array here: what follows, written for one
     # device, is shared out by the compiler, and its sums are those of the whole batch.
     config = nnx.merge(graphdef, run.parameters, run.statistics).config
@@ -250,7 +251,7 @@ def _train_step(
         model = nnx.merge(graphdef, parameters, statistics, copy=True)
         # The type is that of the layers; the weights are float32.
         model.train(dtype=jnp.dtype(train.precision), recompute=train.recompute)
-        parts = losses(F, *model(_normalized(images, config)), anchors, target, config, divisor)
+        parts = losses(F, *model(_normalised(images, config)), anchors, target, config, divisor)
         return parts.classification + parts.box, (parts, nnx.state(model, nnx.Not(nnx.Param)))
 
     def accumulate(carry: Any, piece: tuple[Array, Targets]) -> tuple[Any, None]:
@@ -265,28 +266,23 @@ def _train_step(
         accumulate, (zeros, run.statistics), pieces, unroll=train.accumulate == 1
     )
 
-    updates, slots = _optimizer(train).update(gradient, run.slots, run.parameters)
+    updates, slots = _optimiser(train).update(gradient, run.slots, run.parameters)
     # The optimizer has learning rate 1: with a rate of its own each would be compiled again.
-    updates = jax.tree.map(lambda x: learning_rate * x, updates)
+    updates = optax.tree.scale(learning_rate, updates)
     parameters = optax.apply_updates(run.parameters, updates)
     average = run.average
     if train.ema:
         current = nnx.merge_state(parameters, statistics)
         average = optax.incremental_update(current, average, 1 - decay)
-    loss, norm = parts.classification + parts.box, optax.global_norm(gradient)
+    loss, norm = parts.classification + parts.box, optax.tree.norm(gradient)
     healthy = run.healthy & jnp.isfinite(loss) & jnp.isfinite(norm)
     new = _Run(parameters, statistics, average, slots, mean_positives, healthy)
     # `optax.apply_if_finite` looks at gradients alone, and lets statistics and average go on.
     kept = jax.tree.map(lambda x, old: jnp.where(healthy, x, old), new, run)
-    return kept._replace(healthy=healthy), {
-        "loss": loss,
-        **parts._asdict(),
-        "positives": positives,
-        "gradient_norm": norm,
-    }
+    return kept._replace(healthy=healthy), (loss, *parts, positives, norm)
 
 
-def _optimizer(train: TrainConfig) -> optax.GradientTransformation:
+def _optimiser(train: TrainConfig) -> optax.GradientTransformation:
     """PyTorch's rule of that name, with learning rate 1."""
     clip = optax.clip_by_global_norm(train.clip_norm) if train.clip_norm else optax.identity()
     if train.optimizer == "adamw":
@@ -321,7 +317,7 @@ def _fast_precision(model: RetinaNet) -> str:
     return "float32" if _device(model).platform == "cpu" else "bfloat16"
 
 
-def _normalized(images: Array, config: RetinaNetConfig) -> Array:
+def _normalised(images: Array, config: RetinaNetConfig) -> Array:
     """uint8 to float32 with the config's mean and standard deviation."""
     mean, std = np.array(config.mean, np.float32), np.array(config.std, np.float32)
     return images.astype(jnp.float32) * (1 / (255 * std)) - mean / std

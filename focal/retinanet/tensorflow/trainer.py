@@ -98,7 +98,7 @@ def build(config: RetinaNetConfig, seed: int, device: str | None = None) -> Reti
         model = build_network(config, seed)
 
     def raw(images: Tensor) -> tuple[Tensor, Tensor]:
-        return model(_normalized(config, images), training=False)
+        return model(_normalised(config, images), training=False)
 
     # It belongs to the model, so that its graphs go when the model goes.
     model.raw_outputs = tf.function(raw, autograph=False, reduce_retracing=True)
@@ -358,7 +358,7 @@ class Trainer:
         weights = [w.value for w in model.trainable_variables]
         with _computing(model, self.precision):
             with tf.GradientTape() as tape:
-                outputs = model(_normalized(config, images), training=True)
+                outputs = model(_normalised(config, images), training=True)
                 parts = losses(F, *outputs, anchors, Targets(labels, deltas), config, divisor)
                 loss = parts.classification + parts.box
             gradients = tape.gradient(loss, weights)  # which may compute layers again
@@ -421,7 +421,7 @@ def _place(device: str | None) -> str:
     return place
 
 
-def _normalized(config: RetinaNetConfig, images: Tensor) -> Tensor:
+def _normalised(config: RetinaNetConfig, images: Tensor) -> Tensor:
     """(B, H, W, 3) uint8 to float32."""
     mean, std = np.float32(config.mean), np.float32(config.std)
     return tf.cast(images, tf.float32) * (1 / (255 * std)) - mean / std

@@ -124,7 +124,7 @@ def _evaluating(model: RetinaNet) -> Iterator[None]:
 def raw_outputs(model: RetinaNet, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Class logits (B, N, K) and deltas (B, N, 4) of uint8 canvases (B, H, W, 3)."""
     with _evaluating(model):
-        logits, deltas = model(_normalized(model, images))
+        logits, deltas = model(_normalised(model, images))
     return logits.float().cpu().numpy(), deltas.float().cpu().numpy()
 
 
@@ -140,7 +140,7 @@ def detect(
 def detections_of(model: RetinaNet, images: np.ndarray | Tensor, sizes: Tensor) -> Detections:
     """`detect` in operations of PyTorch alone, which a compiler or an export can record."""
     anchors = _anchors(images.shape[1:3], model.config, _device(model))
-    logits, deltas = model(_normalized(model, images))
+    logits, deltas = model(_normalised(model, images))
     return detections(F, logits, deltas, anchors, sizes, model.config)
 
 
@@ -237,7 +237,7 @@ class Trainer:
             last = first + rows == len(images)
             with contextlib.nullcontext() if last else self.no_sync():
                 with _autocast(self.device, self.precision):
-                    outputs = self.network(_normalized(self.model, images[piece]))
+                    outputs = self.network(_normalised(self.model, images[piece]))
                 part = Targets(target.labels[piece], target.deltas[piece])
                 loss = losses(F, *outputs, anchors, part, self.model.config, divisor)
                 # Normalized by the positives of all replicas, the gradients are to be added up;
@@ -324,7 +324,7 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _normalized(model: RetinaNet, images: np.ndarray | Tensor) -> Tensor:
+def _normalised(model: RetinaNet, images: np.ndarray | Tensor) -> Tensor:
     """(B, H, W, 3) uint8 to (B, 3, H, W) float32, channels-last in memory as it came."""
     device = _device(model)
     batch, height, width, channels = images.shape
