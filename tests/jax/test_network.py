@@ -339,8 +339,8 @@ def test_a_step_is_pytorchs(pytorch, lively, config, run):
         if kind == "optimizer":
             continue  # each has its own
         change = np.abs(x - before.get(parameter, np.float32(EMA_START))).max()
-        # The weights are rounded to float32 on the way.
-        atol = 1e-4 * change + 1e-7 * np.abs(x).max()
+        # The weights are rounded to float32 on the way, and optax rounds an average once more.
+        atol = 1e-4 * change + (2e-7 if kind == "average" else 1e-7) * np.abs(x).max()
         if name.endswith("running_var"):
             # Of n pixels flax takes the biased variance, 1 - 1/n of PyTorch's; 16 are the fewest.
             atol = atol + (x - 0.9 * before[parameter]) / 16
