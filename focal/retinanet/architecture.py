@@ -1,4 +1,4 @@
-"""The facts of the backbones and their normalisation, shared by the networks of all frameworks."""
+"""The backbones and their normalization: what the networks of all frameworks share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-__all__ = ["BACKBONES", "NORM_EPS", "Backbone", "norm_groups"]
+from focal.retinanet.config import RetinaNetConfig
+
+__all__ = ["BACKBONES", "NORM_EPS", "Backbone", "backbone", "norm_groups"]
 
 NORM_EPS = 1e-5
 """Added to the variance by every normalisation, batch or group."""
@@ -73,5 +75,19 @@ BACKBONES: Mapping[str, Backbone] = MappingProxyType(
 
 
 def norm_groups(channels: int) -> int:
-    """Groups of a group normalisation: 32, or as many as divide the channels."""
+    """Groups of a group normalization: 32, or as many as divide the channels."""
     return math.gcd(32, channels)
+
+
+def backbone(config: RetinaNetConfig) -> Backbone:
+    """The backbone of a config.
+
+    Raises:
+        ValueError: the config describes no network: it has no classes, or other levels than P3 to
+            P5, P6 or P7.
+    """
+    if not config.classes:
+        raise ValueError("RetinaNet: config.classes must name at least one class; got none")
+    if config.levels not in ((3, 4, 5), (3, 4, 5, 6), (3, 4, 5, 6, 7)):
+        raise ValueError(f"RetinaNet: config.levels must be 3 to 5, 6 or 7; got {config.levels}")
+    return BACKBONES[config.backbone]

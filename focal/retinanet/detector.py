@@ -1,4 +1,4 @@
-"""The framework-neutral face of the detector: build, save, load, raw outputs, predictions.
+"""The detector in any framework: build, save, load, raw outputs, predictions.
 
 Images and files are imported where they are used: with NumPy alone, configs can be made and
 `focal --help` and `focal prior-bias` work.
@@ -31,7 +31,7 @@ __all__ = [
 
 BACKENDS = ("torch", "jax", "tensorflow")
 PREDICT_BATCH = 8
-"""Images that go through the network together, so that memory does not grow with the list."""
+"""Batch size of `predict`: memory does not grow with the number of images."""
 
 
 def build(
@@ -140,7 +140,7 @@ def export_backend(path: str | os.PathLike[str]) -> str:
 
 
 def raw_outputs(model: Any, images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """What the network says of every anchor, before any threshold.
+    """Class logits and box deltas of every anchor, before any threshold.
 
     Args:
         model: From `build` or `load`.

@@ -1,4 +1,4 @@
-"""What an exported detector says about itself, in whatever format."""
+"""The description that goes into an exported detector, in every format."""
 
 from __future__ import annotations
 

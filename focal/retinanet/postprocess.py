@@ -1,4 +1,4 @@
-"""From raw outputs to detections: on the device, batched, with static shapes."""
+"""Post-processing: raw outputs to detections, on the device, batched, with static shapes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def detections(
         start += count
     score, position = xp.concat(scores, axis=-1), xp.concat(positions, axis=-1)
 
-    # One more cut, over the levels, bounds the rounds that suppression can take.
+    # The best of all levels: bounds the work of NMS.
     score, at = xp.top_k(score, min(config.candidates, score.shape[-1]))
     score = xp.where(score > config.score_threshold, score, xp.zeros_like(score))
     position = xp.take_along_axis(position, at, axis=-1)
@@ -66,7 +66,7 @@ def detections(
     boxes = F.decode_boxes(_rows(xp, deltas, anchor), of_anchor)
     boxes = _clip(xp, boxes, sizes)
 
-    # What the threshold rejected comes last, where it suppresses nothing.
+    # Scores below the threshold come last, where they suppress nothing.
     keep = suppress(xp, boxes, label, config.nms_threshold)
     score = xp.where(keep, score, xp.zeros_like(score))
     best, at = xp.top_k(score, min(config.max_detections, score.shape[-1]))
@@ -79,6 +79,6 @@ def _rows(xp: Namespace, boxes: Array, at: Array) -> Array:
 
 
 def _clip(xp: Namespace, boxes: Array, sizes: Array) -> Array:
-    """Boxes cut off at the edge of what each image covers."""
+    """Boxes clipped to the part of the canvas that each image covers."""
     limit = xp.astype(xp.stack([sizes[:, 1], sizes[:, 0]] * 2, axis=-1), boxes.dtype)
     return xp.minimum(xp.maximum(boxes, 0.0), limit[:, None, :])

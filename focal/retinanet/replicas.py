@@ -1,4 +1,4 @@
-"""The replicas that train together, as one of their processes sees them."""
+"""Data-parallel replicas, as one of their processes sees them."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ __all__ = ["Replicas"]
 
 @dataclass(frozen=True)
 class Replicas:
-    """Who trains together; by default this process alone, on one device.
+    """The replicas of a run. Default: this process alone, on one device.
 
     A replica is a device with a copy of the weights and an equal share of each batch. PyTorch has
     one in a process; JAX and TensorFlow have one for each device of a process.
     """
 
     rank: int = 0
-    """Of this process. The process of rank 0 writes the run folder and measures."""
+    """Of this process. Rank 0 writes the run folder and evaluates."""
     processes: int = 1
     local: int = 1
     """Replicas in each process."""
     handle: Any = None
-    """The framework's own: a `jax.sharding.Mesh`, a `tf.distribute.Strategy`."""
+    """A `jax.sharding.Mesh` or a `tf.distribute.Strategy`; None in PyTorch."""
     maximum: Callable[[int], int] = lambda value: value
-    """The largest of the numbers that the processes give, when all of them have."""
+    """The maximum over all processes; it waits for all of them."""
 
     @property
     def count(self) -> int:
@@ -35,7 +35,7 @@ class Replicas:
         return self.processes * self.local
 
     def check(self, train: TrainConfig) -> None:
-        """Raise a ValueError where a batch has no equal shares."""
+        """Raise a ValueError if a batch cannot be split into equal shares."""
         parts = self.count * train.accumulate
         if train.batch_size % parts:
             raise ValueError(

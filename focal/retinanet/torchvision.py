@@ -107,7 +107,7 @@ def read_torchvision(source: Source, *, norm_eps: float = NORM_EPS) -> dict[str,
 
 
 def _read_pth(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The tensors of a file in PyTorch's own format, which is a pickle: no code in it is run."""
+    """The tensors of a PyTorch file, a pickle, from which no code is run."""
     import torch
 
     try:
@@ -153,7 +153,7 @@ def from_torchvision(
 
 
 def _with_epsilon(tensors: Mapping[str, np.ndarray], norm_eps: float) -> dict[str, np.ndarray]:
-    """All our networks have one epsilon, so the weight beside it takes up the difference."""
+    """Our networks have one epsilon; the scale is changed to make up for another."""
     adapted = dict(tensors)
     if norm_eps != NORM_EPS:
         for name, var in tensors.items():

@@ -72,7 +72,7 @@ def write_tensors(
         {name: np.asarray(x, order="C") for name, x in tensors.items()},
         {"format": kind, "version": VERSION, **metadata},
     )
-    # Its metadata comes in another order in every process; the same content is to be the same file.
+    # The order of its metadata varies by process; sorted, the same content gives the same file.
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8:end]), sort_keys=True, ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
@@ -130,5 +130,5 @@ def check_names(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Sequen
 
 
 def part(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """The tensors whose names begin with the prefix, named without it."""
+    """The tensors whose names begin with the prefix, without it."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

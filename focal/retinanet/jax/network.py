@@ -19,7 +19,7 @@ from jax import Array
 from jax.nn.initializers import Initializer
 
 from focal.core.prior import prior_bias
-from focal.retinanet.architecture import BACKBONES, NORM_EPS, Backbone, norm_groups
+from focal.retinanet.architecture import NORM_EPS, Backbone, backbone, norm_groups
 from focal.retinanet.config import RetinaNetConfig
 from focal.retinanet.weights import check_names
 
@@ -100,7 +100,7 @@ def _conv(
     init: Initializer,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """A convolution that keeps the size, but for its stride."""
+    """A convolution that keeps the size, divided by its stride."""
     return nnx.Conv(
         inputs,
         outputs,
@@ -213,10 +213,8 @@ class FeaturePyramid(nnx.Module):
     """The feature pyramid: C3 to C5 in, the levels of the config out."""
 
     def __init__(self, config: RetinaNetConfig, inputs: Sequence[int], rngs: nnx.Rngs) -> None:
-        if config.levels not in ((3, 4, 5), (3, 4, 5, 6), (3, 4, 5, 6, 7)):
-            raise ValueError(f"levels must be 3 to 5, 6 or 7; got {config.levels}")
 
-        # Not the Gaussian of the subnets: like Detectron, keep the variance of the features.
+        # As in Detectron: keeps the variance of the features, unlike the Gaussian of the subnets.
         def conv(inputs: int, kernel: int, stride: int = 1) -> nnx.Conv:
             return _conv(
                 inputs, config.channels, kernel, stride, bias=True, init=_LECUN_UNIFORM, rngs=rngs
@@ -285,7 +283,7 @@ class ClassificationHead(nnx.Module):
         outputs = config.anchors.per_cell * config.num_classes
         self.conv = _tower(config, rngs)
         self.cls_logits = _conv(config.channels, outputs, 3, bias=True, init=_GAUSSIAN, rngs=rngs)
-        # Every anchor starts as background; else the many negatives are the whole first loss.
+        # Every score starts at the prior; else the many negatives dominate the first loss.
         self.cls_logits.bias[...] = jnp.full(outputs, prior_bias(config.prior), jnp.float32)
 
     def __call__(self, levels: Sequence[Array]) -> Array:
@@ -313,10 +311,8 @@ class RetinaNet(nnx.Module):
     backend = "jax"
 
     def __init__(self, config: RetinaNetConfig, rngs: nnx.Rngs) -> None:
-        if not config.classes:
-            raise ValueError("RetinaNet: config.classes must name at least one class; got none")
         self.config = config
-        net = BACKBONES[config.backbone]
+        net = backbone(config)
         self.backbone = nnx.Dict(
             body=ResNet(net, _NORMS[config.norm], rngs),
             fpn=FeaturePyramid(config, net.channels[1:], rngs),

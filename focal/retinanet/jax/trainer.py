@@ -1,7 +1,7 @@
-"""The JAX side of the detector: everything between NumPy batches and the network.
+"""Training and inference in JAX, from NumPy batches.
 
-What is compiled is a pure function of a model's static description (`nnx.GraphDef`), its
-variables and a batch, so that all models of one config share it.
+Compiled functions take the static part of a model (`nnx.GraphDef`), its variables and a batch, so
+that all models of one config share them.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def build(config: RetinaNetConfig, seed: int, device: str | None = None) -> Reti
     place = _devices(device, local=True)[0]
     with jax.default_device(place):
         network = build_network(config, seed)
-    # Put there explicitly, so that whatever is computed from it stays on that device.
+    # Committed to the device, so that all results stay there.
     nnx.update(network, jax.device_put(nnx.state(network), place))
     network.eval()
     return network
@@ -119,7 +119,7 @@ def detect(
 
 
 class _Run(NamedTuple):
-    """Everything that a training step changes."""
+    """The state that a training step updates."""
 
     parameters: nnx.State
     statistics: nnx.State
@@ -134,8 +134,8 @@ class _Run(NamedTuple):
 class Trainer:
     """One training run: the network, its optimizer, and the moving average of its weights.
 
-    `model` always has the weights of the last step. Others are put into it by `load_state`
-    before the run begins: the run goes on from its own.
+    `model` always has the weights of the last step. To start from other weights, load them into
+    it before the trainer is made.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class Trainer:
         return state(self.model) | arrays(self.run.average)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Everything that the next step depends on, by name."""
+        """All state of the run, by name."""
         tensors = {f"model/{k}": v for k, v in state(self.model).items()}
         tensors |= {f"average/{k}": v for k, v in arrays(self.run.average).items()}
         tensors |= {f"optimizer/{k}": np.array(v) for k, v in _by_path(self.run.slots).items()}
@@ -189,7 +189,7 @@ class Trainer:
         return tensors
 
     def load_state(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """Go on from what `state` gave."""
+        """Continue from the result of `state`."""
         load_state(self.model, part(tensors, "model/"))
         _, parameters, statistics = nnx.split(self.model, nnx.Param, ...)
         slots, saved = _by_path(self.run.slots), part(tensors, "optimizer/")
@@ -236,8 +236,8 @@ def _train_step(
     learning_rate: float,
     decay: float,
 ) -> tuple[_Run, tuple[Array, ...]]:
-    # A batch that is sharded over replicas is one array here: what follows, written for one
-    # device, is shared out by the compiler, and its sums are those of the whole batch.
+    # Written for one device. Where the batch is sharded over replicas, the compiler distributes
+    # the work, and sums are those of the whole batch.
     config = nnx.merge(graphdef, run.parameters, run.statistics).config
     anchors = _anchors(images, config)
     target = targets(F, anchors, boxes, labels, config)
@@ -302,18 +302,18 @@ def _pieces(batch: Any, replicas: int, count: int) -> Any:
 
 
 def _own_copy(run: _Run, place: Any) -> _Run:
-    """A copy at this place: a step takes its buffers over, so no one else may have them."""
-    # From the host: what lies on a device of this process cannot be put on those of another.
+    """A copy at this place: the step donates its buffers, so they must not be shared."""
+    # By way of the host: arrays of this process cannot be moved to devices of another.
     return jax.device_put(jax.tree.map(np.array, run), place)
 
 
 def _device(model: RetinaNet) -> jax.Device:
-    """Where the model is; in a run of several replicas, one of its places."""
+    """The device of the model; with several replicas, the first."""
     return min(jax.tree.leaves(nnx.state(model))[0].devices(), key=lambda device: device.id)
 
 
 def _fast_precision(model: RetinaNet) -> str:
-    """bfloat16 where the hardware multiplies it; XLA's CPU convolutions do not."""
+    """bfloat16 where the hardware has it; XLA's convolutions on a CPU do not use it."""
     return "float32" if _device(model).platform == "cpu" else "bfloat16"
 
 
@@ -328,6 +328,6 @@ def _anchors(images: Array, config: RetinaNetConfig) -> Array:
 
 
 def _by_path(tree: Any) -> dict[str, Array]:
-    """The arrays of a nested structure, each named by the way to it."""
+    """The arrays of a nested structure by their paths."""
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}

@@ -1,4 +1,4 @@
-"""The TensorFlow side of the detector: everything between NumPy batches and the network."""
+"""Training and inference in TensorFlow, from NumPy batches."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def replicas(device: str | None = None) -> Replicas:
 def _strategy(places: tuple[str, ...]) -> tf.distribute.Strategy:
     """Over these devices, or those of all workers.
 
-    One for a process: each numbers its collective operations from 1, and those of two strategies
-    would meet under the same number.
+    One for each process: a strategy numbers its collective operations from 1, and those of two
+    strategies would be taken for each other.
     """
     if places:
         return tf.distribute.MirroredStrategy(places)
@@ -100,7 +100,7 @@ def build(config: RetinaNetConfig, seed: int, device: str | None = None) -> Reti
     def raw(images: Tensor) -> tuple[Tensor, Tensor]:
         return model(_normalised(config, images), training=False)
 
-    # It belongs to the model, so that its graphs go when the model goes.
+    # An attribute of the model, so that its graphs are freed with the model.
     model.raw_outputs = tf.function(raw, autograph=False, reduce_retracing=True)
     model.device = place
     return model
@@ -152,10 +152,10 @@ def detections_of(model: RetinaNet, images: Tensor, sizes: Tensor) -> Detections
 
 @functools.lru_cache(maxsize=8)
 def _postprocess(config: RetinaNetConfig) -> Callable[[Tensor, Tensor, Tensor], Detections]:
-    """The compiled way from raw outputs to detections.
+    """The compiled post-processing.
 
-    One for all models of a config: TensorFlow remembers the custom gradients in a graph forever,
-    and the graph with them, so a graph for each model would keep the weights of each.
+    One for all models of a config: TensorFlow never frees a graph with custom gradients, and a
+    graph for each model would keep the weights of each.
     """
 
     def found(logits: Tensor, deltas: Tensor, sizes: Tensor) -> Detections:
@@ -168,8 +168,8 @@ def _postprocess(config: RetinaNetConfig) -> Callable[[Tensor, Tensor, Tensor], 
 class SGD(keras.optimizers.SGD):
     """Stochastic gradient descent as in PyTorch.
 
-    Weight decay is a part of the gradient, and the velocity is free of the learning rate: in
-    Keras's own a change of the rate reaches the steps only as old velocity fades.
+    Weight decay is added to the gradient, and the velocity does not contain the learning rate. In
+    Keras's own it does: a schedule would act with a delay.
     """
 
     def __init__(self, decay: float, **options: Any) -> None:
@@ -177,7 +177,7 @@ class SGD(keras.optimizers.SGD):
         self.decay = decay
 
     def build(self, variables: list[keras.Variable]) -> None:
-        """One velocity for each variable, found by what TensorFlow hands to `update_step`."""
+        """One velocity for each variable, by the identity of what `update_step` gets."""
         super().build(variables)
         local = tf.distribute.get_strategy().experimental_local_results
         self.velocity_of = {
@@ -230,11 +230,11 @@ class Trainer:
             current = named_variables(model) if train.ema else {}
             self.average = {name: tf.Variable(x.value) for name, x in current.items()}
             self.mean_positives = tf.Variable(EMA_START)
-            # False from the first loss or gradient that is not finite; no step then changes a thing
+            # False from the first loss or gradient that is not finite; then no step has an effect.
             self._healthy = tf.Variable(True)
         self._compiled = tf.function(self._step, autograph=False)
         self._gradient = self._slope
-        if train.compile:  # no default: on a CPU it is no faster, and compiles for half a minute
+        if train.compile:  # on a CPU no faster, and 30 s of compilation
             self._gradient = tf.function(self._slope, autograph=False, jit_compile=True)
 
     @property
@@ -257,7 +257,7 @@ class Trainer:
             )
 
     def _shared(self, x: np.ndarray) -> Any:
-        """The process's share of an array, shared out among its replicas."""
+        """This process's share of an array, split among its replicas."""
         local = self.replicas.local
         if self.replicas.count == 1:
             return tf.constant(x)
@@ -267,10 +267,10 @@ class Trainer:
         )
 
     def _step(self, share: Any, learning_rate: Tensor, decay: Tensor) -> dict[str, Tensor]:
-        """On all replicas, and between them."""
+        """One step on all replicas."""
         mean = self.mean_positives.read_value()
         found, gradients, before = self.strategy.run(self._replica_step, args=(*share, mean))
-        # All replicas found the same.
+        # The same on all replicas.
         parts = {k: self.strategy.experimental_local_results(v)[0] for k, v in found.items()}
         mean = parts.pop("mean_positives")
         finite = tf.math.is_finite(parts["loss"]) & tf.math.is_finite(parts["gradient_norm"])
@@ -369,7 +369,7 @@ class Trainer:
         return arrays(self.average) or state(self.model)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Everything that the next step depends on, by name."""
+        """All state of the run, by name."""
         tensors = {f"model/{name}": x for name, x in state(self.model).items()}
         tensors |= {f"average/{name}": x for name, x in arrays(self.average).items()}
         for index, variable in enumerate(self.optimizer.variables):
@@ -378,7 +378,7 @@ class Trainer:
         return tensors
 
     def load_state(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """Go on from what `state` gave."""
+        """Continue from the result of `state`."""
         load_state(self.model, part(tensors, "model/"))
         assign(self.average, part(tensors, "average/"))
         for index, variable in enumerate(self.optimizer.variables):
@@ -394,7 +394,7 @@ def _optimizer(train: TrainConfig) -> keras.optimizers.Optimizer:
 
 
 def _own_statistics(create: Callable[..., Any], **options: Any) -> Any:
-    """Running statistics: each replica has its own, and what is read is their mean."""
+    """Each replica has its own running statistics; their mean is read."""
     if not options["trainable"] and tf.as_dtype(options["dtype"]).is_floating:
         options["synchronization"] = tf.VariableSynchronization.ON_READ
         options["aggregation"] = tf.VariableAggregation.MEAN
@@ -402,7 +402,7 @@ def _own_statistics(create: Callable[..., Any], **options: Any) -> Any:
 
 
 def _places() -> list[str]:
-    """Such as "CPU:0"; one of several workers is told of those of the others, too."""
+    """Such as "CPU:0"; with several workers TensorFlow lists the devices of all."""
     names = (d.name.rpartition("/device:")[2] for d in tf.config.list_logical_devices())
     return list(dict.fromkeys(names))
 
@@ -429,7 +429,7 @@ def _normalised(config: RetinaNetConfig, images: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _computing(model: RetinaNet, precision: str) -> Iterator[None]:
-    """What is traced in here computes in this precision; variables stay float32."""
+    """Layers compute in this precision in here; variables stay float32."""
     layers = [layer for _, layer in named_layers(model)]
     before = [layer.dtype_policy for layer in layers]
     try:

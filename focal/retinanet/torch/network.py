@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from focal.core.prior import prior_bias
-from focal.retinanet.architecture import BACKBONES, NORM_EPS, Backbone, norm_groups
+from focal.retinanet.architecture import NORM_EPS, Backbone, backbone, norm_groups
 from focal.retinanet.config import RetinaNetConfig
 from focal.retinanet.weights import check_names
 
@@ -28,7 +28,7 @@ __all__ = ["RetinaNet", "build_network", "load_state", "recompute", "state"]
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """Batch normalisation as a fixed scale and shift: statistics and affine part are buffers."""
+    """Batch normalization with fixed statistics, scale and shift, all of them buffers."""
 
     weight: Tensor
     bias: Tensor
@@ -44,7 +44,7 @@ class FrozenBatchNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x, of shape (N, channels, H, W)."""
-        # Folded, the backward pass keeps no feature map: `F.batch_norm` would keep x.
+        # As one scale and shift, autograd saves no feature map: `F.batch_norm` would save x.
         scale = self.weight * (self.running_var + NORM_EPS).rsqrt()
         shift = self.bias - self.running_mean * scale
         # Under autocast x is of a half type and the buffers are not.
@@ -66,7 +66,7 @@ _NORMS: Mapping[str, _Norm] = {
 def _conv(
     inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, bias: bool = False
 ) -> nn.Conv2d:
-    """A convolution that keeps the size, but for its stride."""
+    """A convolution that keeps the size, divided by its stride."""
     return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=bias)
 
 
@@ -101,7 +101,7 @@ class Recomputed(nn.Module):
 
 @contextlib.contextmanager
 def _statistics_kept(norms: Sequence[nn.Module]) -> Iterator[None]:
-    """No running statistics move in here: the same batch would count twice."""
+    """Running statistics do not change in here: the same batch would count twice."""
     before = [norm.momentum for norm in norms]
     try:
         for norm in norms:
@@ -193,8 +193,6 @@ class FeaturePyramid(nn.Module):
 
     def __init__(self, config: RetinaNetConfig, inputs: Sequence[int]) -> None:
         super().__init__()
-        if config.levels not in ((3, 4, 5), (3, 4, 5, 6), (3, 4, 5, 6, 7)):
-            raise ValueError(f"levels must be 3 to 5, 6 or 7; got {config.levels}")
         c = config.channels
         self.p6_from = config.p6_from
         self.inner_blocks = nn.ModuleList(nn.Sequential(_conv(n, c, 1, bias=True)) for n in inputs)
@@ -205,7 +203,7 @@ class FeaturePyramid(nn.Module):
             self.extra_blocks["p6"] = _conv(p6_inputs, c, 3, stride=2, bias=True)
         if 7 in config.levels:
             self.extra_blocks["p7"] = _conv(c, c, 3, stride=2, bias=True)
-        # Not the Gaussian of the subnets: like Detectron, keep the variance of the features.
+        # As in Detectron: keeps the variance of the features, unlike the Gaussian of the subnets.
         _initialise(self, partial(nn.init.kaiming_uniform_, a=1))
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
@@ -255,7 +253,7 @@ class ClassificationHead(nn.Module):
         self.conv = _tower(config)
         self.cls_logits = _conv(config.channels, outputs, 3, bias=True)
         _initialise(self, partial(nn.init.normal_, std=0.01))
-        # Every anchor starts as background; else the many negatives are the whole first loss.
+        # Every score starts at the prior; else the many negatives dominate the first loss.
         nn.init.constant_(self.cls_logits.bias, prior_bias(config.prior))
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
@@ -285,10 +283,8 @@ class RetinaNet(nn.Module):
 
     def __init__(self, config: RetinaNetConfig) -> None:
         super().__init__()
-        if not config.classes:
-            raise ValueError("RetinaNet: config.classes must name at least one class; got none")
         self.config = config
-        net = BACKBONES[config.backbone]
+        net = backbone(config)
         self.backbone = nn.Sequential(
             OrderedDict(
                 body=ResNet(net, _NORMS[config.norm]),
@@ -330,8 +326,7 @@ def build_network(config: RetinaNetConfig, seed: int) -> RetinaNet:
         return RetinaNet(config)
 
 
-# Batch normalisation counts its batches, but computes nothing with the count, and the other
-# frameworks have none: it stays out of the weights.
+# A count of batches that nothing is computed with, and that other frameworks lack: not a weight.
 _COUNTER = "num_batches_tracked"
 
 

@@ -1,4 +1,4 @@
-"""The PyTorch side of the detector: everything between NumPy batches and the network."""
+"""Training and inference in PyTorch, from NumPy batches."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ __all__ = [
 ]
 
 PATIENCE = timedelta(hours=2)
-"""How long processes wait for the one that measures."""
+"""Timeout of collective operations: all processes wait while rank 0 evaluates."""
 
 
 def replicas(device: str | None = None) -> Replicas:
-    """The processes that torchrun (or another launcher with its variables) started, one a device.
+    """The processes of torchrun, or of a launcher that sets its variables: one for each device.
 
     `torch.distributed` is initialised where it is not yet.
     """
@@ -65,7 +65,7 @@ def replicas(device: str | None = None) -> Replicas:
         place = None
         if device != "cpu" and torch.cuda.is_available():
             place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(place)  # what "cuda" means from here on
+            torch.cuda.set_device(place)  # what "cuda" means from now on
         distributed.init_process_group(
             "nccl" if place else "gloo", timeout=PATIENCE, device_id=place
         )
@@ -77,8 +77,8 @@ def replicas(device: str | None = None) -> Replicas:
         found = torch.tensor(value, device=place)
         distributed.all_reduce(found, distributed.ReduceOp.MAX)
         if distributed.get_backend() == "gloo":
-            # gloo's thread lets go of `found` after we went on. If that waits until the interpreter
-            # ends, as it may where this was the last thing to do, the process is aborted.
+            # gloo's thread releases `found` later. If that is when the interpreter ends, the
+            # process is aborted; the barrier makes it happen now.
             distributed.monitored_barrier(timeout=PATIENCE)
         return int(found)
 
@@ -138,7 +138,7 @@ def detect(
 
 
 def detections_of(model: RetinaNet, images: np.ndarray | Tensor, sizes: Tensor) -> Detections:
-    """`detect` in operations of PyTorch alone, which a compiler or an export can record."""
+    """`detect` in PyTorch operations alone, for `torch.compile` and exports."""
     anchors = _anchors(images.shape[1:3], model.config, _device(model))
     logits, deltas = model(_normalised(model, images))
     return detections(F, logits, deltas, anchors, sizes, model.config)
@@ -267,7 +267,7 @@ class Trainer:
         return own | {k: v.cpu().numpy().copy() for k, v in self.average.items()}
 
     def state(self) -> dict[str, np.ndarray]:
-        """Everything that the next step depends on, by name."""
+        """All state of the run, by name."""
         tensors = {f"model/{k}": v for k, v in state(self.model).items()}
         tensors |= {f"average/{k}": v.cpu().numpy().copy() for k, v in self.average.items()}
         for index, values in self.optimizer.state_dict()["state"].items():
@@ -278,7 +278,7 @@ class Trainer:
         return tensors
 
     def load_state(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """Go on from what `state` gave."""
+        """Continue from the result of `state`."""
         load_state(self.model, part(tensors, "model/"))
         for key, value in part(tensors, "average/").items():
             self.average[key].copy_(torch.as_tensor(value))
@@ -328,7 +328,7 @@ def _normalised(model: RetinaNet, images: np.ndarray | Tensor) -> Tensor:
     """(B, H, W, 3) uint8 to (B, 3, H, W) float32, channels-last in memory as it came."""
     device = _device(model)
     batch, height, width, channels = images.shape
-    # One long row of pixels times channels: three channels alone are too few to vectorise over.
+    # Rows of width x 3 values: an innermost axis of 3 is too short to vectorize over.
     mean = torch.tensor(model.config.mean, device=device).repeat(width)
     std = torch.tensor(model.config.std, device=device).repeat(width)
     rows = torch.as_tensor(images, device=device).view(batch, height, width * channels).float()
@@ -341,10 +341,10 @@ def _anchors(canvas: tuple[int, ...], config: RetinaNetConfig, device: torch.dev
 
 
 def _fast_precision(device: torch.device) -> str:
-    """bfloat16 where the hardware multiplies it, else float32."""
+    """bfloat16 where the hardware has it, else float32."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions do not tell
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions
     return "bfloat16" if capabilities.get("avx512_bf16") else "float32"
 
 

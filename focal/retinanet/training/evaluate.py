@@ -1,4 +1,4 @@
-"""Average precision as COCO measures it, by pycocotools."""
+"""COCO average precision, by pycocotools."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def evaluate(
 
     names = {c["id"]: c["name"] for c in ground_truth["categories"]}
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        # Ids are numbered anew: pycocotools takes a match with an annotation of id 0 for none.
+        # New ids from 1 on: pycocotools takes a match with annotation 0 for no match.
         truth = _index(ground_truth, ground_truth["annotations"])
         found = _index(ground_truth, _annotations(ground_truth, detections, category_ids))
         coco = COCOeval(truth, found, "bbox")

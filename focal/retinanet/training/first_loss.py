@@ -1,4 +1,4 @@
-"""What the first classification loss of a run must be, to be compared with what it is."""
+"""The first classification loss of a run beside the expected one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 def first_loss(
     boxes: np.ndarray, labels: np.ndarray, canvas: tuple[int, int], config: RetinaNetConfig
 ) -> float:
-    """The classification loss of a batch where every score is the prior.
+    """The classification loss of a batch if every score is the prior.
 
     Args:
         boxes: (B, M, 4), padded with zeros.
@@ -32,7 +32,7 @@ def first_loss(
     """
     anchors = F.anchors(canvas, config.anchors)
     counts = []
-    for index in range(len(boxes)):  # one at a time: in NumPy all of them would fill the memory
+    for index in range(len(boxes)):  # one at a time, to save memory
         real = labels[index] >= 0
         target = targets(F, anchors, boxes[index, real], labels[index, real], config)
         counts.append([np.sum(target.labels != -2), np.sum(target.labels >= 0)])
@@ -51,12 +51,12 @@ def first_loss(
 
 
 def check_first_loss(found: float, batch: Batch, config: RetinaNetConfig) -> None:
-    """Warn of a first classification loss that random weights with the prior do not give."""
+    """Warn if the first classification loss is not what random weights with the prior bias give."""
     expected = first_loss(batch.boxes, batch.labels, batch.images.shape[1:3], config)
     if not expected / 3 <= found <= 3 * expected:
         _log.warning(
-            "the first classification loss is %.4g, where prior %g, alpha %s and gamma %g let "
-            "expect %.4g (focal.expected_initial_loss): is the prior bias missing in the last "
-            "layer, or are the features far from the size they were made for?",
+            "the first classification loss is %.4g; expected with prior %g, alpha %s and gamma %g: "
+            "%.4g (focal.expected_initial_loss). Is the prior bias missing in the last layer, or "
+            "are the features badly scaled?",
             *(found, config.prior, config.alpha, config.gamma, expected),
         )

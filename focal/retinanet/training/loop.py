@@ -62,22 +62,22 @@ def train(
 ) -> Any:
     """Train a detector into a run folder.
 
-    SIGINT and SIGTERM finish the step and save it; a run that goes on from there ends like one
-    that was never stopped. From a loss or gradient that is not finite nothing is learned: the
+    On SIGINT and SIGTERM the current step is finished and saved; the resumed run gives the same
+    result as one without a stop. A step whose loss or gradient is not finite is not taken: the
     state before it is saved.
 
     Args:
         config: The detector; its classes are those of the dataset.
         train_config: Optimiser, schedule, augmentation, records.
         dataset: What to learn from.
-        validation: What to measure on, where `eval_every` says and at the end; None: not at all.
+        validation: What to evaluate on, every `eval_every` steps and at the end; None: never.
         out: The run folder; made if it does not exist.
         backend: The framework.
         device: Such as "cpu" or "cuda"; default: a GPU where there is one.
         initial: Weights to start from instead of random ones.
-        resume: Go on from the newest whole checkpoint in `out`.
+        resume: Continue from the newest whole checkpoint in `out`.
         notes: More entries for config.json.
-        replicas: Who trains together; default: those that the framework's launcher started.
+        replicas: Data-parallel replicas. Default: those that the framework's launcher started.
 
     Returns:
         The trained model, with the weights that were saved.
@@ -85,7 +85,7 @@ def train(
     Raises:
         Stopped: a signal came, and the state is saved; it is a KeyboardInterrupt.
         FloatingPointError: a loss or a gradient is not finite.
-        OSError: a file cannot be written; those that are there stay whole.
+        OSError: a file cannot be written; existing files stay whole.
         ValueError: the checkpoint is damaged or of another run, or an example cannot be used.
     """
     library = backend_module(backend)
@@ -151,7 +151,7 @@ def train(
 
 @dataclass
 class _Run:
-    """A run between its first step and its last."""
+    """A run from its first step to its last."""
 
     config: RetinaNetConfig
     train: TrainConfig
@@ -166,21 +166,21 @@ class _Run:
     before: float
     """Seconds that they took."""
     check_start: bool
-    """Whether the first loss is to be what the initialisation promises. Not for several processes:
-    each has a part of the batch, and knows the loss of the whole."""
+    """Whether to compare the first loss with the expected one. Not with several processes: each has
+    a part of the batch, but the loss of the whole."""
     signals: Signals = field(default_factory=Signals)
     pending: list[tuple[int, Mapping[str, Any], np.ndarray]] = field(default_factory=list)
-    """Number, loss parts and images of the steps since the device was last waited for."""
+    """Number, losses and image ids of the steps since losses were last read from the device."""
 
     def __post_init__(self) -> None:
         self.begin = time.monotonic() - self.before
 
     def seconds(self, digits: int) -> float:
-        """Since the run began, without the time between a stop and going on."""
+        """Since the run began, without the time between stopping and resuming."""
         return round(time.monotonic() - self.begin, digits)
 
     def steps(self, batches: Iterator[Batch]) -> None:
-        """All steps that are left, with what they log, save and measure on the way."""
+        """The remaining steps, with logs, checkpoints and evaluations."""
         train, first = self.train, self.first
         if 0 < first < train.steps and _every(train.eval_every, first):
             self.measured(first)
@@ -212,14 +212,14 @@ class _Run:
                 if evaluates:
                     self.measured(done)
 
-    def stopping(self, looks: bool) -> int:
-        """The signal for which all processes are to stop, or 0.
+    def stopping(self, reads: bool) -> int:
+        """The signal for which all processes stop, or 0.
 
-        Only here is the device waited for, and are the other processes: where a step `looks` at
-        its results, and now and then.
+        Only here does a step wait for the device and the other processes: when it `reads` its
+        losses, and every `MAX_PENDING_STEPS`.
         """
         received = self.signals.received if self.replicas.processes == 1 else 0
-        if not (looks or received or len(self.pending) == MAX_PENDING_STEPS):
+        if not (reads or received or len(self.pending) == MAX_PENDING_STEPS):
             return 0
         if not self.trainer.healthy:
             self.refuse()
@@ -229,7 +229,7 @@ class _Run:
     def log(
         self, step: int, parts: Mapping[str, Any], rate: float, speed: float, bar: ProgressBar
     ) -> None:
-        """A line of the metrics, and what the bar shows of it."""
+        """Write a line of metrics; show it on the progress bar."""
         values = {name: float(value) for name, value in parts.items()}
         values |= {"learning_rate": rate, "images_per_second": speed, "seconds": self.seconds(2)}
         self.folder.log({"kind": "train", "step": step, **values})
@@ -244,7 +244,7 @@ class _Run:
         return self.folder.save_checkpoint(state, step, time.monotonic() - self.begin)
 
     def stop(self, number: int, step: int) -> NoReturn:
-        """Save, and say that a signal came."""
+        """Save a checkpoint and raise `Stopped`."""
         path = self.save(step)
         self.wait()
         name = signal.Signals(number).name
@@ -252,10 +252,10 @@ class _Run:
         raise Stopped(number, text)
 
     def refuse(self) -> NoReturn:
-        """Say what is not finite; since then no step has changed anything."""
+        """Raise an error that says what is not finite. No step since then had an effect."""
         step, reason = _first_not_finite(self.pending)
         state = self.trainer.state()
-        # From before the run's first step nothing is missing.
+        # Before the first step of this run there is nothing to save.
         if step - 1 > self.first and all(np.isfinite(x).all() for x in state.values()):
             path = self.save(step - 1, state)
             self.wait()
@@ -263,23 +263,23 @@ class _Run:
         raise FloatingPointError(reason)
 
     def wait(self) -> None:
-        """For the other processes: a launcher may end them when one ends."""
+        """Wait for the other processes: a launcher may kill them when one ends."""
         self.replicas.maximum(0)
 
     @functools.cached_property
     def candidate(self) -> Any:
-        """The model to keep. One for all evaluations: a framework may keep the graph of each."""
+        """The model to evaluate and return: only one, since graphs may never be freed."""
         return backend_module(self.backend).build(self.config, self.train.seed, self.device)
 
     def measured(self, step: int) -> Any:
-        """The model with the weights to keep, which are saved, and measured if asked to."""
-        self.signals.at_once = self.replicas.processes == 1  # nothing here needs to be finished
+        """The model with the weights to keep; they are saved, and evaluated if there is a split."""
+        self.signals.at_once = self.replicas.processes == 1  # nothing here must be finished
         try:
             weights = self.trainer.weights()
             if self.replicas.rank == 0:
                 save_weights(self.folder.weights, weights, self.config)
             backend_module(self.backend).load_state(self.candidate, weights)
-            # A run that goes on from here may have it already, or was stopped in the midst of it.
+            # A resumed run may have been evaluated here already.
             if self.validation is not None and self.replicas.rank == 0:
                 if not self.folder.evaluated(step):
                     metrics, _ = evaluate_model(self.candidate, self.validation)
@@ -299,7 +299,7 @@ def _every(interval: int, step: int) -> bool:
 
 
 def _first_not_finite(steps: list[tuple[int, Mapping[str, Any], np.ndarray]]) -> tuple[int, str]:
-    """The first of these steps with a loss or gradient that is not finite, and a sentence on it."""
+    """The first of these steps with a loss or gradient that is not finite, and the message."""
     for step, parts, image_ids in steps:
         values = {name: float(parts[name]) for name in ("classification", "box", "gradient_norm")}
         wrong = [name for name, value in values.items() if not math.isfinite(value)]

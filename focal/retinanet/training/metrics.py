@@ -14,7 +14,7 @@ Lines = list[dict[str, Any]]
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines, without one that a crash cut short; none where there is no file."""
+    """The complete lines: a crash may have cut the last one short. None if there is no file."""
     for text in path.read_bytes().split(b"\n") if path.is_file() else []:
         try:
             line = json.loads(text)
@@ -27,7 +27,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 def read_metrics(path: Path) -> tuple[Lines, dict[str, Lines]]:
     """The training lines, and the evaluation lines of each split.
 
-    Where a resumed run did steps again, the later line counts.
+    Where a resumed run repeated steps, the later line counts.
     """
     train: dict[float, dict[str, Any]] = {}
     evals: dict[str, dict[float, dict[str, Any]]] = {}

@@ -1,4 +1,4 @@
-"""What a training run leaves on the disk, whole at every moment.
+"""The files of a training run, each complete at any time.
 
 config.json, metrics.jsonl, weights.safetensors (what to use) and the last few
 checkpoint-NNNNNN.safetensors (what to resume from). `focal.retinanet.report` adds pictures and
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 def plain_json(record: Mapping[str, Any], indent: int | None = None) -> str:
-    """JSON that every reader takes: a number that is not finite becomes null."""
+    """Strict JSON: a number that is not finite becomes null."""
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in record.items()
@@ -75,7 +75,7 @@ class RunFolder:
 
     Args:
         path: The folder; made if it does not exist.
-        facts: What a checkpoint must have in common with the run that goes on from it.
+        facts: What a checkpoint must share with the run that resumes from it.
         keep: How many checkpoints to keep, >= 1.
         writes: False in all but one of several processes, which only read.
     """
@@ -97,16 +97,16 @@ class RunFolder:
         if not self._writes:
             return
         self._remove_partial_files()
-        # First these: a kill in between must not leave old checkpoints to new metrics.
+        # Checkpoints first: if the process is killed here, none may remain beside new metrics.
         for path in _checkpoints(self.path):
             path.unlink()
         sync_folder(self.path)
         write_atomically(self.metrics, b"")
 
     def resume(self, until: int) -> tuple[dict[str, np.ndarray], int, float]:
-        """Go on from the newest whole checkpoint: its tensors, steps done, seconds they took.
+        """Resume from the newest whole checkpoint: its tensors, steps done, seconds they took.
 
-        Metrics written after the checkpoint are dropped, since the run writes them again.
+        Metrics written after the checkpoint are dropped; the run writes them again.
 
         Raises:
             FileNotFoundError: there is no checkpoint.
@@ -125,7 +125,7 @@ class RunFolder:
         if not self._writes:
             return tensors, steps, float(found["seconds"])
         self._remove_partial_files()
-        self._remove_older(path)  # which a kill may have prevented
+        self._remove_older(path)  # the process may have been killed before it could
         lines = [line for line in read_lines(self.metrics) if line["step"] <= steps]
         write_atomically(self.metrics, "".join(plain_json(x) + "\n" for x in lines).encode())
         _log.info("going on from %s, after step %d", path, steps)
@@ -144,7 +144,7 @@ class RunFolder:
         return path
 
     def log(self, entry: Mapping[str, Any]) -> None:
-        """One more line of metrics, on the disk before training goes on."""
+        """Append a line of metrics, on disk before training continues."""
         if not self._writes:
             return
         try:
@@ -152,7 +152,7 @@ class RunFolder:
                 file.write(plain_json(entry) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError as error:  # which names no file where the disk is full
+        except OSError as error:  # when the disk is full it names no file
             raise OSError(error.errno, error.strerror, str(self.metrics)) from error
 
     def evaluated(self, step: int) -> bool:
@@ -168,13 +168,13 @@ class RunFolder:
 
     def _remove_older(self, newest: Path) -> None:
         """Remove the checkpoints before the last few."""
-        # Those of later steps are damaged, and are written over in time; they count for nothing.
+        # Checkpoints of later steps are damaged; the run will overwrite them.
         until = _checkpoints(self.path)
         until = until[: until.index(newest) + 1]
         for old in until[: -self._keep]:
             old.unlink()
 
     def _remove_partial_files(self) -> None:
-        """Remove what a process left that was killed while it wrote."""
+        """Remove the temporary files of a process that was killed."""
         for path in self.path.glob(f".*{PARTIAL}"):
             path.unlink()

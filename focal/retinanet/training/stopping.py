@@ -1,4 +1,4 @@
-"""Being told to stop: SIGINT (Ctrl-C) and SIGTERM (what a job queue sends)."""
+"""SIGINT (Ctrl-C) and SIGTERM (sent by job queues) end a run after its current step."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["Signals", "Stopped"]
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended a run whose state is saved; the text says where.
+    """A signal ended a run. Its state is saved; the text says where.
 
     Attributes:
-        signal: Its number; 128 more is the customary exit status.
+        signal: Its number. The customary exit status is 128 more.
     """
 
     def __init__(self, number: int, text: str) -> None:
@@ -25,14 +25,15 @@ class Stopped(KeyboardInterrupt):
 
 
 class Signals:
-    """Notes SIGINT and SIGTERM in a `with` block, for the block to end in good order.
+    """Records SIGINT and SIGTERM in a `with` block instead of ending the process.
 
-    A second SIGINT raises KeyboardInterrupt at once. Signals that the process ignores stay
-    ignored, and outside the main thread nothing is changed.
+    A second SIGINT raises KeyboardInterrupt at once. Ignored signals stay ignored. Outside the main
+    thread it does nothing.
 
     Attributes:
-        received: The number of the first one; 0: none yet.
-        at_once: Set where there is nothing to finish: the first one, too, raises KeyboardInterrupt.
+        received: The number of the first signal; 0: none yet.
+        at_once: Set while there is nothing to finish: the first signal, too, raises
+            KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
@@ -43,7 +44,7 @@ class Signals:
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                # None: it was not Python that set the handler, so Python cannot put it back.
+                # None: the handler was not set by Python, which cannot restore it.
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self._before[number] = signal.signal(number, self._note)
         return self
