@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
@@ -25,9 +25,10 @@ from numpy.typing import ArrayLike
 
 from focal.core import checks
 from focal.core.prior import prior_bias
+from focal.core.renamed import renamed
 
 __all__ = [
-    "AsymmetricFocalLoss",
+    "AsymmetricLoss",
     "BalancedCrossEntropyLoss",
     "HeatmapFocalLoss",
     "PriorBias",
@@ -529,8 +530,9 @@ class HeatmapFocalLoss(_Loss):
 
 
 @_registered
-class AsymmetricFocalLoss(_Loss):
-    """`asymmetric_focal_loss` as a Keras loss, for many labels an image.
+@keras.saving.register_keras_serializable("focal", "AsymmetricFocalLoss")  # in older files
+class AsymmetricLoss(_Loss):
+    """`asymmetric_loss` as a Keras loss, for many labels an image.
 
     Args:
         gamma_positive: Focusing parameter of the positives, >= 0. Default 1.
@@ -549,14 +551,14 @@ class AsymmetricFocalLoss(_Loss):
 
     Example:
         >>> import numpy as np
-        >>> from focal.keras import AsymmetricFocalLoss
-        >>> round(float(AsymmetricFocalLoss()(np.array([[0.0, 1.0]]), np.zeros((1, 2)))), 4)
+        >>> from focal.keras import AsymmetricLoss
+        >>> round(float(AsymmetricLoss()(np.array([[0.0, 1.0]]), np.zeros((1, 2)))), 4)
         0.1855
 
     Source: Ridnik et al. 2021.
     """
 
-    _function = "asymmetric_focal_loss"
+    _function = "asymmetric_loss"
     _parameters = ("gamma_positive", "gamma_negative", "margin")
 
     def __init__(
@@ -655,3 +657,7 @@ def _per_class(name: str, alpha: Any, high: float = checks.INFINITY) -> list[flo
     """One number in [0, high] per class, as a list."""
     numbers = alpha if isinstance(alpha, (list, tuple)) else np.asarray(alpha).tolist()
     return [checks.check_number(name, "alpha", a, 0, high) for a in numbers]
+
+
+if not TYPE_CHECKING:  # a type checker knows the new names alone
+    __getattr__ = renamed(__name__, {"AsymmetricFocalLoss": "AsymmetricLoss"})

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from focal.core.formulas import Parameter, SigmoidFocal, curvature, power
 from focal.core.namespace import Array, Namespace
 
-__all__ = ["AsymmetricFocal", "HeatmapFocal", "QualityFocal", "Varifocal"]
+__all__ = ["Asymmetric", "HeatmapFocal", "QualityFocal", "Varifocal"]
 
 CROSS_ENTROPY = SigmoidFocal(None, 0.0)
 
@@ -110,7 +110,7 @@ class HeatmapFocal(NamedTuple):
         return 1 - 2 * xp.astype(y >= 1, y.dtype), power(xp, rest, self.beta)
 
 
-class AsymmetricFocal(NamedTuple):
+class Asymmetric(NamedTuple):
     """ASL (Ridnik et al. 2021): a focal loss for each side, mixed by y."""
 
     gamma_positive: Parameter

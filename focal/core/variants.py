@@ -5,10 +5,10 @@ from __future__ import annotations
 from focal.core import checks
 from focal.core.losses import dense_arguments, dense_loss
 from focal.core.namespace import Array, Namespace, Reduction, SparseReduction
-from focal.core.variant_formulas import AsymmetricFocal, HeatmapFocal, QualityFocal, Varifocal
+from focal.core.variant_formulas import Asymmetric, HeatmapFocal, QualityFocal, Varifocal
 
 __all__ = [
-    "asymmetric_focal_loss",
+    "asymmetric_loss",
     "heatmap_focal_loss",
     "quality_focal_loss",
     "varifocal_loss",
@@ -169,7 +169,7 @@ def heatmap_focal_loss(
     return total / xp.maximum(xp.sum(xp.astype(peaks, total.dtype)), 1)
 
 
-def asymmetric_focal_loss(
+def asymmetric_loss(
     xp: Namespace,
     inputs: Array,
     targets: Array,
@@ -209,19 +209,19 @@ def asymmetric_focal_loss(
 
     Example:
         >>> import numpy as np
-        >>> from focal.numpy import asymmetric_focal_loss
-        >>> asymmetric_focal_loss(np.array([-3.0, 0.0, 0.0]), np.array([0.0, 0.0, 1.0])).round(4)
+        >>> from focal.numpy import asymmetric_loss
+        >>> asymmetric_loss(np.array([-3.0, 0.0, 0.0]), np.array([0.0, 0.0, 1.0])).round(4)
         array([0.    , 0.0245, 0.3466])
 
     Source: Ridnik et al. 2021, "Asymmetric Loss for Multi-Label Classification"
     (arXiv 2009.14119), section 2.
     """
-    name = "asymmetric_focal_loss"
+    name = "asymmetric_loss"
     shift = checks.check_number(name, "margin", margin, 0, 1)
     if shift == 1:
         raise ValueError(f"{name}: margin must be < 1; got {margin!r}")
     inputs, targets = dense_arguments(xp, name, inputs, targets)
-    formula = AsymmetricFocal(
+    formula = Asymmetric(
         checks.check_scalar(xp, name, "gamma_positive", gamma_positive, inputs, low=0),
         checks.check_scalar(xp, name, "gamma_negative", gamma_negative, inputs, low=0),
         shift,
