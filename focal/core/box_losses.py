@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from focal.core import checks
-from focal.core.box_checks import check_boxes
 from focal.core.boxes import giou
 from focal.core.namespace import Array, Namespace, Reduction
 
@@ -35,8 +34,8 @@ def giou_loss(xp: Namespace, boxes1: Array, boxes2: Array, reduction: Reduction 
     """
     name = "giou_loss"
     checks.check_choice(name, "reduction", reduction, checks.REDUCTIONS)
-    boxes1 = check_boxes(xp, name, "boxes1", boxes1)
-    boxes2 = check_boxes(xp, name, "boxes2", boxes2)
+    boxes1 = checks.check_boxes(xp, name, "boxes1", boxes1)
+    boxes2 = checks.check_boxes(xp, name, "boxes2", boxes2)
     checks.check_same_shape(name, "boxes2", boxes2, "boxes1", boxes1)
     losses = 1 - giou(xp, *checks.wide_pair(xp, boxes1, boxes2))
     return _reduce(xp, losses, reduction, boxes1.dtype)
