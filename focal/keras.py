@@ -49,8 +49,8 @@ _registered = keras.saving.register_keras_serializable(package="focal")
 class _Loss(keras.losses.Loss):
     """A loss with targets like the logits, by the function `_function` of an adapter.
 
-    What a subclass names in `_parameters` are its attributes, its configuration, and arguments of
-    the function.
+    The `_parameters` of a subclass are its attributes, its configuration, and the arguments of the
+    function.
     """
 
     _function: str
@@ -82,7 +82,7 @@ class _LabelLoss(_Loss):
     axis: int
 
     def __init__(self, reduction: str | None, name: str | None, dtype: Any) -> None:
-        # Keras turns labels into this type, too, and half types do not hold every label.
+        # Keras casts labels to this type, too, and half types cannot represent every label.
         dtype = keras.dtype_policies.get(dtype or keras.config.floatx()).compute_dtype
         super().__init__(reduction, name, "float32" if dtype.endswith("float16") else dtype)
         self._sum = _Sum(reduction="sum", dtype=self.dtype)
@@ -175,7 +175,7 @@ class SparseSigmoidFocalLoss(_LabelLoss):
     """`sparse_sigmoid_focal_loss` as a Keras loss, for class labels.
 
     The loss of a sample is the mean over the classes; a mean over samples does not count those
-    labelled -2. For the paper's normaliser, the number of positives, call the function with
+    labeled -2. For the paper's normalizer, the number of positives, call the function with
     `reduction="positives"` in a training step of your own.
 
     Args:
@@ -185,7 +185,7 @@ class SparseSigmoidFocalLoss(_LabelLoss):
         reduction: A reduction of Keras. Default "sum_over_batch_size", the mean.
         name: Name of the loss.
         dtype: Type to compute in. Default: Keras's `floatx`, float32. Half types become float32:
-            Keras turns the labels into that type, too, and they would lose digits.
+            Keras casts the labels, too, and a half type cannot represent them all.
         label_smoothing: s in [0, 1]: the targets are `1 - s / 2` and `s / 2`. Default 0.
         axis: The class axis. Default -1.
 
@@ -251,7 +251,7 @@ class SoftmaxFocalLoss(_LabelLoss):
         reduction: A reduction of Keras. Default "sum_over_batch_size", the mean.
         name: Name of the loss.
         dtype: Type to compute in. Default: Keras's `floatx`, float32. Half types become float32:
-            Keras turns the labels into that type, too, and they would lose digits.
+            Keras casts the labels, too, and a half type cannot represent them all.
         label_smoothing: s in [0, 1], shared among the classes. Default 0.
 
     Shape:
@@ -352,9 +352,7 @@ class SigmoidFocalLossStar(_Loss):
         super().__init__(reduction, name, dtype)
         own = type(self).__name__
         self.alpha = checks.check_alpha(own, alpha)
-        self.gamma = checks.check_gamma(own, gamma)
-        if self.gamma == 0:
-            raise ValueError(f"{own}: gamma must be > 0, the loss is divided by it; got {gamma!r}")
+        self.gamma = checks.check_slope(own, "gamma", gamma)
         self.beta = checks.check_number(own, "beta", beta)
 
 
@@ -440,7 +438,7 @@ class QualityFocalLoss(_Loss):
 
 @_registered
 class VarifocalLoss(_Loss):
-    """`varifocal_loss` as a Keras loss: positives weighed by their quality.
+    """`varifocal_loss` as a Keras loss: positives weighted by their quality.
 
     Args:
         alpha: Factor of the negatives, >= 0. Default 0.75.
@@ -486,7 +484,7 @@ class VarifocalLoss(_Loss):
 class HeatmapFocalLoss(_Loss):
     """`heatmap_focal_loss` as a Keras loss, for keypoint heatmaps.
 
-    For the papers' normaliser, the number of keypoints, call the function with
+    For the papers' normalizer, the number of keypoints, call the function with
     `reduction="positives"` in a training step of your own.
 
     Args:
@@ -574,9 +572,7 @@ class AsymmetricLoss(_Loss):
         own = type(self).__name__
         self.gamma_positive = checks.check_number(own, "gamma_positive", gamma_positive, low=0)
         self.gamma_negative = checks.check_number(own, "gamma_negative", gamma_negative, low=0)
-        self.margin = checks.check_number(own, "margin", margin, 0, 1)
-        if self.margin == 1:
-            raise ValueError(f"{own}: margin must be < 1; got {margin!r}")
+        self.margin = checks.check_margin(own, "margin", margin)
 
 
 @_registered

@@ -191,9 +191,8 @@ def decode_boxes(
     Source: Girshick et al. 2014 (R-CNN), appendix C; torchvision's `BoxCoder`.
     """
     name = "decode_boxes"
-    deltas = checks.check_boxes(
-        xp, name, "deltas", checks.check_floating(xp, name, "deltas", deltas)
-    )
+    deltas = checks.check_floating(xp, name, "deltas", deltas)
+    checks.check_coordinates(name, "deltas", deltas)
     anchors = checks.check_boxes(xp, name, "anchors", anchors)
     wx, wy, ww, wh = checks.check_weights(name, weights)
     _check_broadcast(name, anchors, "deltas", deltas)

@@ -18,6 +18,7 @@ from focal.core.namespace import Array, Namespace
 
 INFINITY = math.inf
 REDUCTIONS = ("none", "mean", "sum")
+SPARSE_REDUCTIONS = (*REDUCTIONS, "positives")
 
 
 def check_number(
@@ -219,11 +220,18 @@ def check_boxes(
     if xp.isdtype(array.dtype, "integral"):
         array = xp.astype(array, xp.float32)
     _check_type(xp, function, parameter, array, ("real floating",), "a floating-point type")
+    check_coordinates(function, parameter, array, at_least_2d)
+    return array
+
+
+def check_coordinates(
+    function: str, parameter: str, array: Array, at_least_2d: bool = False
+) -> None:
+    """The shape of boxes or deltas."""
     shape = tuple(array.shape)
     if len(shape) < 1 + at_least_2d or shape[-1] not in (4, None):
         expected = "(..., N, 4)" if at_least_2d else "(..., 4)"
         raise ValueError(f"{function}: {parameter} must have shape {expected}; got {shape}")
-    return array
 
 
 def check_image_size(function: str, image_size: Any) -> tuple[int, int]:
