@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
@@ -25,9 +25,10 @@ from numpy.typing import ArrayLike
 
 from focal.core import checks
 from focal.core.prior import prior_bias
+from focal.core.renamed import renamed
 
 __all__ = [
-    "AsymmetricFocalLoss",
+    "AsymmetricLoss",
     "BalancedCrossEntropyLoss",
     "HeatmapFocalLoss",
     "PriorBias",
@@ -48,8 +49,8 @@ _registered = keras.saving.register_keras_serializable(package="focal")
 class _Loss(keras.losses.Loss):
     """A loss with targets like the logits, by the function `_function` of an adapter.
 
-    What a subclass names in `_parameters` are its attributes, its configuration, and arguments of
-    the function.
+    The `_parameters` of a subclass are its attributes, its configuration, and the arguments of the
+    function.
     """
 
     _function: str
@@ -81,7 +82,7 @@ class _LabelLoss(_Loss):
     axis: int
 
     def __init__(self, reduction: str | None, name: str | None, dtype: Any) -> None:
-        # Keras turns labels into this type, too, and half types do not hold every label.
+        # Keras casts labels to this type, too, and half types cannot represent every label.
         dtype = keras.dtype_policies.get(dtype or keras.config.floatx()).compute_dtype
         super().__init__(reduction, name, "float32" if dtype.endswith("float16") else dtype)
         self._sum = _Sum(reduction="sum", dtype=self.dtype)
@@ -174,7 +175,7 @@ class SparseSigmoidFocalLoss(_LabelLoss):
     """`sparse_sigmoid_focal_loss` as a Keras loss, for class labels.
 
     The loss of a sample is the mean over the classes; a mean over samples does not count those
-    labelled -2. For the paper's normaliser, the number of positives, call the function with
+    labeled -2. For the paper's normalizer, the number of positives, call the function with
     `reduction="positives"` in a training step of your own.
 
     Args:
@@ -184,7 +185,7 @@ class SparseSigmoidFocalLoss(_LabelLoss):
         reduction: A reduction of Keras. Default "sum_over_batch_size", the mean.
         name: Name of the loss.
         dtype: Type to compute in. Default: Keras's `floatx`, float32. Half types become float32:
-            Keras turns the labels into that type, too, and they would lose digits.
+            Keras casts the labels, too, and a half type cannot represent them all.
         label_smoothing: s in [0, 1]: the targets are `1 - s / 2` and `s / 2`. Default 0.
         axis: The class axis. Default -1.
 
@@ -250,7 +251,7 @@ class SoftmaxFocalLoss(_LabelLoss):
         reduction: A reduction of Keras. Default "sum_over_batch_size", the mean.
         name: Name of the loss.
         dtype: Type to compute in. Default: Keras's `floatx`, float32. Half types become float32:
-            Keras turns the labels into that type, too, and they would lose digits.
+            Keras casts the labels, too, and a half type cannot represent them all.
         label_smoothing: s in [0, 1], shared among the classes. Default 0.
 
     Shape:
@@ -351,9 +352,7 @@ class SigmoidFocalLossStar(_Loss):
         super().__init__(reduction, name, dtype)
         own = type(self).__name__
         self.alpha = checks.check_alpha(own, alpha)
-        self.gamma = checks.check_gamma(own, gamma)
-        if self.gamma == 0:
-            raise ValueError(f"{own}: gamma must be > 0, the loss is divided by it; got {gamma!r}")
+        self.gamma = checks.check_slope(own, "gamma", gamma)
         self.beta = checks.check_number(own, "beta", beta)
 
 
@@ -439,7 +438,7 @@ class QualityFocalLoss(_Loss):
 
 @_registered
 class VarifocalLoss(_Loss):
-    """`varifocal_loss` as a Keras loss: positives weighed by their quality.
+    """`varifocal_loss` as a Keras loss: positives weighted by their quality.
 
     Args:
         alpha: Factor of the negatives, >= 0. Default 0.75.
@@ -485,7 +484,7 @@ class VarifocalLoss(_Loss):
 class HeatmapFocalLoss(_Loss):
     """`heatmap_focal_loss` as a Keras loss, for keypoint heatmaps.
 
-    For the papers' normaliser, the number of keypoints, call the function with
+    For the papers' normalizer, the number of keypoints, call the function with
     `reduction="positives"` in a training step of your own.
 
     Args:
@@ -529,8 +528,9 @@ class HeatmapFocalLoss(_Loss):
 
 
 @_registered
-class AsymmetricFocalLoss(_Loss):
-    """`asymmetric_focal_loss` as a Keras loss, for many labels an image.
+@keras.saving.register_keras_serializable("focal", "AsymmetricFocalLoss")  # in older files
+class AsymmetricLoss(_Loss):
+    """`asymmetric_loss` as a Keras loss, for many labels an image.
 
     Args:
         gamma_positive: Focusing parameter of the positives, >= 0. Default 1.
@@ -549,14 +549,14 @@ class AsymmetricFocalLoss(_Loss):
 
     Example:
         >>> import numpy as np
-        >>> from focal.keras import AsymmetricFocalLoss
-        >>> round(float(AsymmetricFocalLoss()(np.array([[0.0, 1.0]]), np.zeros((1, 2)))), 4)
+        >>> from focal.keras import AsymmetricLoss
+        >>> round(float(AsymmetricLoss()(np.array([[0.0, 1.0]]), np.zeros((1, 2)))), 4)
         0.1855
 
     Source: Ridnik et al. 2021.
     """
 
-    _function = "asymmetric_focal_loss"
+    _function = "asymmetric_loss"
     _parameters = ("gamma_positive", "gamma_negative", "margin")
 
     def __init__(
@@ -572,9 +572,7 @@ class AsymmetricFocalLoss(_Loss):
         own = type(self).__name__
         self.gamma_positive = checks.check_number(own, "gamma_positive", gamma_positive, low=0)
         self.gamma_negative = checks.check_number(own, "gamma_negative", gamma_negative, low=0)
-        self.margin = checks.check_number(own, "margin", margin, 0, 1)
-        if self.margin == 1:
-            raise ValueError(f"{own}: margin must be < 1; got {margin!r}")
+        self.margin = checks.check_margin(own, "margin", margin)
 
 
 @_registered
@@ -655,3 +653,7 @@ def _per_class(name: str, alpha: Any, high: float = checks.INFINITY) -> list[flo
     """One number in [0, high] per class, as a list."""
     numbers = alpha if isinstance(alpha, (list, tuple)) else np.asarray(alpha).tolist()
     return [checks.check_number(name, "alpha", a, 0, high) for a in numbers]
+
+
+if not TYPE_CHECKING:  # a type checker knows the new names alone
+    __getattr__ = renamed(__name__, {"AsymmetricFocalLoss": "AsymmetricLoss"})

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from focal.core import checks
-from focal.core.box_checks import check_image_size
 from focal.core.namespace import Array, Namespace
 
 __all__ = ["AnchorConfig", "anchors", "level_shapes"]
@@ -101,7 +100,7 @@ def anchors(
     Source: Lin et al. 2017, section 4; the order within a cell is torchvision's.
     """
     name = "anchors"
-    height, width = check_image_size(name, image_size)
+    height, width = checks.check_image_size(name, image_size)
     config = AnchorConfig() if config is None else config
     if not isinstance(config, AnchorConfig):
         raise TypeError(f"{name}: config must be a focal.AnchorConfig; got {config!r}")

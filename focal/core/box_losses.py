@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from focal.core import checks
-from focal.core.box_checks import check_boxes
 from focal.core.boxes import giou
+from focal.core.losses import dense_arguments, reduce
 from focal.core.namespace import Array, Namespace, Reduction
 
 __all__ = ["giou_loss", "smooth_l1_loss"]
@@ -35,11 +35,11 @@ def giou_loss(xp: Namespace, boxes1: Array, boxes2: Array, reduction: Reduction 
     """
     name = "giou_loss"
     checks.check_choice(name, "reduction", reduction, checks.REDUCTIONS)
-    boxes1 = check_boxes(xp, name, "boxes1", boxes1)
-    boxes2 = check_boxes(xp, name, "boxes2", boxes2)
+    boxes1 = checks.check_boxes(xp, name, "boxes1", boxes1)
+    boxes2 = checks.check_boxes(xp, name, "boxes2", boxes2)
     checks.check_same_shape(name, "boxes2", boxes2, "boxes1", boxes1)
     losses = 1 - giou(xp, *checks.wide_pair(xp, boxes1, boxes2))
-    return _reduce(xp, losses, reduction, boxes1.dtype)
+    return reduce(xp, losses, reduction, boxes1.dtype)
 
 
 def smooth_l1_loss(
@@ -81,23 +81,14 @@ def smooth_l1_loss(
     name = "smooth_l1_loss"
     checks.check_choice(name, "reduction", reduction, checks.REDUCTIONS)
     beta = checks.check_number(name, "beta", beta, low=0)
-    inputs = checks.check_floating(xp, name, "inputs", inputs)
-    targets = checks.check_real(xp, name, "targets", targets)
-    checks.check_same_shape(name, "targets", targets, "inputs", inputs)
+    inputs, targets = dense_arguments(xp, name, inputs, targets)
     wide = checks.wide_type(xp, inputs)
     distance = xp.abs(xp.astype(inputs, wide) - xp.astype(targets, wide))
     if beta == 0:
         losses = distance
     else:
-        # As a sum of both pieces the slope of a small difference would lose its digits.
+        # Written as the sum of both pieces, the slope at a small difference would cancel.
         core = xp.minimum(distance, beta)
         square = core * core * (0.5 / beta)
         losses = xp.where(distance < beta, square, distance - beta / 2)
-    return _reduce(xp, losses, reduction, inputs.dtype)
-
-
-def _reduce(xp: Namespace, losses: Array, reduction: str, dtype: object) -> Array:
-    if reduction == "none":
-        return xp.astype(losses, dtype)
-    total = xp.sum(losses)
-    return total if reduction == "sum" else total / checks.count(xp, losses, total.dtype)
+    return reduce(xp, losses, reduction, inputs.dtype)

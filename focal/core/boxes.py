@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 from focal.core import checks
-from focal.core.box_checks import check_boxes, check_image_size
 from focal.core.namespace import Array, Namespace
 
 __all__ = [
@@ -43,7 +42,7 @@ def box_area(xp: Namespace, boxes: Array) -> Array:
 
     Source: `torchvision.ops.box_area`; widths are x2 - x1, without the +1 of older code.
     """
-    return _area(checks.wide(xp, check_boxes(xp, "box_area", "boxes", boxes)))
+    return area(columns(checks.wide(xp, checks.check_boxes(xp, "box_area", "boxes", boxes))))
 
 
 def box_iou(xp: Namespace, boxes1: Array, boxes2: Array) -> Array:
@@ -72,12 +71,11 @@ def box_iou(xp: Namespace, boxes1: Array, boxes2: Array) -> Array:
     Source: `torchvision.ops.box_iou`, with 0 instead of NaN for boxes without area.
     """
     a, b = _pairs(xp, "box_iou", boxes1, boxes2)
-    common, union = _overlap(xp, a, b)
-    return ratio(xp, common, union)
+    return ratio(xp, *_overlap(xp, a, b))
 
 
 def generalized_box_iou(xp: Namespace, boxes1: Array, boxes2: Array) -> Array:
-    r"""Generalised IoU of every box of one set with every box of another.
+    r"""Generalized IoU of every box of one set with every box of another.
 
     .. math:: \mathrm{GIoU} = \mathrm{IoU} - |C \setminus (A \cup B)| / |C|
 
@@ -88,8 +86,8 @@ def generalized_box_iou(xp: Namespace, boxes1: Array, boxes2: Array) -> Array:
         boxes2: (..., M, 4), with the leading axes of `boxes1` or none.
 
     Returns:
-        (..., N, M) in [-1, 1]; a quotient without a denominator counts as 0. Integer and half
-        types give float32.
+        (..., N, M) in [-1, 1]; a quotient with denominator 0 counts as 0. Integer and half types
+        give float32.
 
     Raises:
         TypeError: an argument is not an array of a real type.
@@ -103,19 +101,18 @@ def generalized_box_iou(xp: Namespace, boxes1: Array, boxes2: Array) -> Array:
 
     Source: Rezatofighi et al. 2019; `torchvision.ops.generalized_box_iou`.
     """
-    a, b = _pairs(xp, "generalized_box_iou", boxes1, boxes2)
-    return giou(xp, a, b)
+    return giou(xp, *_pairs(xp, "generalized_box_iou", boxes1, boxes2))
 
 
 def encode_boxes(
     xp: Namespace, boxes: Array, anchors: Array, weights: Weights = (1.0, 1.0, 1.0, 1.0)
 ) -> Array:
-    r"""Boxes as offsets from anchors, the R-CNN parameterisation.
+    r"""Boxes as offsets from anchors, the R-CNN parameterization.
 
     .. math:: w_x \frac{x - x_a}{w_a},\quad w_y \frac{y - y_a}{h_a},\quad
               w_w \log\frac{w}{w_a},\quad w_h \log\frac{h}{h_a}
 
-    with (x, y) centres and (w, h) sizes; the subscript a marks the anchor.
+    with (x, y) centers and (w, h) sizes; the subscript a marks the anchor.
 
     Args:
         boxes: (..., 4) as (x1, y1, x2, y2) in pixels, of a real type. Sides are taken as at
@@ -140,17 +137,22 @@ def encode_boxes(
     Source: Girshick et al. 2014 (R-CNN), appendix C; torchvision's `BoxCoder`.
     """
     name = "encode_boxes"
-    boxes = check_boxes(xp, name, "boxes", boxes)
-    anchors = check_boxes(xp, name, "anchors", anchors)
+    boxes = checks.check_boxes(xp, name, "boxes", boxes)
+    anchors = checks.check_boxes(xp, name, "anchors", anchors)
     _check_broadcast(name, anchors, "boxes", boxes)
-    wx, wy, ww, wh = checks.check_weights(name, weights)
+    return encoded(xp, boxes, anchors, checks.check_weights(name, weights))
+
+
+def encoded(xp: Namespace, boxes: Array, anchors: Array, weights: Weights) -> Array:
+    """`encode_boxes` of checked arguments."""
+    wx, wy, ww, wh = weights
     wide, wide_anchors = checks.wide_pair(xp, *_of_one_rank(boxes, anchors))
-    x, y, w, h = _centre_size(wide)
-    xa, ya, wa, ha = _centre_size(wide_anchors)
+    x, y, w, h = _center_size(wide)
+    xa, ya, wa, ha = _center_size(wide_anchors)
     tiny = xp.finfo(w.dtype).smallest_normal
     w, h = xp.maximum(w, tiny), xp.maximum(h, tiny)
-    # One division per anchor, not per box: XLA would otherwise turn the quotient of a batch, and
-    # only that, into such a product, and the batch would not equal its images to the last bit.
+    # One division per anchor instead of one per box. XLA rewrites the quotients of a batch, but not
+    # those of one image, into this product, so the two would differ in the last bit.
     dx, dy = (x - xa) * (wx / wa), (y - ya) * (wy / ha)
     dw, dh = ww * (xp.log(w) - xp.log(wa)), wh * (xp.log(h) - xp.log(ha))
     return xp.astype(xp.stack([dx, dy, dw, dh], axis=-1), boxes.dtype)
@@ -189,13 +191,14 @@ def decode_boxes(
     Source: Girshick et al. 2014 (R-CNN), appendix C; torchvision's `BoxCoder`.
     """
     name = "decode_boxes"
-    deltas = check_boxes(xp, name, "deltas", checks.check_floating(xp, name, "deltas", deltas))
-    anchors = check_boxes(xp, name, "anchors", anchors)
+    deltas = checks.check_floating(xp, name, "deltas", deltas)
+    checks.check_coordinates(name, "deltas", deltas)
+    anchors = checks.check_boxes(xp, name, "anchors", anchors)
     wx, wy, ww, wh = checks.check_weights(name, weights)
     _check_broadcast(name, anchors, "deltas", deltas)
     clip = checks.check_number(name, "clip", clip)
     wide, wide_anchors = checks.wide_pair(xp, *_of_one_rank(deltas, anchors))
-    xa, ya, wa, ha = _centre_size(wide_anchors)
+    xa, ya, wa, ha = _center_size(wide_anchors)
     dx, dy, dw, dh = columns(wide)
     x, y = xa + wa * (dx / wx), ya + ha * (dy / wy)
     half_w = 0.5 * wa * xp.exp(xp.minimum(dw / ww, clip))
@@ -228,28 +231,23 @@ def clip_boxes(xp: Namespace, boxes: Array, image_size: tuple[int, int]) -> Arra
     Source: `torchvision.ops.clip_boxes_to_image`.
     """
     name = "clip_boxes"
-    boxes = check_boxes(xp, name, "boxes", boxes)
-    height, width = check_image_size(name, image_size)
-    x1, y1, x2, y2 = columns(boxes)
-    return xp.stack(
-        [
-            xp.minimum(xp.maximum(x1, 0.0), float(width)),
-            xp.minimum(xp.maximum(y1, 0.0), float(height)),
-            xp.minimum(xp.maximum(x2, 0.0), float(width)),
-            xp.minimum(xp.maximum(y2, 0.0), float(height)),
-        ],
-        axis=-1,
-    )
+    boxes = checks.check_boxes(xp, name, "boxes", boxes)
+    height, width = checks.check_image_size(name, image_size)
+    limits = (float(width), float(height)) * 2
+    clipped = [
+        xp.minimum(xp.maximum(x, 0.0), limit)
+        for x, limit in zip(columns(boxes), limits, strict=True)
+    ]
+    return xp.stack(clipped, axis=-1)
 
 
-# Shared with the losses, matching and suppression
+# Shared with the losses, matching and suppression. Arguments are checked, and broadcast.
 
 
 def ratio(xp: Namespace, a: Array, b: Array) -> Array:
     """A / b where b > 0, else 0, without a NaN in value or gradient."""
-    safe = b > 0
-    one, zero = xp.zeros_like(b) + 1, xp.zeros_like(a)
-    return xp.where(safe, a / xp.where(safe, b, one), zero)
+    unsafe = ~(b > 0)
+    return xp.where(unsafe, 0.0, a / xp.where(unsafe, 1.0, b))
 
 
 def columns(boxes: Array) -> Columns:
@@ -257,8 +255,14 @@ def columns(boxes: Array) -> Columns:
     return boxes[..., 0], boxes[..., 1], boxes[..., 2], boxes[..., 3]
 
 
+def area(box: Columns) -> Array:
+    """Width times height."""
+    x1, y1, x2, y2 = box
+    return (x2 - x1) * (y2 - y1)
+
+
 def intersection(xp: Namespace, a: Columns, b: Columns) -> Array:
-    """Area that boxes have in common, with broadcasting."""
+    """The area that two boxes share."""
     (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a, b
     w = xp.maximum(xp.minimum(ax2, bx2) - xp.maximum(ax1, bx1), 0.0)
     h = xp.maximum(xp.minimum(ay2, by2) - xp.maximum(ay1, by1), 0.0)
@@ -266,56 +270,55 @@ def intersection(xp: Namespace, a: Columns, b: Columns) -> Array:
 
 
 def solid(xp: Namespace, boxes: Array) -> tuple[Columns, Array]:
-    """Columns and areas for IoUs that are only compared: never NaN, and no union is 0.
+    """Columns and areas for an IoU without gradient: never NaN, and no union is 0.
 
-    A box without a finite area above 0 (inverted, NaN) becomes a point, and its area is called 1,
+    A box without a finite area above 0 (empty, inverted, NaN) becomes a point with an area of 1,
     so that its IoU with any box is 0.
     """
     x1, y1, x2, y2 = columns(boxes)
-    area = (x2 - x1) * (y2 - y1)
-    good = (area > 0) & (area < math.inf) & (x2 > x1)
-    zero = xp.zeros_like(area)
-    x1, y1, x2, y2 = (xp.where(good, x, zero) for x in (x1, y1, x2, y2))
-    return (x1, y1, x2, y2), xp.where(good, area, zero + 1)
+    areas = area((x1, y1, x2, y2))
+    bad = ~((areas > 0) & (areas < math.inf) & (x2 > x1))
+    x1, y1, x2, y2 = (xp.where(bad, 0.0, x) for x in (x1, y1, x2, y2))
+    return (x1, y1, x2, y2), xp.where(bad, 1.0, areas)
+
+
+def solid_iou(xp: Namespace, a: Columns, a_area: Array, b: Columns, b_area: Array) -> Array:
+    """IoU of `solid` boxes."""
+    common = intersection(xp, a, b)
+    return common / (a_area + b_area - common)
 
 
 def giou(xp: Namespace, a: Array, b: Array) -> Array:
-    """Generalised IoU of broadcasting boxes."""
+    """Generalized IoU."""
     (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = columns(a), columns(b)
-    hull = (xp.maximum(ax2, bx2) - xp.minimum(ax1, bx1)) * (
-        xp.maximum(ay2, by2) - xp.minimum(ay1, by1)
-    )
+    low, high = xp.minimum, xp.maximum
+    hull = area((low(ax1, bx1), low(ay1, by1), high(ax2, bx2), high(ay2, by2)))
     common, union = _overlap(xp, a, b)
     return ratio(xp, common, union) - ratio(xp, hull - union, hull)
 
 
 def _overlap(xp: Namespace, a: Array, b: Array) -> tuple[Array, Array]:
-    """Intersection and union of broadcasting boxes."""
+    """Intersection and union."""
     common = intersection(xp, columns(a), columns(b))
-    return common, _area(a) + _area(b) - common
+    return common, area(columns(a)) + area(columns(b)) - common
 
 
-def _area(boxes: Array) -> Array:
-    x1, y1, x2, y2 = columns(boxes)
-    return (x2 - x1) * (y2 - y1)
-
-
-def _centre_size(boxes: Array) -> Columns:
+def _center_size(boxes: Array) -> Columns:
     x1, y1, x2, y2 = columns(boxes)
     w, h = x2 - x1, y2 - y1
     return x1 + 0.5 * w, y1 + 0.5 * h, w, h
 
 
 def _pairs(xp: Namespace, name: str, boxes1: Array, boxes2: Array) -> tuple[Array, Array]:
-    boxes1 = check_boxes(xp, name, "boxes1", boxes1, at_least_2d=True)
-    boxes2 = check_boxes(xp, name, "boxes2", boxes2, at_least_2d=True)
+    boxes1 = checks.check_boxes(xp, name, "boxes1", boxes1, at_least_2d=True)
+    boxes2 = checks.check_boxes(xp, name, "boxes2", boxes2, at_least_2d=True)
     checks.check_leading_axes(name, "boxes2", boxes2, "boxes1", boxes1, trailing=2)
     boxes1, boxes2 = checks.wide_pair(xp, *_of_one_rank(boxes1, boxes2))
     return boxes1[..., :, None, :], boxes2[..., None, :, :]
 
 
 def _of_one_rank(a: Array, b: Array) -> tuple[Array, Array]:
-    """Leading axes of size 1 where one has fewer: JAX can be told to refuse to add them."""
+    """With leading axes of size 1 where one has fewer, for JAX without rank promotion."""
     more = len(a.shape) - len(b.shape)
     return _with_axes(a, -more), _with_axes(b, more)
 
@@ -326,7 +329,7 @@ def _with_axes(x: Array, more: int) -> Array:
 
 def _check_broadcast(name: str, anchors: Array, other: str, other_array: Array) -> None:
     own, whole = tuple(anchors.shape), tuple(other_array.shape)
-    # One by one: NumPy would make a number of a size that is symbolic while tracing.
+    # Not by numpy.broadcast_shapes: it fails on sizes that are symbolic while tracing.
     sizes = zip(reversed(own), reversed(whole), strict=False)
     if not all(a is None or b is None or a == b or a == 1 or b == 1 for a, b in sizes):
         raise ValueError(

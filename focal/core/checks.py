@@ -18,6 +18,7 @@ from focal.core.namespace import Array, Namespace
 
 INFINITY = math.inf
 REDUCTIONS = ("none", "mean", "sum")
+SPARSE_REDUCTIONS = (*REDUCTIONS, "positives")
 
 
 def check_number(
@@ -45,12 +46,11 @@ def check_scalar(
     low: float = -INFINITY,
     high: float = INFINITY,
 ) -> float | Array:
-    """A number as in `check_number`, or an array without axes, in the type to compute in.
+    """A number as in `check_number`, or an array without axes, cast to the compute type.
 
-    The value of such an array is not looked at: it may be traced.
+    The value of such an array is not checked: it may be traced.
     """
-    if isinstance(value, np.ndarray) and value.ndim == 0:
-        value = value[()]
+    value = as_number(value)
     if not is_array(value):
         return check_number(function, parameter, value, low, high)
     array = xp.to_array(value)
@@ -93,9 +93,15 @@ def check_alpha(function: str, alpha: Any) -> float | None:
 
 def check_alpha_scalar(xp: Namespace, function: str, alpha: Any, like: Array) -> Any:
     """As `check_alpha`, or an array without axes."""
+    alpha = as_number(alpha)
     if isinstance(alpha, np.ndarray) or not is_array(alpha):
-        return check_alpha(function, alpha[()] if isinstance(alpha, np.ndarray) else alpha)
+        return check_alpha(function, alpha)
     return check_scalar(xp, function, "alpha", alpha, like)
+
+
+def as_number(value: Any) -> Any:
+    """A NumPy array without axes as its NumPy scalar; anything else as it is."""
+    return value[()] if isinstance(value, np.ndarray) else value
 
 
 def is_array(value: Any) -> bool:
@@ -104,14 +110,14 @@ def is_array(value: Any) -> bool:
 
 
 def is_sequence(value: Any) -> bool:
-    """Whether a parameter is a list, tuple or array with axes rather than one number."""
+    """Whether a parameter is a list, a tuple or an array with axes rather than one number."""
     return isinstance(value, (list, tuple)) or (is_array(value) and tuple(value.shape) != ())
 
 
 def check_class_alphas(
     xp: Namespace, function: str, alpha: Any, classes: int, like: Array, high: float = INFINITY
 ) -> Array:
-    """One number in [0, high] per class, in the type to compute in; only a list's are looked at."""
+    """One number in [0, high] per class, in the compute type; only a list's values are checked."""
     if isinstance(alpha, (list, tuple)):
         alpha = np.array([check_number(function, "alpha", a, 0, high) for a in alpha], np.float64)
     if isinstance(alpha, np.ndarray):
@@ -132,7 +138,7 @@ def check_class_axis(function: str, axis: Any, inputs: Array) -> int:
 
 
 def check_labels_fit(function: str, labels: Array, inputs: Array, axis: int) -> None:
-    """Labels of the shape of the logits without the axis of the classes."""
+    """Labels of the shape of the logits without the class axis."""
     shape = tuple(inputs.shape)
     expected = shape[:axis] + shape[axis + 1 :]
     check_shape(function, "labels", labels, expected, "inputs.shape without axis")
@@ -146,14 +152,14 @@ def check_label_values(
     ignored: int,
     expected: str,
 ) -> Array:
-    """Labels, where those that are wrong must not reach another class or row.
+    """The labels; one that is out of range must not be used to index another class or row.
 
-    On a CPU they are an error. Where looking at them would wait for a device or break a trace,
-    they become `ignored`.
+    It is an error on a CPU. Where reading the values would synchronize with a device or break a
+    trace, it becomes `ignored`.
     """
     values = xp.to_numpy(labels)
     if values is None:
-        return xp.where(is_wrong(labels), xp.zeros_like(labels) + ignored, labels)
+        return xp.where(is_wrong(labels), ignored, labels)
     wrong = is_wrong(values)
     if wrong.any():
         raise ValueError(f"{function}: labels must {expected}; got {values[wrong][0]}")
@@ -189,31 +195,72 @@ def check_array(xp: Namespace, function: str, parameter: str, value: Any) -> Arr
 def check_floating(xp: Namespace, function: str, parameter: str, value: Any) -> Array:
     """An array of a real floating-point type."""
     array = check_array(xp, function, parameter, value)
-    if not xp.isdtype(array.dtype, "real floating"):
-        raise TypeError(
-            f"{function}: {parameter} must have a floating-point type; got {_type_name(array)}"
-        )
-    return array
+    return _check_type(xp, function, parameter, array, ("real floating",), "a floating-point type")
 
 
 def check_real(xp: Namespace, function: str, parameter: str, value: Any) -> Array:
     """An array of a real or boolean type."""
+    kinds = ("bool", "integral", "real floating")
     array = check_array(xp, function, parameter, value)
-    if not xp.isdtype(array.dtype, ("bool", "integral", "real floating")):
-        raise TypeError(
-            f"{function}: {parameter} must have a real or boolean type; got {_type_name(array)}"
-        )
-    return array
+    return _check_type(xp, function, parameter, array, kinds, "a real or boolean type")
 
 
 def check_labels(xp: Namespace, function: str, parameter: str, value: Any) -> Array:
-    """An array of an integer type."""
+    """An array of an integer type, as signed integers: an unsigned -1 would be a large class."""
     array = check_array(xp, function, parameter, value)
-    if not xp.isdtype(array.dtype, "integral"):
+    array = _check_type(xp, function, parameter, array, ("integral",), "an integer type")
+    return xp.astype(array, xp.index_type)
+
+
+def check_boxes(
+    xp: Namespace, function: str, parameter: str, value: Any, at_least_2d: bool = False
+) -> Array:
+    """Boxes (..., 4), or (..., N, 4) where they must form a list; integers become float32."""
+    array = check_array(xp, function, parameter, value)
+    if xp.isdtype(array.dtype, "integral"):
+        array = xp.astype(array, xp.float32)
+    _check_type(xp, function, parameter, array, ("real floating",), "a floating-point type")
+    check_coordinates(function, parameter, array, at_least_2d)
+    return array
+
+
+def check_coordinates(
+    function: str, parameter: str, array: Array, at_least_2d: bool = False
+) -> None:
+    """The shape of boxes or deltas."""
+    shape = tuple(array.shape)
+    if len(shape) < 1 + at_least_2d or shape[-1] not in (4, None):
+        expected = "(..., N, 4)" if at_least_2d else "(..., 4)"
+        raise ValueError(f"{function}: {parameter} must have shape {expected}; got {shape}")
+
+
+def check_image_size(function: str, image_size: Any) -> tuple[int, int]:
+    """(height, width) in whole pixels, of any real type."""
+    try:
+        height, width = image_size
+    except (TypeError, ValueError):
         raise TypeError(
-            f"{function}: {parameter} must have an integer type; got {_type_name(array)}"
+            f"{function}: image_size must be (height, width); got {image_size!r}"
+        ) from None
+    return _whole(function, "image_size[0]", height), _whole(function, "image_size[1]", width)
+
+
+def check_margin(function: str, parameter: str, value: Any) -> float:
+    """The margin of the asymmetric loss, in [0, 1)."""
+    margin = check_number(function, parameter, value, 0, 1)
+    if margin == 1:
+        raise ValueError(f"{function}: {parameter} must be < 1; got {value!r}")
+    return margin
+
+
+def check_slope(function: str, parameter: str, value: Any) -> float:
+    """The gamma of FL*, > 0."""
+    slope = check_number(function, parameter, value, low=0)
+    if slope == 0:
+        raise ValueError(
+            f"{function}: {parameter} must be > 0, the loss is divided by it; got {value!r}"
         )
-    return xp.astype(array, xp.index_type)  # an unsigned -1 would be a large class
+    return slope
 
 
 def check_same_shape(
@@ -240,7 +287,7 @@ def check_shape(
 def check_broadcasts(
     function: str, parameter: str, array: Array, other: str, shape: tuple[int, ...]
 ) -> None:
-    """A shape that broadcasts to `shape` without enlarging it."""
+    """A shape that broadcasts to `shape` as it is."""
     own = tuple(array.shape)
     padded = (1,) * (len(shape) - len(own)) + own
     if len(own) > len(shape) or not all(
@@ -267,17 +314,17 @@ def check_weights(function: str, weights: Any) -> tuple[float, float, float, flo
 
 
 def wide_type(xp: Namespace, array: Array) -> Any:
-    """The type to compute in: float32 for the half types, else the array's own."""
+    """The compute type: float32 for the half types, else the array's own."""
     return xp.float32 if xp.finfo(array.dtype).bits < 32 else array.dtype
 
 
 def wide(xp: Namespace, array: Array) -> Array:
-    """The array in the type to compute in."""
+    """The array in its compute type."""
     return xp.astype(array, wide_type(xp, array))
 
 
 def wide_pair(xp: Namespace, a: Array, b: Array) -> tuple[Array, Array]:
-    """Two arrays in one type to compute in: the wider of theirs."""
+    """Two arrays in the wider of their compute types."""
     one, other = wide_type(xp, a), wide_type(xp, b)
     wider = one if xp.finfo(one).bits >= xp.finfo(other).bits else other
     return xp.astype(a, wider), xp.astype(b, wider)
@@ -316,13 +363,24 @@ def _range(low: float, high: float) -> str:
     return f" in [{low:g}, {high:g}]"
 
 
-def _type_name(array: Array) -> Any:
-    """The type of an array as its framework prints it, or its plain name where it has one."""
-    return getattr(array.dtype, "name", array.dtype)
+def _check_type(
+    xp: Namespace, function: str, parameter: str, array: Array, kinds: tuple[str, ...], words: str
+) -> Array:
+    if not xp.isdtype(array.dtype, kinds):
+        name = getattr(array.dtype, "name", array.dtype)
+        raise TypeError(f"{function}: {parameter} must have {words}; got {name}")
+    return array
+
+
+def _whole(function: str, parameter: str, value: Any) -> int:
+    number = check_number(function, parameter, value)
+    if not number.is_integer():
+        raise ValueError(f"{function}: {parameter} must be a whole number; got {value!r}")
+    return check_integer(function, parameter, int(number), 1)
 
 
 def _kind(value: Any) -> str:
-    """A value for a message: numbers and words as they are, anything else by its type."""
+    """How a message shows a value: numbers and strings as they are, the rest by type."""
     if value is None or isinstance(value, (bool, numbers.Number, str)):
         return repr(value)
     return type(value).__name__

@@ -1,6 +1,6 @@
-"""The closed-form derivatives as public functions: the reference to check a gradient against.
+"""The closed-form derivatives as public functions, for NumPy, which has no autodiff.
 
-`focal.numpy` offers them; the frameworks have autodiff, which reaches the same formulas.
+The frameworks' autodiff uses the same formulas.
 """
 
 from __future__ import annotations
@@ -9,14 +9,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from focal.core import checks
-from focal.core.losses import (
-    along_last_axis,
-    checked_weight,
-    class_balance,
-    dense_arguments,
-    focal_formula,
-    star_formula,
-)
+from focal.core.losses import checked_weight, dense_arguments, dense_formula, star_formula
 from focal.core.namespace import Array, Formula, Namespace
 
 __all__ = ["sigmoid_focal_loss_grad", "sigmoid_focal_loss_hess", "sigmoid_focal_loss_star_grad"]
@@ -61,7 +54,9 @@ def sigmoid_focal_loss_grad(
     Source: Lin et al. 2017, appendix B, equation 10, extended to soft targets.
     """
     name = "sigmoid_focal_loss_grad"
-    return _focal_derivative(xp, name, 1, inputs, targets, alpha, gamma, weight, label_smoothing)
+    inputs, targets = dense_arguments(xp, name, inputs, targets)
+    formula, factors = dense_formula(xp, name, alpha, gamma, label_smoothing, inputs, targets)
+    return _derivative(xp, name, formula, 1, inputs, targets, weight, factors)
 
 
 def sigmoid_focal_loss_hess(
@@ -108,7 +103,9 @@ def sigmoid_focal_loss_hess(
     Source: differentiation of equation 10 of Lin et al. 2017; docs/math.md derives it.
     """
     name = "sigmoid_focal_loss_hess"
-    return _focal_derivative(xp, name, 2, inputs, targets, alpha, gamma, weight, label_smoothing)
+    inputs, targets = dense_arguments(xp, name, inputs, targets)
+    formula, factors = dense_formula(xp, name, alpha, gamma, label_smoothing, inputs, targets)
+    return _derivative(xp, name, formula, 2, inputs, targets, weight, factors)
 
 
 def sigmoid_focal_loss_star_grad(
@@ -155,26 +152,6 @@ def sigmoid_focal_loss_star_grad(
     return _derivative(xp, name, formula, 1, inputs, targets, weight)
 
 
-def _focal_derivative(
-    xp: Namespace,
-    name: str,
-    order: Literal[1, 2],
-    inputs: Array,
-    targets: Array,
-    alpha: object,
-    gamma: float,
-    weight: Array | None,
-    label_smoothing: float,
-) -> Array:
-    inputs, targets = dense_arguments(xp, name, inputs, targets)
-    formula, alphas = focal_formula(xp, name, alpha, gamma, label_smoothing, inputs)
-    balance = None
-    if alphas is not None:
-        y = formula.smoothed(xp.astype(targets, alphas.dtype))
-        balance = class_balance(along_last_axis(xp, alphas, inputs), y)
-    return _derivative(xp, name, formula, order, inputs, targets, weight, balance)
-
-
 def _derivative(
     xp: Namespace,
     name: str,
@@ -183,13 +160,11 @@ def _derivative(
     inputs: Array,
     targets: Array,
     weight: Array | None,
-    balance: Array | None = None,
+    factors: Array | None = None,
 ) -> Array:
-    wide = checks.wide_type(xp, inputs)
-    x, y = xp.astype(inputs, wide), xp.astype(targets, wide)
+    x, y = checks.wide(xp, inputs), xp.astype(targets, checks.wide_type(xp, inputs))
     result = formula.value_and_grad(xp, x, y)[1] if order == 1 else formula.hess(xp, x, y)
-    if balance is not None:
-        result = result * balance
-    if weight is not None:
-        result = result * checked_weight(xp, name, weight, inputs, wide)
+    for factor in (factors, checked_weight(xp, name, weight, inputs)):
+        if factor is not None:
+            result = result * factor
     return xp.astype(result, inputs.dtype)

@@ -15,8 +15,8 @@ logit (`1 - y` for x >= 0, else `y`),
     m = w + s (1 - 2 w),    ce = w |x| - log(1 - s),    dce/dx = sign(x) (w - s),
 
 which needs one exponential and one logarithm for loss and gradient together. Augmented
-assignments (`w -= s`) save memory traffic where arrays are mutable; they only ever touch an
-array that was made here and is not needed again, not by a derivative either.
+assignments (`w -= s`) save memory traffic where arrays are mutable. They change only arrays that
+were made here and are not needed again, neither here nor in a derivative.
 """
 
 from __future__ import annotations
@@ -26,7 +26,15 @@ from typing import NamedTuple
 from focal.core.namespace import Array, Namespace
 from focal.core.parameters import is_number
 
-__all__ = ["Positive", "SigmoidFocal", "SigmoidFocalStar", "Sparse", "curvature", "power"]
+__all__ = [
+    "Positive",
+    "SigmoidFocal",
+    "SigmoidFocalStar",
+    "Sparse",
+    "balance",
+    "curvature",
+    "power",
+]
 
 Parameter = float | Array
 """A Python number, or an array without axes (`focal.core.parameters`)."""
@@ -61,7 +69,7 @@ class SigmoidFocal(NamedTuple):
         return ce * factor, slope
 
     def _bend(self, xp: Namespace, s: Array, w: Array, m: Array) -> Array:
-        """Gamma (2 w - 1) p q / m; p q over m before anything else, or it underflows."""
+        """Gamma (2 w - 1) p q / m; divided first, or the product underflows."""
         bend = s - s * s
         bend /= m
         bend *= xp.addcmul(-self.gamma, w, 2 * self.gamma)
@@ -159,7 +167,7 @@ class SigmoidFocalStar(NamedTuple):
         return self.gamma * x + self.beta, self.beta - self.gamma * x
 
     def _negative(self, xp: Namespace, x: Array) -> Array:
-        """softplus(gamma x - beta) / gamma; beyond `large`, where gamma x might overflow, + x."""
+        """softplus(gamma x - beta) / gamma, linear beyond `large`, where gamma x may overflow."""
         x = _finite(xp, x)
         large = xp.finfo(x.dtype).max / 2**20
         near = xp.softplus(self.gamma * xp.clip(x, -large, large) - self.beta) / self.gamma
@@ -169,8 +177,8 @@ class SigmoidFocalStar(NamedTuple):
 class Sparse(NamedTuple):
     """A formula for integer labels: class in [0, K), -1 background, -2 ignored.
 
-    All logits are background but one a row, so the row's one positive is computed apart and
-    written over; a one-hot tensor never exists.
+    At most one logit of a row is a positive. All are computed as background, and the positive is
+    then overwritten, so no one-hot tensor is built.
     """
 
     formula: SigmoidFocal
@@ -198,8 +206,8 @@ class Sparse(NamedTuple):
         return self._merge(xp, background, at, self.formula.hess(xp, x_at, y_at), labels)
 
     def _labelled(self, xp: Namespace, x: Array, labels: Array) -> tuple[Array, Array, Array]:
-        """Per row one index, its logit and its target: that of the label, or else of class 0."""
-        at = xp.maximum(labels, xp.zeros_like(labels))[..., None]
+        """Per row the index, logit and target of its label; of class 0 where it has none."""
+        at = xp.maximum(labels, 0)[..., None]
         y_at = xp.astype(labels >= 0, x.dtype)[..., None]
         return at, xp.take_along_axis(x, at, axis=-1), y_at
 
@@ -209,8 +217,13 @@ class Sparse(NamedTuple):
         return xp.keep_rows(xp.put_along_axis(background, at, labelled), labels >= -1)
 
 
+def balance(alpha: Array, y: Array | float) -> Array:
+    """The factor a for an array of alphas, which broadcasts."""
+    return alpha * y + (1 - alpha) * (1 - y)
+
+
 def power(xp: Namespace, m: Array, gamma: Parameter) -> Array | float:
-    """m^gamma; the usual exponents in cheaper, more accurate operations."""
+    """m^gamma; common exponents by cheaper and more accurate operations."""
     if not is_number(gamma):
         return m**gamma
     if gamma == 0:
@@ -256,7 +269,7 @@ def _background_parts(xp: Namespace, x: Array) -> tuple[Array, Array, Array]:
 
 
 def _at_least_tiny(xp: Namespace, m: Array) -> Array:
-    """A subnormal m has lost its digits and would make p q / m a 0 / 0."""
+    """A subnormal m has lost precision, and p q / m could be 0 / 0."""
     return xp.maximum(m, xp.finfo(m.dtype).smallest_normal)
 
 
@@ -270,7 +283,7 @@ def _alpha_factor(xp: Namespace, alpha: Parameter | None, y: Array) -> Array | N
     if alpha is None:
         return None
     if not is_number(alpha):
-        return alpha * y + (1 - alpha) * (1 - y)
+        return balance(alpha, y)
     if alpha < 0.25:  # 1 - alpha + (2 alpha - 1) would lose the digits of a small alpha
         return xp.addcmul(alpha, 1 - y, 1 - 2 * alpha)
     return xp.addcmul(1 - alpha, y, 2 * alpha - 1)
@@ -283,7 +296,7 @@ def _finite(xp: Namespace, x: Array) -> Array:
 
 
 def _is_zero(parameter: Parameter) -> bool:
-    """Whether a parameter is known to be 0."""
+    """Whether a parameter is the number 0; an array may be traced."""
     return is_number(parameter) and parameter == 0
 
 

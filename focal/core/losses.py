@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from focal.core import checks
-from focal.core.formulas import SigmoidFocal, SigmoidFocalStar, Sparse
+from focal.core.formulas import SigmoidFocal, SigmoidFocalStar, Sparse, balance
 from focal.core.namespace import Array, Formula, Namespace, Reduction, SparseReduction
-from focal.core.parameters import is_number
 
 __all__ = [
     "balanced_cross_entropy",
@@ -77,12 +76,8 @@ def sigmoid_focal_loss(
     """
     name = "sigmoid_focal_loss"
     inputs, targets = dense_arguments(xp, name, inputs, targets)
-    formula, alphas = focal_formula(xp, name, alpha, gamma, label_smoothing, inputs)
-    balance = None
-    if alphas is not None:
-        y = formula.smoothed(xp.astype(targets, alphas.dtype))
-        balance = class_balance(along_last_axis(xp, alphas, inputs), y)
-    return dense_loss(xp, name, formula, inputs, targets, reduction, weight, balance)
+    formula, factors = dense_formula(xp, name, alpha, gamma, label_smoothing, inputs, targets)
+    return dense_loss(xp, name, formula, inputs, targets, reduction, weight, factors)
 
 
 def balanced_cross_entropy(
@@ -207,7 +202,7 @@ def sparse_sigmoid_focal_loss(
         gamma: Focusing parameter, finite, >= 0. Default 2. May be an array, as in
             :func:`sigmoid_focal_loss`.
         reduction: "none" (default), "mean" over the logits of rows not ignored, "sum", or
-            "positives": the sum over max(1, number of labels >= 0), the paper's normaliser.
+            "positives": the sum over max(1, number of labels >= 0), the paper's normalizer.
         weight: Factors that broadcast to the shape of `inputs`, multiplied into the loss.
         label_smoothing: s in [0, 1]: the targets are `1 - s / 2` and `s / 2`. Default 0.
         axis: The class axis of `inputs` (and of `weight`). Default -1; image logits
@@ -230,11 +225,11 @@ def sparse_sigmoid_focal_loss(
                [0.13  , 0.13  ],
                [0.    , 0.    ]])
 
-    Source: Lin et al. 2017, equation 5 and section 4.1 (normaliser); the labels are those of
+    Source: Lin et al. 2017, equation 5 and section 4.1 (normalizer); the labels are those of
     NVIDIA Apex's focal loss.
     """
     name = "sparse_sigmoid_focal_loss"
-    checks.check_choice(name, "reduction", reduction, (*checks.REDUCTIONS, "positives"))
+    checks.check_choice(name, "reduction", reduction, checks.SPARSE_REDUCTIONS)
     inputs = checks.check_floating(xp, name, "inputs", inputs)
     labels = checks.check_labels(xp, name, "labels", labels)
     axis = checks.check_class_axis(name, axis, inputs) if len(inputs.shape) else axis
@@ -249,38 +244,36 @@ def sparse_sigmoid_focal_loss(
     labels = checks.check_label_values(xp, name, labels, lambda a: a >= classes, -2, expected)
     formula, alphas = focal_formula(xp, name, alpha, gamma, label_smoothing, inputs, axis)
     wide = checks.wide_type(xp, inputs)
-    if weight is not None:
-        weight = checked_weight(xp, name, weight, inputs, wide)
+    weight = checked_weight(xp, name, weight, inputs)
     last = len(inputs.shape) - 1
     if axis != last:
         inputs = xp.moveaxis(inputs, axis, last)
         weight = None if weight is None else xp.moveaxis(weight, axis, last)
 
-    count: Array | int = 1
+    count = None
     if reduction == "positives":
-        count = xp.maximum(xp.sum(xp.astype(labels >= 0, wide)), 1)
+        count = count_true(xp, labels >= 0, wide)
     elif reduction == "mean":
-        rows = xp.sum(xp.astype(labels >= -1, wide))
-        count = xp.maximum(rows * checks.as_factor(xp, classes, wide), 1)
-    balance = None
+        count = count_true(xp, labels >= -1, wide) * checks.as_factor(xp, classes, wide)
+    factors = None
     if alphas is not None:
-        at = xp.maximum(labels, xp.zeros_like(labels))
+        at = xp.maximum(labels, 0)
         y_at = formula.smoothed(xp.astype(labels >= 0, wide)[..., None])
-        own = xp.reshape(xp.take(alphas, xp.reshape(at, (-1,)), axis=0), xp.shape(at))[..., None]
-        others = class_balance(along_last_axis(xp, alphas, inputs), formula.smoothed(0.0))
+        others = balance(along_last_axis(xp, alphas, inputs), formula.smoothed(0.0))
         background = xp.zeros_like(xp.astype(inputs, wide)) + others
-        balance = xp.put_along_axis(background, at[..., None], class_balance(own, y_at))
-    losses = reduced(xp, Sparse(formula), inputs, labels, reduction, weight, count, balance)
+        own = balance(of_each(xp, alphas, at)[..., None], y_at)
+        factors = xp.put_along_axis(background, at[..., None], own)
+    losses = reduced(xp, Sparse(formula), inputs, labels, reduction, weight, factors, count)
     return xp.moveaxis(losses, last, axis) if reduction == "none" and axis != last else losses
 
 
 def num_positives(
     xp: Namespace, labels: Array, *, over_replicas: Callable[[Array], Array] | None = None
 ) -> Array:
-    """The number of positive labels, but at least 1: what the paper divides a batch's loss by.
+    """The number of positive labels, at least 1: the paper's normalizer of a batch's loss.
 
-    In PyTorch, JAX and TensorFlow the function of this name counts on all replicas that share a
-    batch, in the framework's own way. NumPy knows of none; `over_replicas` brings them in.
+    In PyTorch, JAX and TensorFlow the function of this name counts over all replicas that share a
+    batch, by the framework's own collectives. NumPy has none: pass one as `over_replicas`.
 
     Args:
         labels: Integers of any shape, in the convention of :func:`sparse_sigmoid_focal_loss`:
@@ -315,15 +308,12 @@ def dense_loss(
     targets: Array,
     reduction: str,
     weight: Array | None,
-    balance: Array | None = None,
+    factors: Array | None = None,
 ) -> Array:
-    """A loss with targets like the logits, both checked; `balance` are factors of its elements."""
+    """A loss of checked logits and targets of one shape, times `factors`."""
     checks.check_choice(name, "reduction", reduction, checks.REDUCTIONS)
-    wide = checks.wide_type(xp, inputs)
-    if weight is not None:
-        weight = checked_weight(xp, name, weight, inputs, wide)
-    count = checks.count(xp, inputs, wide) if reduction == "mean" else 1
-    return reduced(xp, formula, inputs, targets, reduction, weight, count, balance)
+    weight = checked_weight(xp, name, weight, inputs)
+    return reduced(xp, formula, inputs, targets, reduction, weight, factors)
 
 
 def reduced(
@@ -333,23 +323,39 @@ def reduced(
     targets: Array,
     reduction: str,
     weight: Array | None,
-    count: Array | int,
-    balance: Array | None,
+    factors: Array | None = None,
+    count: Array | None = None,
 ) -> Array:
-    """The loss reduced as asked; `count` is what a sum is divided by."""
+    """The loss times `weight` and `factors`, reduced as in `reduce`."""
     if weight is not None:
-        balance = weight if balance is None else balance * weight
-    if balance is not None:
-        wide = checks.wide_type(xp, inputs)
-        losses = xp.pointwise(formula, xp.astype(inputs, wide), targets) * balance
-        if reduction == "none":
-            return xp.astype(losses, inputs.dtype)
-        total = xp.sum(losses)
-    elif reduction == "none":
+        factors = weight if factors is None else factors * weight
+    if factors is not None:
+        losses = xp.pointwise(formula, checks.wide(xp, inputs), targets) * factors
+        return reduce(xp, losses, reduction, inputs.dtype, count)
+    if reduction == "none":
         return xp.pointwise(formula, inputs, targets)
-    else:
-        total = xp.pointwise_sum(formula, inputs, targets)
-    return total if reduction == "sum" else total / count
+    total = xp.pointwise_sum(formula, inputs, targets)
+    return total if reduction == "sum" else mean(xp, total, inputs, count)
+
+
+def reduce(
+    xp: Namespace, losses: Array, reduction: str, dtype: object, count: Array | None = None
+) -> Array:
+    """Losses in a wide type reduced; unreduced in `dtype`; `count` as in `mean`."""
+    if reduction == "none":
+        return xp.astype(losses, dtype)
+    total = xp.sum(losses)
+    return total if reduction == "sum" else mean(xp, total, losses, count)
+
+
+def mean(xp: Namespace, total: Array, elements: Array, count: Array | None) -> Array:
+    """`total` over `count`, or over the number of elements, at least 1."""
+    return total / (checks.count(xp, elements, total.dtype) if count is None else count)
+
+
+def count_true(xp: Namespace, mask: Array, dtype: object) -> Array:
+    """How many elements are true, at least 1."""
+    return xp.maximum(xp.sum(xp.astype(mask, dtype)), 1)
 
 
 def dense_arguments(xp: Namespace, name: str, inputs: Array, targets: Array) -> tuple[Array, Array]:
@@ -368,7 +374,7 @@ def focal_formula(
     inputs: Array,
     axis: int = -1,
 ) -> tuple[SigmoidFocal, Array | None]:
-    """The formula, and one alpha per class where alpha is that: factors of a loss without alpha."""
+    """The formula; where alpha is one per class, without it, and the alphas beside it."""
     exponent = checks.check_scalar(xp, name, "gamma", gamma, inputs, low=0)
     smoothing = checks.check_scalar(xp, name, "label_smoothing", label_smoothing, inputs, 0, 1)
     if not checks.is_sequence(alpha):
@@ -382,31 +388,54 @@ def focal_formula(
     return SigmoidFocal(None, exponent, smoothing), alphas
 
 
+def dense_formula(
+    xp: Namespace,
+    name: str,
+    alpha: object,
+    gamma: object,
+    label_smoothing: object,
+    inputs: Array,
+    targets: Array,
+) -> tuple[SigmoidFocal, Array | None]:
+    """The formula, and the factor a of every element where alpha is one per class."""
+    formula, alphas = focal_formula(xp, name, alpha, gamma, label_smoothing, inputs)
+    if alphas is None:
+        return formula, None
+    y = formula.smoothed(xp.astype(targets, alphas.dtype))
+    return formula, balance(along_last_axis(xp, alphas, inputs), y)
+
+
 def along_last_axis(xp: Namespace, alphas: Array, inputs: Array) -> Array:
     """One alpha per class with the axes of the logits."""
     return xp.reshape(alphas, (1,) * (len(inputs.shape) - 1) + (-1,))
 
 
-def class_balance(alphas: Array, y: Array | float) -> Array:
-    """The factor a for targets y, with alphas that broadcast."""
-    return alphas * y + (1 - alphas) * (1 - y)
+def of_each(xp: Namespace, alphas: Array, at: Array) -> Array:
+    """The alpha of the class of every row."""
+    return xp.reshape(xp.take(alphas, xp.reshape(at, (-1,)), axis=0), xp.shape(at))
 
 
-def checked_weight(xp: Namespace, name: str, weight: Array, inputs: Array, wide: object) -> Array:
+def checked_weight(xp: Namespace, name: str, weight: Array | None, inputs: Array) -> Array | None:
+    """The weight with the axes of the logits, in their compute type."""
+    if weight is None:
+        return None
     weight = checks.check_real(xp, name, "weight", weight)
     checks.check_broadcasts(name, "weight", weight, "inputs", tuple(inputs.shape))
     missing = len(inputs.shape) - len(weight.shape)
     if missing:
         weight = xp.reshape(weight, (1,) * missing + xp.shape(weight))
-    return xp.astype(weight, wide)
+    return xp.astype(weight, checks.wide_type(xp, inputs))
 
 
 def star_formula(
     xp: Namespace, name: str, alpha: object, gamma: object, beta: object, inputs: Array
 ) -> SigmoidFocalStar:
-    slope = checks.check_scalar(xp, name, "gamma", gamma, inputs, low=0)
-    if is_number(slope) and slope == 0:
-        raise ValueError(f"{name}: gamma must be > 0, the loss is divided by it; got {gamma!r}")
+    gamma = checks.as_number(gamma)
+    slope = (
+        checks.check_scalar(xp, name, "gamma", gamma, inputs)
+        if checks.is_array(gamma)
+        else checks.check_slope(name, "gamma", gamma)
+    )
     return SigmoidFocalStar(
         checks.check_alpha_scalar(xp, name, alpha, inputs),
         slope,

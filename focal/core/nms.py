@@ -9,8 +9,7 @@ from functools import partial
 import numpy as np
 
 from focal.core import checks
-from focal.core.box_checks import check_boxes
-from focal.core.boxes import intersection, solid
+from focal.core.boxes import solid, solid_iou
 from focal.core.namespace import Array, Namespace
 
 __all__ = ["batched_nms", "nms", "suppress"]
@@ -130,8 +129,7 @@ def _suppress(xp: Namespace, boxes: Array, classes: Array | None, threshold: flo
     def over(rows: Rows, others: Rows) -> Array:
         area, x1, y1, x2, y2, *own = (row[..., :, None] for row in rows)
         other_area, ox1, oy1, ox2, oy2, *other = (row[..., None, :] for row in others)
-        common = intersection(xp, (x1, y1, x2, y2), (ox1, oy1, ox2, oy2))
-        found = common / (area + other_area - common) > threshold
+        found = solid_iou(xp, (x1, y1, x2, y2), area, (ox1, oy1, ox2, oy2), other_area) > threshold
         return found & (own[0] == other[0]) if own else found
 
     def drop(block: Rows, earlier: Rows) -> Array:
@@ -178,7 +176,7 @@ def _sweep(
 def _arguments(
     xp: Namespace, name: str, boxes: Array, scores: Array, iou_threshold: float
 ) -> tuple[Array, Array, float]:
-    boxes = check_boxes(xp, name, "boxes", boxes)
+    boxes = checks.check_boxes(xp, name, "boxes", boxes)
     if len(boxes.shape) != 2:
         raise ValueError(f"{name}: boxes must have shape (N, 4); got {tuple(boxes.shape)}")
     scores = checks.check_floating(xp, name, "scores", scores)

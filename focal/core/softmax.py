@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from focal.core import checks
 from focal.core.formulas import Positive, SigmoidFocal
-from focal.core.losses import along_last_axis
+from focal.core.losses import along_last_axis, count_true, of_each, reduce
 from focal.core.namespace import Array, Namespace, Reduction
 from focal.core.parameters import is_number
 
@@ -93,13 +93,9 @@ def softmax_focal_loss(
         own = xp.take_along_axis(each, at[..., None], axis=-1)[..., 0]
         share = smoothing / checks.as_factor(xp, xp.shape(x)[-1], x.dtype)
         losses = (1 - smoothing) * own + share * xp.sum(each, axis=-1)
-    losses = xp.where(valid, losses, xp.zeros_like(losses))
-    if reduction == "none":
-        return xp.astype(losses, inputs.dtype)
-    total = xp.sum(losses)
-    if reduction == "sum":
-        return total
-    return total / xp.maximum(xp.sum(xp.astype(valid, total.dtype)), 1)
+    losses = xp.where(~valid, 0.0, losses)
+    count = count_true(xp, valid, losses.dtype) if reduction == "mean" else None
+    return reduce(xp, losses, reduction, inputs.dtype, count)
 
 
 def softmax_focal_loss_grad(
@@ -146,7 +142,7 @@ def softmax_focal_loss_grad(
     formula = Positive(SigmoidFocal(None, checks.check_scalar(xp, name, "gamma", gamma, x, low=0)))
     z, odds = margin(xp, x, at, valid)
     _, slope = formula.value_and_grad(xp, z, 1.0)
-    slope = _times_alphas(xp, xp.where(valid, slope, xp.zeros_like(slope)), alphas, at)
+    slope = _times_alphas(xp, xp.where(~valid, 0.0, slope), alphas, at)
     grad = margin_grad(xp, odds, at, slope)
     return xp.astype(xp.moveaxis(grad, -1, axis), inputs.dtype)
 
@@ -154,8 +150,8 @@ def softmax_focal_loss_grad(
 def margin(xp: Namespace, x: Array, at: Array, valid: Array) -> tuple[Array, Array]:
     """The margin z = x_c - log(sum_{j != c} exp(x_j)) of class c = `at`.
 
-    And the other classes' exp(x_j - max_{j != c} x_j), with 0 for the class itself. To be relative
-    to the greatest of the others keeps the digits of large logits, whichever class they belong to.
+    And the other classes' exp(x_j - max_{j != c} x_j), with 0 for the class itself. The maximum is
+    that of the others, so that large logits lose no precision, whichever class they belong to.
 
     Args:
         xp: The namespace.
@@ -168,7 +164,7 @@ def margin(xp: Namespace, x: Array, at: Array, valid: Array) -> tuple[Array, Arr
     x = xp.keep_rows(xp.clip(x, -limit, limit), valid)
     c = at[..., None]
     own = xp.take_along_axis(x, c, axis=-1)
-    # The least finite number instead of -inf, which makes NaN where there is only one class.
+    # The least finite number: with a single class, -inf would make NaN.
     others = xp.put_along_axis(x, c, xp.zeros_like(own) + xp.finfo(x.dtype).min)
     top = xp.stop_gradient(xp.max(others, axis=-1, keepdims=True))
     odds = xp.exp(others - top)
@@ -184,7 +180,7 @@ def margin_grad(xp: Namespace, odds: Array, at: Array, upstream: Array) -> Array
 
 
 class Margins(NamedTuple):
-    """What the margins of all classes of a row share; relative to its greatest logit, the top."""
+    """Terms shared by the margins of all classes of a row, relative to its top (greatest) logit."""
 
     top: Array
     one: Array
@@ -215,7 +211,7 @@ def all_margins(xp: Namespace, x: Array, valid: Array) -> tuple[Array, Margins]:
 def all_margins_grad(xp: Namespace, margins: Margins, upstream: Array) -> Array:
     """The sum over k of upstream_k dz_k/dx_j, with dz_k/dx_j = -exp(x_j) / sum_{i != k} exp(x_i).
 
-    And 1 for j = k. No difference is taken of numbers that may be large and equal.
+    And 1 for j = k. No large, nearly equal numbers are subtracted.
     """
     top, one, odds, total, rest = margins
     of_top = xp.take_along_axis(upstream, top, axis=-1)
@@ -252,7 +248,7 @@ def _softmax_arguments(
 
     labels = checks.check_label_values(xp, name, labels, is_wrong, ignored, expected)
     valid = labels != ignored
-    at = xp.where(valid, labels, xp.zeros_like(labels))
+    at = xp.where(~valid, 0, labels)
     return xp.moveaxis(checks.wide(xp, inputs), axis, -1), at, valid, alphas
 
 
@@ -270,7 +266,4 @@ def _checked_alphas(
 def _times_alphas(xp: Namespace, values: Array, alphas: Array | float | None, at: Array) -> Array:
     if alphas is None:
         return values
-    if not checks.is_sequence(alphas):
-        return values * alphas
-    picked = xp.take(alphas, xp.reshape(at, (-1,)), axis=0)
-    return values * xp.reshape(picked, xp.shape(at))
+    return values * (of_each(xp, alphas, at) if checks.is_sequence(alphas) else alphas)

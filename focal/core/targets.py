@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 
 from focal.core import checks
-from focal.core.box_checks import check_boxes
-from focal.core.boxes import Weights, encode_boxes, intersection, solid
+from focal.core.boxes import Weights, area, encoded, solid, solid_iou
 from focal.core.namespace import Array, Namespace
 from focal.core.nms import suppress
 
 __all__ = ["assign_targets", "hard_example_mask", "match_anchors", "subsample"]
+
+Thresholds = tuple[float, float, float | None]
+"""foreground, background, and the least IoU of a low-quality match, None where there is none."""
 
 
 def match_anchors(
@@ -54,28 +56,15 @@ def match_anchors(
     Source: Lin et al. 2017, section 4, "Anchors"; low-quality matches as in torchvision and
     detectron2.
     """
-    return _match(xp, "match_anchors", anchors, boxes, foreground, background, allow_low_quality)
+    name = "match_anchors"
+    anchors, boxes = _match_arguments(xp, name, anchors, boxes)
+    return _match(xp, anchors, boxes, _thresholds(name, foreground, background, allow_low_quality))
 
 
-def _match(
-    xp: Namespace,
-    name: str,
-    anchors: Array,
-    boxes: Array,
-    foreground: float,
-    background: float,
-    allow_low_quality: bool | float,
-) -> Array:
-    """`match_anchors` on behalf of the function `name`."""
-    anchors = check_boxes(xp, name, "anchors", anchors)
-    if len(anchors.shape) != 2:
-        raise ValueError(f"{name}: anchors must have shape (N, 4); got {tuple(anchors.shape)}")
-    boxes = check_boxes(xp, name, "boxes", boxes, at_least_2d=True)
-    foreground = checks.check_number(name, "foreground", foreground, 0, 1)
-    background = checks.check_number(name, "background", background, 0, foreground)
-    floor = _low_quality_floor(name, allow_low_quality)
+def _match(xp: Namespace, anchors: Array, boxes: Array, thresholds: Thresholds) -> Array:
+    """`match_anchors` of checked arguments."""
+    foreground, background, floor = thresholds
     anchors, boxes = checks.wide_pair(xp, anchors, boxes)
-
     count = 0 if anchors.shape[0] == 0 else xp.shape(boxes)[-2]
     corners, areas = solid(xp, anchors[(None,) * (len(boxes.shape) - 2) + (...,)])  # (..., N)
     boxes = xp.stack(solid(xp, boxes)[0], axis=-1)
@@ -83,13 +72,13 @@ def _match(
     def iou(i: int) -> Array:
         """IoU of every anchor with box i of each list: (..., N)."""
         x1, y1, x2, y2 = xp.take_box(boxes, i)
-        common = intersection(xp, corners, (x1, y1, x2, y2))
-        return common / (areas + (x2 - x1) * (y2 - y1) - common)
+        box = x1, y1, x2, y2
+        return solid_iou(xp, corners, areas, box, area(box))
 
     zeros = xp.zeros_like(xp.sum(boxes[..., 0], axis=-1, keepdims=True) + areas)  # (..., N)
 
-    # One box at a time: the N x M table of overlaps is never held, only its running best. The
-    # flags are kept as numbers 0 and 1, on which frameworks compute faster than on booleans.
+    # One box at a time: only the running best is stored, never all N x M overlaps. The flags are
+    # the numbers 0 and 1, which frameworks process faster than booleans.
     def compare(i: int, state: tuple[Array, ...]) -> tuple[Array, ...]:
         best, match, *low_quality = state
         overlap = iou(i)
@@ -111,6 +100,26 @@ def _match(
     # With a background threshold of 0, what overlaps nothing is still background.
     is_background = (best < background) | (best <= 0)
     return xp.where(matched, match, xp.where(is_background, -1, xp.zeros_like(match) - 2))
+
+
+def _match_arguments(xp: Namespace, name: str, anchors: Array, boxes: Array) -> tuple[Array, Array]:
+    anchors = checks.check_boxes(xp, name, "anchors", anchors)
+    if len(anchors.shape) != 2:
+        raise ValueError(f"{name}: anchors must have shape (N, 4); got {tuple(anchors.shape)}")
+    return anchors, checks.check_boxes(xp, name, "boxes", boxes, at_least_2d=True)
+
+
+def _thresholds(
+    name: str, foreground: float, background: float, allow_low_quality: bool | float
+) -> Thresholds:
+    foreground = checks.check_number(name, "foreground", foreground, 0, 1)
+    background = checks.check_number(name, "background", background, 0, foreground)
+    if allow_low_quality is False or allow_low_quality is None:
+        return foreground, background, None
+    if allow_low_quality is True:
+        return foreground, background, 0.0
+    floor = checks.check_number(name, "allow_low_quality", allow_low_quality, 0, 1)
+    return foreground, background, floor
 
 
 def assign_targets(
@@ -155,20 +164,20 @@ def assign_targets(
     Source: Lin et al. 2017, section 4.
     """
     name = "assign_targets"
-    boxes = check_boxes(xp, name, "boxes", boxes, at_least_2d=True)
+    anchors, boxes = _match_arguments(xp, name, anchors, boxes)
     labels = checks.check_labels(xp, name, "labels", labels)
     checks.check_shape(name, "labels", labels, tuple(boxes.shape[:-1]), "boxes.shape[:-1]")
     weights = checks.check_weights(name, weights)
-    match = _match(xp, name, anchors, boxes, foreground, background, allow_low_quality)
-    anchors = check_boxes(xp, name, "anchors", anchors)
-    if not boxes.shape[-2]:  # none, or not known to be any: one that matches nothing is added
+    thresholds = _thresholds(name, foreground, background, allow_low_quality)
+    match = _match(xp, anchors, boxes, thresholds)
+    if not boxes.shape[-2]:  # no boxes, or a number not known while tracing: there must be one
         boxes, labels = _with_an_empty_box(xp, boxes, labels)
-    at = xp.maximum(match, xp.zeros_like(match))
+    at = xp.maximum(match, 0)
     matched = match >= 0
     assigned = xp.where(matched, xp.take_along_axis(labels, at, axis=-1), match)
     columns = [xp.take_along_axis(boxes[..., i], at, axis=-1) for i in range(4)]
-    deltas = encode_boxes(xp, xp.stack(columns, axis=-1), anchors, weights)
-    return assigned, xp.where(matched[..., None], deltas, xp.zeros_like(deltas))
+    deltas = encoded(xp, xp.stack(columns, axis=-1), anchors, weights)
+    return assigned, xp.where(~matched[..., None], 0.0, deltas)
 
 
 def subsample(
@@ -228,7 +237,7 @@ def subsample(
     positive = positive & (_rank(xp, positive, noise) < int(num_samples * share))
     taken = _count(xp, positive)
     negative = negative & (_rank(xp, negative, noise) < num_samples - taken)
-    return xp.where(positive | negative, labels, xp.zeros_like(labels) - 2)
+    return xp.where(~(positive | negative), -2, labels)
 
 
 def hard_example_mask(
@@ -284,7 +293,7 @@ def hard_example_mask(
     _both_or_none(name, "boxes", boxes, "iou_threshold", iou_threshold)
     candidates = losses == losses
     if boxes is not None:
-        boxes = check_boxes(xp, name, "boxes", boxes)
+        boxes = checks.check_boxes(xp, name, "boxes", boxes)
         checks.check_shape(name, "boxes", boxes, (losses.shape[0], 4), "(N, 4)")
         threshold = checks.check_number(name, "iou_threshold", iou_threshold, 0, 1)
         order = xp.argsort(-losses, stable=True)
@@ -311,14 +320,6 @@ def hard_example_mask(
     return hard_positive | (hard_negative & (rank + 1 <= quota))
 
 
-def _low_quality_floor(name: str, allow_low_quality: bool | float) -> float | None:
-    if allow_low_quality is False or allow_low_quality is None:
-        return None
-    if allow_low_quality is True:
-        return 0.0
-    return checks.check_number(name, "allow_low_quality", allow_low_quality, 0, 1)
-
-
 def _with_an_empty_box(xp: Namespace, boxes: Array, labels: Array) -> tuple[Array, Array]:
     box = xp.zeros_like(xp.sum(boxes, axis=-2, keepdims=True))
     label = xp.zeros_like(xp.sum(labels, axis=-1, keepdims=True))
@@ -326,8 +327,8 @@ def _with_an_empty_box(xp: Namespace, boxes: Array, labels: Array) -> tuple[Arra
 
 
 def _rank(xp: Namespace, mask: Array, keys: Array) -> Array:
-    """Place of each element among those of the mask by rising key, on the last axis."""
-    last = xp.where(mask, keys, xp.zeros_like(keys) + math.inf)
+    """Rank of each element among those of the mask by ascending key, on the last axis."""
+    last = xp.where(~mask, math.inf, keys)
     return xp.argsort(xp.argsort(last, axis=-1, stable=True), axis=-1, stable=True)
 
 

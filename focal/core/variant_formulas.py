@@ -11,7 +11,7 @@ from typing import NamedTuple
 from focal.core.formulas import Parameter, SigmoidFocal, curvature, power
 from focal.core.namespace import Array, Namespace
 
-__all__ = ["AsymmetricFocal", "HeatmapFocal", "QualityFocal", "Varifocal"]
+__all__ = ["Asymmetric", "HeatmapFocal", "QualityFocal", "Varifocal"]
 
 CROSS_ENTROPY = SigmoidFocal(None, 0.0)
 
@@ -30,11 +30,8 @@ class QualityFocal(NamedTuple):
         """QFL and dQFL/dx = |d|^beta (beta (p q / d) ce + d), 0 where d is."""
         ce, d = CROSS_ENTROPY.value_and_grad(xp, x, y)
         factor = power(xp, xp.abs(d), self.beta)
-        k = (
-            xp.sigmoid(x)
-            * xp.sigmoid(-x)
-            / _away_from_zero(xp, d, xp.finfo(d.dtype).smallest_normal)
-        )
+        tiny = xp.finfo(d.dtype).smallest_normal
+        k = xp.sigmoid(x) * xp.sigmoid(-x) / _away_from_zero(xp, d, tiny)
         return factor * ce, factor * (self.beta * k * ce + d)
 
     def hess(self, xp: Namespace, x: Array, y: Array) -> Array:
@@ -106,11 +103,11 @@ class HeatmapFocal(NamedTuple):
 
     def _sides(self, xp: Namespace, y: Array) -> tuple[Array, Array]:
         """-1 for a positive, 1 for a negative, and r, which is 1 for a positive."""
-        rest = 1 - xp.where(y >= 1, xp.zeros_like(y), y)
+        rest = 1 - xp.where(y >= 1, 0.0, y)
         return 1 - 2 * xp.astype(y >= 1, y.dtype), power(xp, rest, self.beta)
 
 
-class AsymmetricFocal(NamedTuple):
+class Asymmetric(NamedTuple):
     """ASL (Ridnik et al. 2021): a focal loss for each side, mixed by y."""
 
     gamma_positive: Parameter
@@ -167,7 +164,7 @@ class _Shifted(NamedTuple):
         u = xp.maximum(p - self.margin, 0.0)
         rest = q + self.margin  # 1 - u, without its cancellation
         ce = xp.where(u < 0.5, -xp.log1p(-xp.minimum(u, 0.5)), -xp.log(rest))
-        slope = xp.where(u > 0, p * q, xp.zeros_like(u))
+        slope = xp.where(~(u > 0), 0.0, p * q)
         return u, ce, slope / xp.maximum(u, xp.finfo(u.dtype).smallest_normal), slope / rest
 
 

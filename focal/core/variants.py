@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from focal.core import checks
-from focal.core.losses import dense_arguments, dense_loss
+from focal.core.losses import checked_weight, count_true, dense_arguments, dense_loss, reduced
 from focal.core.namespace import Array, Namespace, Reduction, SparseReduction
-from focal.core.variant_formulas import AsymmetricFocal, HeatmapFocal, QualityFocal, Varifocal
+from focal.core.variant_formulas import Asymmetric, HeatmapFocal, QualityFocal, Varifocal
 
 __all__ = [
-    "asymmetric_focal_loss",
+    "asymmetric_loss",
     "heatmap_focal_loss",
     "quality_focal_loss",
     "varifocal_loss",
@@ -71,7 +71,7 @@ def varifocal_loss(
     *,
     weight: Array | None = None,
 ) -> Array:
-    r"""Varifocal loss: positives weighed by their quality, only negatives focused.
+    r"""Varifocal loss: positives weighted by their quality, only negatives focused.
 
     .. math::
         \mathrm{VFL} = y\, \mathrm{CE}(x, y) \text{ for } y > 0, \qquad
@@ -136,7 +136,7 @@ def heatmap_focal_loss(
         beta: How fast the penalty falls near a keypoint, finite, >= 0. Default 4. Like `gamma`,
             a number or an array without axes.
         reduction: "none" (default), "mean" over all elements, "sum", or "positives": the sum
-            over max(1, number of targets that are 1), the papers' normaliser.
+            over max(1, number of targets that are 1), the papers' normalizer.
         weight: Factors that broadcast to the shape of `inputs`, multiplied into the loss.
 
     Returns:
@@ -156,20 +156,21 @@ def heatmap_focal_loss(
     "Objects as Points" (arXiv 1904.07850), equation 1.
     """
     name = "heatmap_focal_loss"
-    checks.check_choice(name, "reduction", reduction, (*checks.REDUCTIONS, "positives"))
+    checks.check_choice(name, "reduction", reduction, checks.SPARSE_REDUCTIONS)
     inputs, targets = dense_arguments(xp, name, inputs, targets)
+    weight = checked_weight(xp, name, weight, inputs)
     formula = HeatmapFocal(
         checks.check_scalar(xp, name, "gamma", gamma, inputs, low=0),
         checks.check_scalar(xp, name, "beta", beta, inputs, low=0),
     )
-    if reduction != "positives":
-        return dense_loss(xp, name, formula, inputs, targets, reduction, weight)
-    total = dense_loss(xp, name, formula, inputs, targets, "sum", weight)
-    peaks = xp.astype(targets, total.dtype) >= 1
-    return total / xp.maximum(xp.sum(xp.astype(peaks, total.dtype)), 1)
+    count = None
+    if reduction == "positives":
+        wide = checks.wide_type(xp, inputs)
+        count = count_true(xp, xp.astype(targets, wide) >= 1, wide)
+    return reduced(xp, formula, inputs, targets, reduction, weight, count=count)
 
 
-def asymmetric_focal_loss(
+def asymmetric_loss(
     xp: Namespace,
     inputs: Array,
     targets: Array,
@@ -180,7 +181,7 @@ def asymmetric_focal_loss(
     *,
     weight: Array | None = None,
 ) -> Array:
-    r"""Asymmetric loss: positives and negatives focused apart, easy negatives dropped.
+    r"""Asymmetric loss (ASL): a gamma for each class, and easy negatives dropped.
 
     .. math::
         y\, (1-p)^{\gamma_+} (-\log p) + (1-y)\, p_m^{\gamma_-} (-\log(1 - p_m)), \qquad
@@ -209,19 +210,17 @@ def asymmetric_focal_loss(
 
     Example:
         >>> import numpy as np
-        >>> from focal.numpy import asymmetric_focal_loss
-        >>> asymmetric_focal_loss(np.array([-3.0, 0.0, 0.0]), np.array([0.0, 0.0, 1.0])).round(4)
+        >>> from focal.numpy import asymmetric_loss
+        >>> asymmetric_loss(np.array([-3.0, 0.0, 0.0]), np.array([0.0, 0.0, 1.0])).round(4)
         array([0.    , 0.0245, 0.3466])
 
     Source: Ridnik et al. 2021, "Asymmetric Loss for Multi-Label Classification"
     (arXiv 2009.14119), section 2.
     """
-    name = "asymmetric_focal_loss"
-    shift = checks.check_number(name, "margin", margin, 0, 1)
-    if shift == 1:
-        raise ValueError(f"{name}: margin must be < 1; got {margin!r}")
+    name = "asymmetric_loss"
+    shift = checks.check_margin(name, "margin", margin)
     inputs, targets = dense_arguments(xp, name, inputs, targets)
-    formula = AsymmetricFocal(
+    formula = Asymmetric(
         checks.check_scalar(xp, name, "gamma_positive", gamma_positive, inputs, low=0),
         checks.check_scalar(xp, name, "gamma_negative", gamma_negative, inputs, low=0),
         shift,

@@ -35,7 +35,7 @@ from numpy import (  # noqa: F401  (the standard part of the namespace)
 )
 from numpy import int64 as index_type  # noqa: F401
 
-from focal.core import softmax
+from focal.core import checks, softmax
 from focal.core.namespace import Array, Formula, Namespace
 
 xp = cast(Namespace, sys.modules[__name__])
@@ -183,7 +183,7 @@ def random(like: Array) -> Array:
 
 
 def _wide_value(formula: Formula, x: Array, t: Array) -> Array:
-    wide = np.float32 if np.finfo(x.dtype).bits < 32 else x.dtype
+    wide = checks.wide_type(xp, x)
     if isinstance(t, np.ndarray) and t.shape == x.shape:
         t = t.astype(wide)
     return formula.value(xp, x.astype(wide), t)

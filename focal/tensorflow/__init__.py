@@ -13,11 +13,14 @@ As in TensorFlow, whatever converts to a tensor is taken: variables, NumPy array
     (100.49012756347656, [-1.0, -0.4760856628417969, 0.0])
 """
 
+from typing import TYPE_CHECKING
+
 from focal.core import anchors as _anchors
 from focal.core import box_losses, boxes, losses, softmax, targets, variants
 from focal.core import nms as _nms
 from focal.core.anchors import AnchorConfig
 from focal.core.prior import expected_initial_loss, inverse_frequency_alpha, prior_bias
+from focal.core.renamed import renamed
 from focal.keras import PriorBias, SigmoidFocalLoss, SoftmaxFocalLoss, SparseSigmoidFocalLoss
 from focal.tensorflow._bind import bind
 from focal.tensorflow._namespace import xp as _xp
@@ -32,7 +35,7 @@ balanced_cross_entropy = bind(losses.balanced_cross_entropy, _xp, __name__)
 quality_focal_loss = bind(variants.quality_focal_loss, _xp, __name__)
 varifocal_loss = bind(variants.varifocal_loss, _xp, __name__)
 heatmap_focal_loss = bind(variants.heatmap_focal_loss, _xp, __name__)
-asymmetric_focal_loss = bind(variants.asymmetric_focal_loss, _xp, __name__)
+asymmetric_loss = bind(variants.asymmetric_loss, _xp, __name__)
 smooth_l1_loss = bind(box_losses.smooth_l1_loss, _xp, __name__)
 giou_loss = bind(box_losses.giou_loss, _xp, __name__)
 
@@ -58,7 +61,7 @@ __all__ = [
     "SparseSigmoidFocalLoss",
     "anchors",
     "assign_targets",
-    "asymmetric_focal_loss",
+    "asymmetric_loss",
     "balanced_cross_entropy",
     "batched_nms",
     "box_area",
@@ -85,3 +88,6 @@ __all__ = [
     "subsample",
     "varifocal_loss",
 ]
+
+if not TYPE_CHECKING:  # a type checker knows the new names alone
+    __getattr__ = renamed(__name__, {"asymmetric_focal_loss": "asymmetric_loss"})

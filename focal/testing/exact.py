@@ -23,10 +23,10 @@ SCORE = 2
 """ULPs of a score that something near it is subtracted from."""
 ROUNDED: dict[str, dict[str, int]] = {
     "sigmoid_focal_loss_star": {"gamma": 1, "beta": 1},
-    "asymmetric_focal_loss": {"margin": SCORE},
+    "asymmetric_loss": {"margin": SCORE},
 }
 """Parameters of a margin, and how many ULPs of them do what its rounding does."""
-MIXTURES = ("sigmoid_focal_loss_star", "asymmetric_focal_loss")
+MIXTURES = ("sigmoid_focal_loss_star", "asymmetric_loss")
 """Losses whose soft targets mix the loss of a positive and that of a negative."""
 PLAIN = "balanced_cross_entropy", {"alpha": None}
 

@@ -28,7 +28,7 @@ CORE: dict[str, Callable[..., Any]] = {
         variants.quality_focal_loss,
         variants.varifocal_loss,
         variants.heatmap_focal_loss,
-        variants.asymmetric_focal_loss,
+        variants.asymmetric_loss,
         box_losses.smooth_l1_loss,
         box_losses.giou_loss,
     )
@@ -46,7 +46,7 @@ PARAMETERS = (
 EXPONENTS = {
     "quality_focal_loss": ("beta",),
     "heatmap_focal_loss": ("gamma", "beta"),
-    "asymmetric_focal_loss": ("gamma_positive", "gamma_negative"),
+    "asymmetric_loss": ("gamma_positive", "gamma_negative"),
 }
 """The parameters that are exponents, where they are not gamma alone."""
 

@@ -12,12 +12,15 @@ Differentiable twice, on any device, in eager mode, under `torch.compile(fullgra
     (100.49012756347656, [-1.0, -0.4760856628417969, -0.0])
 """
 
+from typing import TYPE_CHECKING
+
 from focal.core import anchors as _anchors
 from focal.core import box_losses, boxes, losses, softmax, targets, variants
 from focal.core import nms as _nms
 from focal.core.anchors import AnchorConfig
 from focal.core.bind import bind
 from focal.core.prior import expected_initial_loss, inverse_frequency_alpha, prior_bias
+from focal.core.renamed import renamed
 from focal.torch._namespace import xp as _xp
 from focal.torch.modules import (
     BalancedCrossEntropyLoss,
@@ -30,7 +33,7 @@ from focal.torch.modules import (
 )
 from focal.torch.replicas import num_positives
 from focal.torch.variant_modules import (
-    AsymmetricFocalLoss,
+    AsymmetricLoss,
     HeatmapFocalLoss,
     QualityFocalLoss,
     VarifocalLoss,
@@ -45,7 +48,7 @@ balanced_cross_entropy = bind(losses.balanced_cross_entropy, _xp, __name__)
 quality_focal_loss = bind(variants.quality_focal_loss, _xp, __name__)
 varifocal_loss = bind(variants.varifocal_loss, _xp, __name__)
 heatmap_focal_loss = bind(variants.heatmap_focal_loss, _xp, __name__)
-asymmetric_focal_loss = bind(variants.asymmetric_focal_loss, _xp, __name__)
+asymmetric_loss = bind(variants.asymmetric_loss, _xp, __name__)
 smooth_l1_loss = bind(box_losses.smooth_l1_loss, _xp, __name__)
 giou_loss = bind(box_losses.giou_loss, _xp, __name__)
 
@@ -66,7 +69,7 @@ hard_example_mask = bind(targets.hard_example_mask, _xp, __name__)
 
 __all__ = [
     "AnchorConfig",
-    "AsymmetricFocalLoss",
+    "AsymmetricLoss",
     "BalancedCrossEntropyLoss",
     "GIoULoss",
     "HeatmapFocalLoss",
@@ -78,7 +81,7 @@ __all__ = [
     "VarifocalLoss",
     "anchors",
     "assign_targets",
-    "asymmetric_focal_loss",
+    "asymmetric_loss",
     "balanced_cross_entropy",
     "batched_nms",
     "box_area",
@@ -106,3 +109,9 @@ __all__ = [
     "subsample",
     "varifocal_loss",
 ]
+
+if not TYPE_CHECKING:  # a type checker knows the new names alone
+    __getattr__ = renamed(
+        __name__,
+        {"asymmetric_focal_loss": "asymmetric_loss", "AsymmetricFocalLoss": "AsymmetricLoss"},
+    )

@@ -6,7 +6,7 @@ from focal.core import variants
 from focal.core.namespace import Reduction, SparseReduction
 from focal.torch.modules import DenseLoss, Number
 
-__all__ = ["AsymmetricFocalLoss", "HeatmapFocalLoss", "QualityFocalLoss", "VarifocalLoss"]
+__all__ = ["AsymmetricLoss", "HeatmapFocalLoss", "QualityFocalLoss", "VarifocalLoss"]
 
 
 class QualityFocalLoss(DenseLoss, function=variants.quality_focal_loss):
@@ -85,8 +85,8 @@ class HeatmapFocalLoss(DenseLoss, function=variants.heatmap_focal_loss):
         super().__init__(gamma=gamma, beta=beta, reduction=reduction)
 
 
-class AsymmetricFocalLoss(DenseLoss, function=variants.asymmetric_focal_loss):
-    """`focal.torch.asymmetric_focal_loss` as a module.
+class AsymmetricLoss(DenseLoss, function=variants.asymmetric_loss):
+    """`focal.torch.asymmetric_loss` as a module.
 
     Args:
         gamma_positive: Focusing parameter of the positives, >= 0. Default 1.
@@ -96,8 +96,8 @@ class AsymmetricFocalLoss(DenseLoss, function=variants.asymmetric_focal_loss):
 
     Example:
         >>> import torch
-        >>> from focal.torch import AsymmetricFocalLoss
-        >>> AsymmetricFocalLoss()(torch.zeros(2), torch.tensor([0.0, 1.0]))
+        >>> from focal.torch import AsymmetricLoss
+        >>> AsymmetricLoss()(torch.zeros(2), torch.tensor([0.0, 1.0]))
         tensor(0.1855)
 
     Source: Ridnik et al. 2021.

@@ -30,7 +30,7 @@ VARIANTS = {
     "quality_focal_loss": (X, Y),
     "varifocal_loss": (X, Y),
     "heatmap_focal_loss": (X, Y),
-    "asymmetric_focal_loss": (X, Y),
+    "asymmetric_loss": (X, Y),
 }
 REDUCED = {
     **DENSE_AND_CE,
@@ -95,7 +95,7 @@ def numbers() -> list[Case]:
         "quality_focal_loss": ["beta"],
         "varifocal_loss": ["alpha", "gamma"],
         "heatmap_focal_loss": ["gamma", "beta"],
-        "asymmetric_focal_loss": ["gamma_positive", "gamma_negative"],
+        "asymmetric_loss": ["gamma_positive", "gamma_negative"],
     }.items():
         for parameter in parameters:
             low = f"{parameter} must be a finite number >= 0; got"
@@ -106,7 +106,7 @@ def numbers() -> list[Case]:
                     T, name, (X, Y), f"{parameter} must be a number; got None", **{parameter: None}
                 ),
             ]
-    name = "asymmetric_focal_loss"
+    name = "asymmetric_loss"
     cases += [
         case(V, name, (X, Y), "margin must be a finite number in [0, 1]; got -0.1", margin=-0.1),
         case(V, name, (X, Y), "margin must be < 1; got 1", margin=1),

@@ -15,7 +15,7 @@ from focal.core import variant_formulas
 from focal.numpy._namespace import xp as numpy_xp
 
 GOLDEN = golden("variants")
-NAMES = ("quality_focal_loss", "varifocal_loss", "heatmap_focal_loss", "asymmetric_focal_loss")
+NAMES = ("quality_focal_loss", "varifocal_loss", "heatmap_focal_loss", "asymmetric_loss")
 FORMULAS = dict(
     zip(
         NAMES,
@@ -23,7 +23,7 @@ FORMULAS = dict(
             variant_formulas.QualityFocal,
             variant_formulas.Varifocal,
             variant_formulas.HeatmapFocal,
-            variant_formulas.AsymmetricFocal,
+            variant_formulas.Asymmetric,
         ),
         strict=True,
     )
@@ -94,7 +94,7 @@ def test_float32_is_exact_to_the_promised_ulps(
         ("quality_focal_loss", [gamma]),
         ("varifocal_loss", [0.5, gamma]),
         ("heatmap_focal_loss", [gamma, 4.0]),
-        ("asymmetric_focal_loss", [gamma, gamma, 0.0]),
+        ("asymmetric_loss", [gamma, gamma, 0.0]),
     ):
         exact = getattr(reference, name)(x.astype(float), y.astype(float), *setting)
         got = backend(name, x, y, *setting)
@@ -113,7 +113,7 @@ def test_float32_gradient_is_exact_to_the_promised_ulps(
         ("quality_focal_loss", [gamma], gamma),
         ("varifocal_loss", [1.0, gamma], 0.0 if target else gamma),
         ("heatmap_focal_loss", [gamma, 4.0], gamma),
-        ("asymmetric_focal_loss", [gamma, gamma, 0.0], gamma),
+        ("asymmetric_loss", [gamma, gamma, 0.0], gamma),
     ):
         exact = reference.sigmoid_focal_loss_grad(x.astype(float), y, None, exponent)
         got = grad(autodiff, name, x, y, *setting)
@@ -126,7 +126,7 @@ def test_float32_gradient_is_exact_to_the_promised_ulps(
 def test_finite_at_extremes(autodiff: Backend, name: str, gamma: float) -> None:
     """In every type, at p = y too, value, gradient and curvature."""
     y, x = map(np.ravel, np.meshgrid(TARGETS, EXTREMES, indexing="ij"))
-    setting = {"varifocal_loss": (0.75, gamma), "asymmetric_focal_loss": (gamma, gamma, 0.05)}.get(
+    setting = {"varifocal_loss": (0.75, gamma), "asymmetric_loss": (gamma, gamma, 0.05)}.get(
         name, (gamma,)
     )
     loss = getattr(autodiff.F, name)
@@ -160,14 +160,14 @@ def test_hard_targets_are_focal_loss(backend: Backend, gamma: float) -> None:
     close = {"rtol": 1e-14, "atol": 1e-300}
     assert_allclose(backend("quality_focal_loss", x, y, gamma), focal, **close)
     assert_allclose(backend("heatmap_focal_loss", x, y, gamma, 3.0), focal, **close)
-    assert_allclose(backend("asymmetric_focal_loss", x, y, gamma, gamma, 0.0), focal, **close)
+    assert_allclose(backend("asymmetric_loss", x, y, gamma, gamma, 0.0), focal, **close)
     positive = backend(DENSE, x, y, None, 0.0)
     varifocal = backend("varifocal_loss", x, y, 0.3, gamma)
     assert_allclose(varifocal, np.where(y > 0, positive, 0.3 * focal), **close)
 
 
 def test_asymmetric_drops_easy_negatives_and_missing_labels(autodiff: Backend) -> None:
-    name, x, y = "asymmetric_focal_loss", np.array([-3.0, 0.0, 40.0]), np.zeros(3)
+    name, x, y = "asymmetric_loss", np.array([-3.0, 0.0, 40.0]), np.zeros(3)
     assert autodiff(name, x, y)[0] == 0
     slope = grad(autodiff, name, x, y)
     assert slope[0] == 0 and slope[1] > 0.01 and 0 < slope[2] < 1e-15

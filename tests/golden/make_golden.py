@@ -36,7 +36,7 @@ VARIANTS = {
     "quality_focal_loss": [[0.0], [0.5], [1.0], [2.0], [5.0]],
     "varifocal_loss": [[0.75, 2.0], [0.75, 0.5], [1.0, 0.0], [0.25, 5.0]],
     "heatmap_focal_loss": [[2.0, 4.0], [0.5, 0.0], [0.0, 1.0], [5.0, 0.5]],
-    "asymmetric_focal_loss": [[1.0, 4.0, 0.05], [0.5, 0.5, 0.05], [2.0, 2.0, 0.0], [5.0, 0.0, 0.3]],
+    "asymmetric_loss": [[1.0, 4.0, 0.05], [0.5, 0.5, 0.05], [2.0, 2.0, 0.0], [5.0, 0.0, 0.3]],
 }
 ROWS = [
     ([2.0, 0.5, -1.0], 0),
@@ -101,9 +101,7 @@ def heatmap_focal(x: mpf, y: mpf, gamma: float, beta: float) -> mpf:
     return focal(x, y, None, gamma) if y == 1 else (1 - y) ** beta * focal(x, mpf(0), None, gamma)
 
 
-def asymmetric_focal(
-    x: mpf, y: mpf, gamma_positive: float, gamma_negative: float, margin: float
-) -> mpf:
+def asymmetric(x: mpf, y: mpf, gamma_positive: float, gamma_negative: float, margin: float) -> mpf:
     shifted = max(sigmoid(x) - margin, mpf(0))
     negative = shifted**gamma_negative * -mpmath.log(1 - shifted)
     return y * focal(x, mpf(1), None, gamma_positive) + (1 - y) * negative
@@ -193,7 +191,7 @@ def variant_table() -> dict[str, Any]:
         "targets": TARGETS,
         "logits": VARIANT_LOGITS,
     }
-    functions = (quality_focal, varifocal, heatmap_focal, asymmetric_focal)
+    functions = (quality_focal, varifocal, heatmap_focal, asymmetric)
     for (name, settings), function in zip(VARIANTS.items(), functions, strict=True):
         rows = [
             derivatives(lambda x, f=function, s=s, y=y: f(x, mpf(y), *s), mpf(x), 3)

@@ -79,8 +79,8 @@ LOSSES: dict[str, tuple[str, str, dict[str, Any], np.ndarray]] = {
         np.where(SOFT > 0.8, 1, SOFT),
     ),
     "asymmetric": (
-        "AsymmetricFocalLoss",
-        "asymmetric_focal_loss",
+        "AsymmetricLoss",
+        "asymmetric_loss",
         {"gamma_positive": 0.5, "gamma_negative": 3.0, "margin": 0.1},
         SOFT,
     ),
@@ -229,18 +229,33 @@ def copies(kind: str) -> dict[str, Any]:
 
 
 def earlier() -> dict[str, Any]:
-    """A loss from a file of before `focal.keras`."""
+    """Losses as older files have them, of another module or name, and the former name itself."""
     import keras
 
-    config = {"name": "own", "reduction": "sum", "alpha": [0.1, 0.9], "gamma": 1.5}
-    written = {
-        "module": "focal.tensorflow.losses_keras",
-        "class_name": "SparseSigmoidFocalLoss",
-        "registered_name": "focal>SparseSigmoidFocalLoss",
-        "config": config,
-    }
-    read = keras.losses.deserialize(written).get_config()
-    return {"written": config, "read": {name: read[name] for name in config}}
+    import focal.keras
+
+    own = {"name": "own", "reduction": "sum"}
+    files = [
+        (
+            "focal.tensorflow.losses_keras",
+            "SparseSigmoidFocalLoss",
+            own | {"alpha": [0.1, 0.9], "gamma": 1.5},
+        ),
+        ("focal.keras", "AsymmetricFocalLoss", own | {"gamma_positive": 0.5, "margin": 0.1}),
+    ]
+    found: dict[str, Any] = {"written": [], "read": [], "classes": []}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found["same"] = focal.keras.AsymmetricFocalLoss is focal.keras.AsymmetricLoss
+    found["warnings"] = [str(warning.message) for warning in caught]
+    for module, name, config in files:
+        saved = {"module": module, "class_name": name, "config": config}
+        loss = keras.losses.deserialize(saved | {"registered_name": f"focal>{name}"})
+        read = loss.get_config()
+        found["written"].append(config)
+        found["read"].append({key: read[key] for key in config})
+        found["classes"].append(type(loss).__name__)
+    return found
 
 
 def shapes() -> dict[str, Any]:
@@ -385,8 +400,8 @@ WRONG: dict[str, Callable[[ModuleType], Any]] = {
     "ValueError: HeatmapFocalLoss: beta must be a finite number >= 0; got nan": (
         lambda K: K.HeatmapFocalLoss(beta=float("nan"))
     ),
-    "ValueError: AsymmetricFocalLoss: margin must be < 1; got 1.0": (
-        lambda K: K.AsymmetricFocalLoss(margin=1.0)
+    "ValueError: AsymmetricLoss: margin must be < 1; got 1.0": (
+        lambda K: K.AsymmetricLoss(margin=1.0)
     ),
     "ValueError: prior_bias: pi must lie inside (0, 1); got 0": lambda K: K.PriorBias(0),
     "ValueError: PriorBias: pi must be a number or one per class; got shape (1, 1)": (

@@ -11,7 +11,7 @@ DENSE = {
     "quality_focal_loss": ("beta",),
     "varifocal_loss": ("alpha", "gamma"),
     "heatmap_focal_loss": ("gamma", "beta"),
-    "asymmetric_focal_loss": ("gamma_positive", "gamma_negative"),
+    "asymmetric_loss": ("gamma_positive", "gamma_negative"),
 }
 LABELLED = {
     "sparse_sigmoid_focal_loss": ("alpha", "gamma", "label_smoothing"),

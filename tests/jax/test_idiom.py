@@ -74,7 +74,7 @@ def relatives(x, labels=LABELS):
         F.quality_focal_loss(x, y, reduction="sum")
         + F.varifocal_loss(x, y, reduction="sum")
         + F.heatmap_focal_loss(x, y, reduction="positives")
-        + F.asymmetric_focal_loss(x, y, reduction="sum")
+        + F.asymmetric_loss(x, y, reduction="sum")
         + F.sigmoid_focal_loss(x, y, [0.1, 0.5, 0.9], reduction="sum", label_smoothing=0.1)
         + F.sparse_sigmoid_focal_loss(
             x, labels, [0.1, 0.5, 0.9], reduction="sum", label_smoothing=0.1
@@ -218,7 +218,7 @@ EVERY_FUNCTION = {
     "quality_focal_loss": ("x y", {"beta": 0.5}),
     "varifocal_loss": ("x y", {"reduction": "mean"}),
     "heatmap_focal_loss": ("x y", {"reduction": "positives"}),
-    "asymmetric_focal_loss": ("x y", {"margin": 0.1}),
+    "asymmetric_loss": ("x y", {"margin": 0.1}),
     "sparse_sigmoid_focal_loss": ("x labels", {"reduction": "positives"}),
     "softmax_focal_loss": ("x classes", {"alpha": [1, 2, 3], "ignore_index": 2}),
     "smooth_l1_loss": ("x y", {"beta": 0.1}),

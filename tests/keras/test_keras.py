@@ -248,9 +248,13 @@ def test_a_loss_is_written_down_and_read_again(found: Found, kind: str, backend:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_loss_saved_under_its_former_module_is_read(found: Found, backend: str) -> None:
+def test_a_loss_saved_under_a_former_name_is_read(found: Found, backend: str) -> None:
     earlier = found("evaluate", backend)["earlier"]
     assert earlier["read"] == earlier["written"]
+    assert earlier["classes"] == ["SparseSigmoidFocalLoss", "AsymmetricLoss"]
+    assert earlier["same"]
+    (message,) = earlier["warnings"]
+    assert message.startswith("focal.keras.AsymmetricFocalLoss is deprecated")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

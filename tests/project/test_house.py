@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
 import inspect
 import re
 import subprocess
@@ -32,7 +33,7 @@ PRESENT = [name for name in ADAPTERS if (ROOT / name).is_dir()]
 
 PUBLIC = """
     sigmoid_focal_loss sparse_sigmoid_focal_loss softmax_focal_loss sigmoid_focal_loss_star
-    quality_focal_loss varifocal_loss heatmap_focal_loss asymmetric_focal_loss
+    quality_focal_loss varifocal_loss heatmap_focal_loss asymmetric_loss
     balanced_cross_entropy smooth_l1_loss giou_loss hard_example_mask
     box_area box_iou generalized_box_iou encode_boxes decode_boxes clip_boxes nms batched_nms
     anchors match_anchors assign_targets subsample
@@ -253,6 +254,24 @@ def test_replicas_are_counted_in_the_idiom_of_each(backend: Backend) -> None:
     count = backend.numpy(function(backend.asarray(np.array([2, -1, 0, -2]))))
     assert (count.shape, count.dtype, count) == ((), np.float32, 2)
     assert backend.numpy(function(backend.asarray(np.array([-1, -2])))) == 1
+
+
+RENAMED = {"asymmetric_focal_loss": "asymmetric_loss", "AsymmetricFocalLoss": "AsymmetricLoss"}
+
+
+@pytest.mark.parametrize("name", PRESENT)
+def test_former_names_warn_and_are_the_new_ones(name: str) -> None:
+    if not REQUIRE_ALL:
+        pytest.importorskip(name)
+    module = importlib.import_module(f"focal.{name}")
+    present = {old: new for old, new in RENAMED.items() if new in module.__all__}
+    assert present and not set(present) & set(module.__all__)
+    for old, new in present.items():
+        with pytest.warns(DeprecationWarning, match=f"^focal.{name}.{old} .*; use {new}$") as said:
+            assert getattr(module, old) is getattr(module, new)
+        assert said[0].filename == __file__
+    with pytest.raises(AttributeError, match=f"^module 'focal.{name}' has no attribute 'nothing'$"):
+        _ = module.nothing
 
 
 def test_names_of_the_front() -> None:

@@ -18,7 +18,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from pages import from_page
 
 from focal.numpy import (
-    asymmetric_focal_loss,
+    asymmetric_loss,
     heatmap_focal_loss,
     quality_focal_loss,
     sigmoid_focal_loss,
@@ -210,7 +210,7 @@ def test_kornia() -> None:
     there = alpha * positive * HARD + (1 - alpha) * negative * (1 - HARD)
     assert_allclose(sigmoid_focal_loss(X, HARD, alpha, gamma), there, **RIGHT)
     soft = SOFT * positive + (1 - SOFT) * negative
-    assert_allclose(asymmetric_focal_loss(X, SOFT, gamma, gamma, 0.0), soft, **RIGHT)
+    assert_allclose(asymmetric_loss(X, SOFT, gamma, gamma, 0.0), soft, **RIGHT)
     assert_allclose(two_terms(X, SOFT, None, gamma), soft, **RIGHT)
 
     p = softmax()[np.arange(4), CHOSEN]
@@ -361,7 +361,7 @@ def test_artemmavrin_smoothing_and_gammas() -> None:
     there = w * y * (1 - P) ** 2 * -np.log(P) + (1 - y) * P**2 * -np.log(1 - P)
     assert_allclose(two_terms(X, y, None, 2.0, w), there, **RIGHT)
     there = y * (1 - P) ** 2 * -np.log(P) + (1 - y) * P**2 * -np.log(1 - P)
-    assert_allclose(asymmetric_focal_loss(X, y, 2.0, 2.0, 0.0), there, **RIGHT)
+    assert_allclose(asymmetric_loss(X, y, 2.0, 2.0, 0.0), there, **RIGHT)
     there = np.where(SOFT > 0, 1 - P, P) ** 2 * cross_entropy(SOFT)  # soft, without smoothing
     assert not np.allclose(two_terms(X, SOFT, None, 2.0), there)
     p, gammas = softmax()[np.arange(4), CHOSEN], [0.0, 1.0, 2.0]
@@ -431,13 +431,13 @@ def test_automl() -> None:
 def test_asymmetric_loss_of_the_paper() -> None:
     shifted = np.maximum(P - 0.05, 0)
     there = HARD * (1 - P) * -np.log(P) + (1 - HARD) * shifted**4 * -np.log(1 - shifted)
-    assert_allclose(asymmetric_focal_loss(X, HARD, reduction="sum"), there.sum(), **RIGHT)
+    assert_allclose(asymmetric_loss(X, HARD, reduction="sum"), there.sum(), **RIGHT)
 
 
 def test_the_soft_targets_of_the_table() -> None:
     x, y = np.array([0.8]), np.array([0.3])
     assert sigmoid_focal_loss(x, y, None)[0].round(6) == 0.308906
-    assert asymmetric_focal_loss(x, y, 2.0, 2.0, 0.0)[0].round(6) == 0.400964
+    assert asymmetric_loss(x, y, 2.0, 2.0, 0.0)[0].round(6) == 0.400964
     assert quality_focal_loss(x, y)[0].round(6) == 0.141602
     p = 1 / (1 + np.exp(-0.8))
     ce = -0.3 * np.log(p) - 0.7 * np.log(1 - p)

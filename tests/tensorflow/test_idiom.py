@@ -68,7 +68,7 @@ def relatives(gamma, reduction):
         "quality": lambda x: F.quality_focal_loss(x, y, gamma, reduction),
         "varifocal": lambda x: F.varifocal_loss(x, y, 0.75, gamma, reduction),
         "heatmap": lambda x: F.heatmap_focal_loss(x, y, gamma, 4.0, reduction),
-        "asymmetric": lambda x: F.asymmetric_focal_loss(x, y, 1.0, gamma, 0.05, reduction),
+        "asymmetric": lambda x: F.asymmetric_loss(x, y, 1.0, gamma, 0.05, reduction),
         "per class": lambda x: F.sparse_sigmoid_focal_loss(
             x, labels, [0.1, 0.5, 0.9], gamma, reduction, label_smoothing=0.1
         ),

@@ -306,12 +306,8 @@ BROKEN_OTHERS: dict[tuple[str, str], Callable[[Ops, Any, Any], Any]] = {
         x, o.where(y > 0.99, 0 * y + 1, y)
     ),
     ("heatmap_focal_loss", "penalty off"): lambda o, x, y: o.F.heatmap_focal_loss(x, y, beta=3.0),
-    ("asymmetric_focal_loss", "no margin"): lambda o, x, y: o.F.asymmetric_focal_loss(
-        x, y, margin=0.0
-    ),
-    ("asymmetric_focal_loss", "gammas swapped"): lambda o, x, y: o.F.asymmetric_focal_loss(
-        x, y, 4.0, 1.0
-    ),
+    ("asymmetric_loss", "no margin"): lambda o, x, y: o.F.asymmetric_loss(x, y, margin=0.0),
+    ("asymmetric_loss", "gammas swapped"): lambda o, x, y: o.F.asymmetric_loss(x, y, 4.0, 1.0),
     ("sparse_sigmoid_focal_loss", "ignored rows count"): lambda o, x, t: (
         o.F.sparse_sigmoid_focal_loss(x, o.where(t < -1, -1 + 0 * t, t))
     ),

@@ -39,7 +39,7 @@ def dense_losses(gamma: float):
         "quality": lambda x, y, r="none": F.quality_focal_loss(x, y, gamma, r),
         "varifocal": lambda x, y, r="none": F.varifocal_loss(x, y, 0.75, gamma, r),
         "heatmap": lambda x, y, r="none": F.heatmap_focal_loss(x, y, gamma, 4.0, r),
-        "asymmetric": lambda x, y, r="none": F.asymmetric_focal_loss(x, y, 1.0, gamma, 0.05, r),
+        "asymmetric": lambda x, y, r="none": F.asymmetric_loss(x, y, 1.0, gamma, 0.05, r),
     }
 
 
@@ -161,7 +161,7 @@ def test_compile_fullgraph_of_the_relatives():
             F.quality_focal_loss(x, y, 0.5, "sum"),
             F.varifocal_loss(x, y, 0.75, 0.5, "sum"),
             F.heatmap_focal_loss(x, y, 0.5, 4.0, "sum"),
-            F.asymmetric_focal_loss(x, y, 1.0, 0.5, 0.05, "sum"),
+            F.asymmetric_loss(x, y, 1.0, 0.5, 0.05, "sum"),
             F.sparse_sigmoid_focal_loss(
                 x.view(6, 3), labels, [0.1, 0.5, 0.9], 0.5, "sum", label_smoothing=0.1
             ),
@@ -412,8 +412,8 @@ def modules():
         (F.VarifocalLoss(0.5, 1.0), F.varifocal_loss, (0.5, 1.0, "mean"), "dense"),
         (F.HeatmapFocalLoss(1.0, 3.0), F.heatmap_focal_loss, (1.0, 3.0, "positives"), "dense"),
         (
-            F.AsymmetricFocalLoss(0.5, 2.0, 0.1),
-            F.asymmetric_focal_loss,
+            F.AsymmetricLoss(0.5, 2.0, 0.1),
+            F.asymmetric_loss,
             (0.5, 2.0, 0.1, "mean"),
             "dense",
         ),

@@ -306,7 +306,7 @@ def modules():
         "quality_focal_loss": F.QualityFocalLoss,
         "varifocal_loss": F.VarifocalLoss,
         "heatmap_focal_loss": F.HeatmapFocalLoss,
-        "asymmetric_focal_loss": F.AsymmetricFocalLoss,
+        "asymmetric_loss": F.AsymmetricLoss,
         "sparse_sigmoid_focal_loss": F.SparseSigmoidFocalLoss,
         "softmax_focal_loss": F.SoftmaxFocalLoss,
     }
@@ -349,7 +349,7 @@ def test_alphas_as_a_tensor_move_with_the_module(make):
     ("make", "error", "message"),
     [
         (lambda: F.SigmoidFocalLossStar(gamma=0), ValueError, "StarFL: gamma must be > 0"),
-        (lambda: F.AsymmetricFocalLoss(margin=1.0), ValueError, "margin must be < 1; got 1.0"),
+        (lambda: F.AsymmetricLoss(margin=1.0), ValueError, "margin must be < 1; got 1.0"),
         (lambda: F.SoftmaxFocalLoss(axis="x"), TypeError, "axis must be an integer; got 'x'"),
         (lambda: F.SoftmaxFocalLoss(alpha=-3), ValueError, "alpha must be a finite number >= 0"),
         (lambda: F.SigmoidFocalLoss(alpha=[0.1, 5.0]), ValueError, r"alpha .* in \[0, 1\]; got 5"),
