@@ -14,6 +14,7 @@ from focal.testing.grid import Grid, grid_of
 from focal.testing.measure import Bound, measure
 from focal.testing.reference import (
     REFERENCES,
+    VALUES,
     Exact,
     exact,
     exponent,
@@ -28,17 +29,6 @@ __all__ = ["check_loss"]
 
 NAME = "check_loss"
 Params = dict[str, Any]
-EXPONENTS = (0.0, 0.5, 1.0, 2.0, 3.7)
-VALUES: dict[str, tuple[float, ...]] = {
-    "alpha": (0.1, 0.25, 0.75),
-    "gamma": EXPONENTS,
-    "beta": (0.0, 0.11, 1.0, 4.0),
-    "gamma_positive": EXPONENTS,
-    "gamma_negative": EXPONENTS,
-    "margin": (0.0, 0.05, 0.2),
-    "label_smoothing": (0.0, 0.1, 0.3),
-}
-"""Values of each parameter that a loss is checked at."""
 SAMPLE = 3
 """Rows that a loss is called with first, to check the shape that it returns."""
 

@@ -22,6 +22,7 @@ from focal.testing.ulp import LIMITS, Limits
 
 __all__ = [
     "REFERENCES",
+    "VALUES",
     "Exact",
     "Result",
     "exact",
@@ -50,9 +51,16 @@ CORE: dict[str, Callable[..., Any]] = {
     )
 }
 REFERENCES = tuple(CORE)
-PARAMETERS = (
-    "alpha", "gamma", "beta", "gamma_positive", "gamma_negative", "margin", "label_smoothing",
-)  # fmt: skip
+VALUES: dict[str, tuple[float, ...]] = {
+    "alpha": (0.1, 0.25, 0.75),
+    "gamma": (0.0, 0.5, 1.0, 2.0, 3.7),
+    "beta": (0.0, 0.11, 1.0, 4.0),
+    "gamma_positive": (0.0, 0.5, 1.0, 2.0, 3.7),
+    "gamma_negative": (0.0, 0.5, 1.0, 2.0, 3.7),
+    "margin": (0.0, 0.05, 0.2),
+    "label_smoothing": (0.0, 0.1, 0.3),
+}
+"""The parameters of all references, and the values that a loss is checked at."""
 EXPONENTS = {
     "quality_focal_loss": ("beta",),
     "heatmap_focal_loss": ("gamma", "beta"),
@@ -106,7 +114,7 @@ class Exact(NamedTuple):
 def parameters_of(reference: str) -> Params:
     """The parameters of a reference and their defaults."""
     signature = inspect.signature(CORE[reference]).parameters
-    return {name: signature[name].default for name in PARAMETERS if name in signature}
+    return {name: signature[name].default for name in VALUES if name in signature}
 
 
 def is_valid(reference: str, params: Params) -> bool:
