@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from benchmarks.figures import blank
 from benchmarks.pages import fill, markdown
 from focal.files import write_atomically
 from focal.retinanet.report.draw import PALETTE, save_image
-from focal.retinanet.report.figures import blank
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 RESULTS = DOCS / "results" / "ablations.json"

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -43,6 +42,10 @@ SETTING = f"float32 {ROWS} x {CLASSES}, {POSITIVES:.0%} positive rows, gamma {GA
 RESULTS = Path(__file__).parent / "results"
 PHASES = ("both", "forward", "backward")
 PROCESSES = 5
+PACKAGES = (
+    "focal", "numpy", "torch", "jax", "jaxlib", "optax", "tensorflow", "keras", "lightgbm",
+    "xgboost", "sklearn",
+)  # fmt: skip
 
 
 def example() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -166,20 +169,8 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of the frameworks that this process has imported."""
-    distributions = {
-        "focal": "focal-losses",
-        "numpy": "numpy",
-        "torch": "torch",
-        "jax": "jax",
-        "optax": "optax",
-        "tensorflow": "tensorflow-cpu",
-        "keras": "keras",
-        "lightgbm": "lightgbm",
-        "xgboost": "xgboost-cpu",
-        "sklearn": "scikit-learn",
-    }
-    found = {name: version(d) for name, d in distributions.items() if name in sys.modules}
+    """Of the packages that this process has imported."""
+    found = {name: sys.modules[name].__version__ for name in PACKAGES if name in sys.modules}
     return {"python": platform.python_version(), **found}
 
 

@@ -19,9 +19,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import focal.numpy
+from benchmarks.figures import ulp_errors
 from focal.files import write_atomically
 from focal.retinanet.report.draw import PALETTE, save_image
-from focal.retinanet.report.figures import ulp_errors
 from focal.testing.frameworks import FRAMEWORKS
 from focal.testing.ulp import allowed_ulp
 
@@ -65,14 +65,14 @@ def errors(backend: str, x: np.ndarray) -> Errors:
     wide = x.astype(np.float64), y.astype(np.float64), None, GAMMA
     value = focal.numpy.sigmoid_focal_loss(*wide)
     gradient = focal.numpy.sigmoid_focal_loss_grad(*wide)
-    framework = FRAMEWORKS[backend]("float32")
+    framework = FRAMEWORKS[backend]()
     own = importlib.import_module(f"focal.{backend}").sigmoid_focal_loss
     found = {}
     for name, loss in (
         ("textbook", textbook(backend)),
         ("focal", lambda x, y: own(x, y, None, GAMMA)),
     ):
-        got = framework.value_and_gradient(loss, framework.array(x), framework.array(y))
+        got = framework.value_and_gradient(loss, framework.asarray(x), framework.asarray(y))
         value_got, gradient_got = (framework.numpy(array).astype(np.float64) for array in got)
         found[name] = ulp_errors(value_got, value), ulp_errors(gradient_got, gradient)
     return found

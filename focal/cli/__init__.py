@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 import focal
-from focal.cli import check, evaluate, export, figures, predict, prior_bias, train
+from focal.cli import check, evaluate, export, predict, prior_bias, train
 
 __all__ = ["main"]
 
@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"focal {focal.__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
-    for command in (train, evaluate, predict, export, check, figures, prior_bias):
+    for command in (train, evaluate, predict, export, check, prior_bias):
         command.add(commands)
     return parser
 

@@ -3,7 +3,7 @@
 `check_loss` takes a loss that somebody wrote (a kernel, a variant, a port) and compares it with
 the closed forms in float64 where such losses break: at 0, beyond |x| = 17, 88 and 100, at
 gamma < 1. It works with PyTorch, JAX, TensorFlow and NumPy; the framework is imported when it is
-asked for.
+needed.
 
     >>> import numpy as np
     >>> from focal.numpy import sigmoid_focal_loss
@@ -11,8 +11,6 @@ asked for.
     >>> report = check_loss(sigmoid_focal_loss, backend="numpy", gamma=2.0)
     >>> report.passed
     True
-
-`python -m focal.testing exhaustive` evaluates the library's own loss at every number of a type.
 """
 
 from focal.testing.check import check_loss

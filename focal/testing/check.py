@@ -1,22 +1,36 @@
-"""Somebody's own loss against the reference formulas."""
+"""`check_loss`: somebody's own loss against the reference formulas."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Collection
 from typing import Any
 
+import numpy as np
+
 from focal.core import checks
-from focal.testing.frameworks import DTYPES, FRAMEWORKS
-from focal.testing.problem import exact, grid_of, reduced
-from focal.testing.references import REFERENCES, exponent
-from focal.testing.report import LossReport, Part
-from focal.testing.settings import checked, names_taken, settings
-from focal.testing.trial import Trial
+from focal.testing.frameworks import DTYPES, FRAMEWORKS, Framework
+from focal.testing.grid import Grid, grid_of
+from focal.testing.measure import Bound, measure
+from focal.testing.reference import (
+    REFERENCES,
+    VALUES,
+    Exact,
+    exact,
+    exponent,
+    is_valid,
+    parameters_of,
+    reduced,
+)
+from focal.testing.report import Findings, LossReport, Part
 from focal.testing.ulp import allowed_ulp
 
 __all__ = ["check_loss"]
 
 NAME = "check_loss"
+Params = dict[str, Any]
+SAMPLE = 3
+"""Rows that a loss is called with first, to check the shape that it returns."""
 
 
 def check_loss(
@@ -31,56 +45,56 @@ def check_loss(
     seed: int = 0,
     **params: Any,
 ) -> LossReport:
-    r"""Compare a loss, value and gradient, with a reference formula over a hard grid.
+    r"""Compare a loss and its gradient with a reference formula over a grid of extreme inputs.
 
-    **The grid.** The logits where losses break: 0, the smallest numbers, :math:`\pm 17` (beyond
-    which :math:`1 - \sigma(x)` is 0 in float32), 20, 88 (where :math:`e^x` overflows), 100,
-    1000, and one between any two powers of two, up to :math:`2^{64}` (in float16 to
-    :math:`2^{14}`). Besides them [-8, 8], [-128, 128] and [-4096, 4096] are cut into 4096, 8192
-    and 4096 equal parts, and each edge and a random number in each part is a logit: with target
-    0, with target 1, and with a target in between. Those targets come in the same way from 4096
-    parts of [0, 1]. So an error in any band of an axis that is a thousandth of it wide is found.
+    **Grid.** The logits where losses break: 0, the smallest numbers, :math:`\pm 17` (beyond which
+    :math:`1 - \sigma(x)` is 0 in float32), 20, 88 (where :math:`e^x` overflows), 100, 1000, and
+    one between any two powers of two up to :math:`2^{64}` (in float16 to :math:`2^{14}`). In
+    addition, [-8, 8], [-128, 128] and [-4096, 4096] are divided into 4096, 8192 and 4096 equal
+    parts; each edge, and a random number in each part, is a logit with target 0, with target 1
+    and with a soft target. The soft targets are drawn in the same way from 4096 parts of [0, 1].
+    So an error in any interval that is a thousandth of an axis wide is found.
 
-    **The measure.** An error is measured in units in the last place (ULP) of the exact result;
-    that of a gradient whose terms may cancel in ULP of the sum of their absolute values. On top
-    of the bound comes what rounding explains that no formula avoids: of the margin of FL*, of
-    asymmetric and of softmax focal loss, of the difference between score and target in quality
-    focal loss, of a smoothed label. At a kink any slope between those of the two sides is right.
-    A result below 64 times the smallest normal number may be zero, or off by that much, because
-    some frameworks flush smaller numbers (in float16, which they compute in float32, it may
-    not); a result beyond the largest number may be infinite.
+    **Measure.** An error is measured in units in the last place (ULP) of the exact result; that
+    of a gradient whose terms may cancel, in ULP of the sum of their absolute values. Added to the
+    bound is rounding error that no formula avoids: of the margin of FL*, of asymmetric and of
+    softmax focal loss, of the difference between score and target in quality focal loss, of a
+    smoothed label. At a kink any slope between those of the two sides is accepted. A result below
+    64 times the smallest normal number may be zero, or off by as much, because some frameworks
+    flush subnormal numbers (not in float16, which they compute in float32); a result beyond the
+    largest number may be infinite.
 
-    **The parameters.** Where `fn` takes parameters of the reference by name (`gamma`, `alpha`,
-    `beta`, `gamma_positive`, `gamma_negative`, `margin`, `label_smoothing`), it is given them:
-    those in `params` with their value; all others first with the default of `fn` (or of the
-    reference, where `fn` has none that the reference takes), then with several values each in
-    random combinations. An alpha of None is given only where it is the default of `fn`. What
-    `fn` does not take is built in, and is compared with the reference at the value in `params`,
-    or at the reference's default. A `fn` that takes `reduction` is given "none", and with its
-    first parameters "mean" and "sum", too. To keep a parameter from being given, wrap `fn`:
+    **Parameters.** Parameters of the reference that `fn` takes by name (`gamma`, `alpha`, `beta`,
+    `gamma_positive`, `gamma_negative`, `margin`, `label_smoothing`) are passed to it: those in
+    `params` with their value; all others first with the default of `fn` (or of the reference,
+    where `fn` has none that the reference takes), then with several values each in random
+    combinations. An alpha of None is passed only where it is the default of `fn`. What `fn` does
+    not take is part of it, and is compared with the reference at the value in `params`, or at the
+    reference's default. A `fn` that takes `reduction` is called with "none", and at its first
+    setting with "mean" and "sum", too. To keep parameters from being passed, wrap `fn`:
     `lambda x, y: fn(x, y)`.
 
     Args:
         fn: The loss to check, `fn(inputs, targets)`: arrays of the framework in, the unreduced
-            loss out. All shapes are (N,), except: for "sparse_sigmoid_focal_loss" it gets
-            logits (N, 3) and labels (N,) and returns (N, 3), for "softmax_focal_loss" it
-            returns (N,), for "giou_loss" it gets boxes (N, 4) twice and returns (N,). The
-            gradient is that in `inputs`. PyTorch's arrays are on the CPU:
+            loss out. All shapes are (N,), except: "sparse_sigmoid_focal_loss" has logits (N, 3),
+            labels (N,) and a loss (N, 3), "softmax_focal_loss" has logits (N, 3), labels (N,)
+            and a loss (N,), "giou_loss" has boxes (N, 4) twice and a loss (N,). The gradient is
+            that in `inputs`. PyTorch's arrays are on the CPU;
             `lambda x, y: kernel(x.cuda(), y.cuda())` checks a kernel. In JAX `fn` is compiled,
             unless it cannot be traced.
         reference: Name of a public loss. Default "sigmoid_focal_loss".
-        backend: "torch" (default), "jax", "tensorflow", or "numpy", where there is only the
-            value to check.
+        backend: "torch" (default), "jax", "tensorflow", or "numpy", which has no autodiff, so
+            that only the value is checked.
         dtype: Type of the logits and targets: "float16", "bfloat16", "float32" (default) or
             "float64".
         max_ulp: The bound; default 6 + 4 gamma for float32 and float64 (of several exponents
             the largest counts), and 1 for half types: a loss computed in float32 and rounded
-            once keeps it, one computed in the half type does not.
-        atol: An absolute error that is harmless, allowed on top of the bound. Default 0.
+            once satisfies it, one computed in the half type does not.
+        atol: Absolute tolerance, added to the bound. Default 0.
         soft_targets: Whether to check targets between 0 and 1 too, where the reference takes
             them. Default True.
         seed: Of the random numbers, an integer >= 0. Default 0.
-        params: Parameters of the reference; those of `fn`, or built into it.
+        params: Parameters of the reference.
 
     Returns:
         The report: the largest errors and where they are. `print` it for a table.
@@ -114,40 +128,128 @@ def check_loss(
         max_ulp = checks.check_number(NAME, "max_ulp", max_ulp, low=0)
     atol = checks.check_number(NAME, "atol", atol, low=0)
     seed = checks.check_integer(NAME, "seed", seed, low=0)
-    names = names_taken(fn)
-    tried = settings(reference, checked(NAME, reference, params), names, seed)
+    _check_params(reference, params)
+    names = _parameters_by_name(fn)
+    settings = _settings(reference, params, names, seed)
 
-    framework = FRAMEWORKS[backend](dtype)
+    framework = FRAMEWORKS[backend]()
     grid = grid_of(reference, dtype, soft_targets, seed)
-    found: dict[str, list[Part]] = {}
+    found: dict[str, list[Findings]] = {}
     bounds = []
-    with framework.scope():
-        for i, setting in enumerate(tried):
+    with framework.scope(dtype):
+        for i, setting in enumerate(settings):
             default = allowed_ulp(dtype, exponent(reference, setting))
-            bounds.append(default if max_ulp is None else max_ulp)
-            trial = Trial(fn, names, framework, setting, bounds[-1], atol, thorough=i == 0)
+            bound = Bound(dtype, default if max_ulp is None else max_ulp, atol, setting)
+            bounds.append(bound.ulp)
             answers = exact(reference, setting, dtype, grid, second=i == 0)
+            loss = _with_parameters(fn, setting | {"reduction": "none"}, names)
             if i == 0:
-                trial.check_shape(NAME, grid, answers)
-            parts = trial.parts(grid, answers)
+                _check_shape(loss, framework, dtype, grid, answers)
+            results = measure(loss, framework, grid, answers, bound, without=i == 0)
             if i == 0 and "reduction" in names:
                 for reduction in ("mean", "sum"):
                     few, total = reduced(reference, setting, dtype, grid, answers, reduction)
-                    parts += trial.parts(few, total, reduction)
-            for part in parts:
-                found.setdefault(part.targets, []).append(part)
-    merged = tuple(map(Part.merged, found.values()))
+                    loss = _with_parameters(fn, setting | {"reduction": reduction}, names)
+                    results |= measure(loss, framework, few, total, bound, without=False)
+            for kind, result in results.items():
+                found.setdefault(kind, []).append(result)
+    parts = tuple(Part.merged(kind, results) for kind, results in found.items())
     report = LossReport(
         loss=getattr(fn, "__name__", type(fn).__name__),
         reference=reference,
-        params=tried[0],
-        settings=tuple(tried),
+        params=settings[0],
+        settings=tuple(settings),
         backend=backend,
         dtype=dtype,
         max_ulp=max(bounds),
-        parts=merged,
-        passed=all(part.passed for part in merged),
+        parts=parts,
+        passed=all(part.passed for part in parts),
     )
     if not report.passed:
         raise AssertionError(str(report))
     return report
+
+
+def _check_params(reference: str, params: Params) -> None:
+    """Each must be a number, or None, for a parameter of the reference."""
+    known = parameters_of(reference)
+    for name, value in params.items():
+        if name not in known:
+            raise TypeError(
+                f"{NAME}: params must be among those of {reference}, "
+                f"{', '.join(known) or 'which has none'}; got {name}"
+            )
+        if value is not None:
+            checks.check_number(NAME, name, value)
+
+
+def _check_shape(
+    loss: Callable[..., Any], framework: Framework, dtype: str, grid: Grid, answers: Exact
+) -> None:
+    """Of the loss of a few rows; one that broadcasts would need too much memory for all."""
+    inputs, targets = grid.inputs[:SAMPLE], grid.targets[:SAMPLE]
+    x = framework.asarray(inputs, dtype)
+    t = framework.asarray(targets, None if targets.dtype.kind == "i" else dtype)
+    shape = framework.numpy(framework.compiled(loss)(x, t)).shape
+    expected = answers.value.exact[:SAMPLE].shape
+    if shape != expected:
+        raise ValueError(
+            f"{NAME}: fn must return the unreduced loss, of shape {expected} for inputs "
+            f"{inputs.shape}; got {shape}"
+        )
+
+
+def _parameters_by_name(fn: Callable[..., Any]) -> Params:
+    """The parameters that a function can be given by name, and their defaults."""
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # some that are written in C have none
+        return {}
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {name: p.default for name, p in signature.parameters.items() if p.kind in by_name}
+
+
+def _with_parameters(
+    fn: Callable[..., Any], params: Params, names: Collection[str]
+) -> Callable[[Any, Any], Any]:
+    """The loss with the parameters that it takes by name."""
+    given = {name: value for name, value in params.items() if name in names}
+
+    def loss(x: Any, t: Any) -> Any:
+        try:
+            return fn(x, t, **given)
+        except Exception as error:
+            if given:
+                error.add_note(f"It was called with {given}.")
+            raise
+
+    return loss
+
+
+def _settings(reference: str, params: Params, names: Params, seed: int) -> list[Params]:
+    """The parameters to check at: first the defaults of the function, or else of the reference.
+
+    Then settings in which each parameter that the function takes, and that is not in `params`,
+    has each of its values at least once, in random combinations.
+    """
+    base = parameters_of(reference) | params
+    columns = {}
+    for name in [name for name in base if name in names and name not in params]:
+        values: list[Any] = [v for v in VALUES[name] if is_valid(reference, {name: v})]
+        own = names[name]
+        if is_valid(reference, {name: own}):
+            base[name] = own
+        elif base[name] is None:  # a function shows by its default whether it takes None
+            base[name] = values[0]
+        values.insert(0, base[name])
+        columns[name] = list(dict.fromkeys(values))
+    if not columns:
+        return [base]
+    random = np.random.default_rng(seed)
+    count = max(map(len, columns.values()))
+    drawn = {
+        name: [values[i % len(values)] for i in random.permutation(count)]
+        for name, values in columns.items()
+    }
+    rows = [base | {name: drawn[name][i] for name in drawn} for i in range(count)]
+    return [base, *(row for row in rows if row != base)]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from focal.testing.ulp import LIMITS, rounded
 
-__all__ = ["Grid", "boxes_grid", "dense_grid", "difference_grid", "softmax_grid", "sparse_grid"]
+__all__ = ["Grid", "dense_grid", "difference_grid", "grid_of", "softmax_grid", "sparse_grid"]
 
 Wide = NDArray[np.float64]
 RANGES = ((8.0, 4096), (128.0, 8192), (4096.0, 4096))
@@ -53,6 +53,19 @@ class Grid(NamedTuple):
     targets: NDArray[Any]
     target_of_logit: Wide
     kinds: dict[str, NDArray[np.bool_]]
+
+
+def grid_of(reference: str, dtype: str, soft_targets: bool, seed: int) -> Grid:
+    """The grid of a reference."""
+    if reference == "sparse_sigmoid_focal_loss":
+        return sparse_grid(dtype, seed)
+    if reference == "softmax_focal_loss":
+        return softmax_grid(dtype, seed)
+    if reference == "smooth_l1_loss":
+        return difference_grid(dtype, seed)
+    if reference == "giou_loss":
+        return boxes_grid(dtype, seed)
+    return dense_grid(dtype, soft_targets, seed)
 
 
 def dense_grid(dtype: str, soft: bool, seed: int) -> Grid:

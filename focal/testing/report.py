@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["NO_AUTODIFF", "PASSED", "Errors", "LossReport", "Part", "Place"]
+__all__ = ["NO_AUTODIFF", "Errors", "Findings", "LossReport", "Part", "Place"]
 
 HEADER = ("targets", "what", "ULP", "allowed", "relative", "beyond", "NaN", "inf")
 PASSED = "passed"
@@ -49,7 +49,7 @@ class Place:
         where = ""
         if self.inputs is not None:
             column = "" if self.column is None else f"[{self.column}]"
-            where = f"logit {_numbers(self.inputs)}{column}, target {_numbers(self.targets)}: "
+            where = f"input {_numbers(self.inputs)}{column}, target {_numbers(self.targets)}: "
         got = f"expected {self.expected:.9g}, got {self.got:.9g}"
         return f"{where}{got}, {self.ulp:.4g} ULP ({self.allowed:.4g} allowed)"
 
@@ -99,6 +99,15 @@ class Errors:
         )
 
 
+class Findings(NamedTuple):
+    """The errors for one kind of targets at one setting of the parameters."""
+
+    value: Errors
+    gradient: Errors | str
+    """Or why there is none."""
+    second: str = "not checked"
+
+
 @dataclass(frozen=True)
 class Part:
     """The results for one kind of targets, or for one reduction.
@@ -109,8 +118,9 @@ class Part:
         value: Errors of the loss.
         gradient: Errors of the gradient; None where there is none.
         gradient_status: "passed", "beyond the bound", or "not available" and why.
-        second_status: "close", "not close" and where, how many are NaN or infinite, or
-            "not available" or "not checked" and why. It is reported and does not decide.
+        second_status: Of the second derivative: "close", "not close" and where, the number of
+            NaN and infinite results, or "not available" or "not checked" and why. It is
+            reported only and cannot fail the check.
     """
 
     targets: str
@@ -125,16 +135,18 @@ class Part:
         return self.value.passed and self.gradient_status in (PASSED, NO_AUTODIFF)
 
     @classmethod
-    def merged(cls, parts: Sequence[Part]) -> Part:
-        """Those of several parameters in one."""
-        gradients = [p.gradient for p in parts if p.gradient is not None]
-        bad = [p.gradient_status for p in parts if p.gradient_status != PASSED]
+    def merged(cls, targets: str, found: Sequence[Findings]) -> Part:
+        """The findings at all settings of the parameters, as one part."""
+        gradients = [f.gradient for f in found if isinstance(f.gradient, Errors)]
+        missing = [f.gradient for f in found if isinstance(f.gradient, str)]
+        passed = all(errors.passed for errors in gradients)
+        status = missing[0] if missing else PASSED if passed else "beyond the bound"
         return cls(
-            targets=parts[0].targets,
-            value=Errors.merged([p.value for p in parts]),
+            targets=targets,
+            value=Errors.merged([f.value for f in found]),
             gradient=Errors.merged(gradients) if gradients else None,
-            gradient_status=bad[0] if bad else PASSED,
-            second_status=parts[0].second_status,
+            gradient_status=status,
+            second_status=found[0].second,
         )
 
 

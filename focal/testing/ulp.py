@@ -31,11 +31,11 @@ LIMITS = {
 
 
 def allowed_ulp(dtype: str, gamma: float) -> float:
-    """The library's promise for a loss and its gradient.
+    """The library's error bound for a loss and its gradient.
 
     6 + 4 gamma, because m^gamma multiplies the relative error of m by gamma. Half types are
-    computed in float32 and rounded once, which is half an ULP: 1 leaves room for the float32
-    error and none for a computation in the half type itself.
+    computed in float32 and rounded once, an error of half an ULP: a bound of 1 leaves room for
+    the float32 error and none for a computation in the half type itself.
     """
     return 6 + 4 * gamma if dtype in ("float32", "float64") else 1.0
 

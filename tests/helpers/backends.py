@@ -1,7 +1,7 @@
 """One object per framework, so that a test body runs over all of them.
 
-To add a framework: a class with its conversions and (if it has autodiff) `grad`, and a line in
-`BACKENDS`.
+The conversions and autodiff are those of `focal.testing.frameworks`. To add a framework: a class
+there, one here, and a line in `BACKENDS`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from focal.core import (
     variants,
 )
 from focal.core.bind import bind
+from focal.testing import frameworks
 
 CORE = (losses, softmax, variants, box_losses, derivatives, boxes, anchors, nms, targets)
 REQUIRE_ALL = os.environ.get("FOCAL_REQUIRE_ALL") == "1"
@@ -38,11 +39,9 @@ ONLY = tuple(filter(None, os.environ.get("FOCAL_BACKENDS", "").split(",")))
 """The backends to test, by name; empty: all. The tests of the others are left out."""
 
 
-class Backend:
+class Backend(frameworks.Framework):
     """focal in one framework, called with NumPy arrays."""
 
-    name: ClassVar[str]
-    dtypes: ClassVar[tuple[str, ...]] = ("float16", "float32", "float64")
     array_name: ClassVar[str]
     F: Any
 
@@ -50,20 +49,12 @@ class Backend:
     def half_types(self) -> tuple[str, ...]:
         return tuple(d for d in self.dtypes if d not in ("float32", "float64"))
 
-    def asarray(self, value: Any, dtype: str | None = None) -> Any:
-        """`value` as an array of the framework; `dtype` may name a type that NumPy lacks."""
-        raise NotImplementedError
-
-    def numpy(self, array: Any) -> np.ndarray:
-        """The array in NumPy; bfloat16 comes as float32, which holds it exactly."""
-        raise NotImplementedError
-
     def dtype(self, array: Any) -> str:
         return str(array.dtype).rpartition(".")[2]
 
     def grad(self, function: Callable[[Any], Any], x: Any) -> np.ndarray:
         """Autodiff gradient of the sum of function(x)."""
-        raise NotImplementedError
+        return self.numpy(self.value_and_gradient(function, x)[1])
 
     def __call__(self, function: str, *args: Any, **kwargs: Any) -> Any:
         """A public function on NumPy arguments, with NumPy results."""
@@ -85,20 +76,14 @@ class Backend:
         return self.asarray(value) if isinstance(value, np.ndarray) else value
 
 
-class NumPy(Backend):
-    name = "numpy"
+class NumPy(frameworks.NumPy, Backend):
     array_name = "array-like"
-
-    def __init__(self) -> None:
-        self.F = focal.numpy
+    F = focal.numpy
 
     def asarray(self, value: Any, dtype: str | None = None) -> np.ndarray:
         array = np.array(value, dtype=dtype)
         array.flags.writeable = False  # no function may write to its arguments
         return array
-
-    def numpy(self, array: Any) -> np.ndarray:
-        return np.asarray(array)
 
 
 class ArrayApiStrict(Backend):
@@ -123,37 +108,21 @@ class ArrayApiStrict(Backend):
         return np.asarray(array)
 
 
-class Torch(Backend):
-    name = "torch"
-    dtypes = ("float16", "bfloat16", "float32", "float64")
+class Torch(frameworks.Torch, Backend):
     array_name = "a torch.Tensor"
 
     def __init__(self) -> None:
-        self.torch = importlib.import_module("torch")
+        super().__init__()
         self.F = importlib.import_module("focal.torch")
 
-    def asarray(self, value: Any, dtype: str | None = None) -> Any:
-        return self.torch.tensor(value, dtype=None if dtype is None else getattr(self.torch, dtype))
 
-    def numpy(self, array: Any) -> np.ndarray:
-        array = array.detach()
-        return (array.float() if array.dtype == self.torch.bfloat16 else array).numpy()
-
-    def grad(self, function: Callable[[Any], Any], x: Any) -> np.ndarray:
-        x = x.detach().clone().requires_grad_()
-        (gradient,) = self.torch.autograd.grad(function(x).sum(), x)
-        return self.numpy(gradient)
-
-
-class JAX(Backend):
+class JAX(frameworks.JAX, Backend):
     """With 64-bit types during each call, whatever the process is set to."""
 
-    name = "jax"
-    dtypes = ("float16", "bfloat16", "float32", "float64")
     array_name = "a JAX or NumPy array"
 
     def __init__(self) -> None:
-        self.jax = importlib.import_module("jax")
+        super().__init__()
         module = importlib.import_module("focal.jax")
         self.F = ModuleType(module.__name__)
         self.F.__all__ = module.__all__
@@ -162,56 +131,32 @@ class JAX(Backend):
             wide = inspect.isfunction(public) and public.__module__ == module.__name__
             setattr(self.F, name, self._wide(public) if wide else public)
 
-    def wide_types(self) -> Any:
-        """64-bit types within it."""
-        if hasattr(self.jax, "enable_x64"):
-            return self.jax.enable_x64(True)
-        return importlib.import_module("jax.experimental").enable_x64()  # before JAX 0.8
-
     def _wide(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def wide(*args: Any, **kwargs: Any) -> Any:
-            with self.wide_types():
+            with self.scope("float64"):
                 return function(*args, **kwargs)
 
         return wide
 
     def asarray(self, value: Any, dtype: str | None = None) -> Any:
-        with self.wide_types():
-            return self.jax.numpy.asarray(value, dtype)
-
-    def numpy(self, array: Any) -> np.ndarray:
-        return np.asarray(array, np.float32 if self.dtype(array) == "bfloat16" else None)
+        with self.scope("float64"):
+            return super().asarray(value, dtype)
 
     def grad(self, function: Callable[[Any], Any], x: Any) -> np.ndarray:
-        with self.wide_types():
-            return self.numpy(self.jax.grad(lambda x: function(x).sum())(x))
+        with self.scope("float64"):
+            return super().grad(function, x)
 
 
-class TensorFlow(Backend):
-    name = "tensorflow"
-    dtypes = ("float16", "bfloat16", "float32", "float64")
+class TensorFlow(frameworks.TensorFlow, Backend):
     array_name = "a tf.Tensor or what converts to one"
 
     def __init__(self) -> None:
-        self.tf = importlib.import_module("tensorflow")
+        super().__init__()
         self.F = importlib.import_module("focal.tensorflow")
-
-    def asarray(self, value: Any, dtype: str | None = None) -> Any:
-        tensor = self.tf.convert_to_tensor(value)
-        return tensor if dtype is None else self.tf.cast(tensor, dtype)
-
-    def numpy(self, array: Any) -> np.ndarray:
-        return (self.tf.cast(array, "float32") if array.dtype == "bfloat16" else array).numpy()
 
     def dtype(self, array: Any) -> str:
         return str(array.dtype.name)
-
-    def grad(self, function: Callable[[Any], Any], x: Any) -> np.ndarray:
-        with self.tf.GradientTape() as tape:
-            tape.watch(x)
-            loss = self.tf.reduce_sum(function(x))
-        return self.numpy(tape.gradient(loss, x))
 
 
 BACKENDS: dict[str, type[Backend]] = {

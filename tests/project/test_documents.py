@@ -15,7 +15,6 @@ import pytest
 from folders import ROOT
 
 from focal import cli
-from focal.testing import __main__ as sweep
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
@@ -158,8 +157,8 @@ def check_module(module: str, arguments: list[str]) -> None:
         options = cli._parser().parse_args(arguments)  # exits where it does not understand
         if hasattr(options, "set"):
             cli.options.configs(options)
-    elif module == "focal.testing":
-        sweep._parser().parse_args(arguments)
+    elif module in ("benchmarks.exhaustive", "benchmarks.figures"):
+        importlib.import_module(module)._parser().parse_args(arguments)
     else:
         found = find_spec(module)
         assert found is not None and found.origin is not None, module

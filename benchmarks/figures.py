@@ -1,11 +1,14 @@
 """The figures of the paper, and some of our own, each drawn from this library's functions.
 
+python -m benchmarks.figures --out docs/pictures/figures --weights weights.safetensors --data DATA
+
 Lin et al. 2017, arXiv:1708.02002. A function `..._figure` draws one; what it draws comes from
 functions without a picture, so that the numbers can be tested.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Plot
 
 import focal
+from focal.cli.options import add_backend, open_dataset
 from focal.files import write_atomically
 from focal.numpy import anchors as make_anchors
 from focal.numpy import (
@@ -27,18 +31,8 @@ from focal.numpy import (
     sigmoid_focal_loss_star_grad,
 )
 from focal.retinanet.data import Dataset, eval_batches
-from focal.retinanet.detector import backend_module
+from focal.retinanet.detector import backend_module, load
 from focal.retinanet.report.draw import PALETTE, save_image
-
-__all__ = [
-    "FIGURES",
-    "anchor_logits",
-    "blank",
-    "cumulative_share",
-    "textbook",
-    "ulp_errors",
-    "write_figures",
-]
 
 GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)
 COLOURS = (PALETTE[0], PALETTE[6], PALETTE[1], PALETTE[3], PALETTE[2])
@@ -354,3 +348,35 @@ FIGURES: Mapping[str, Figure] = {
         "anchors. With $\\pi$ = 0.01 focal loss starts near 1, about as low as any prior makes it.",
     ),
 }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Draw all figures, and print the names of the files."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if (options.weights is None) != (options.data is None):
+        parser.error("--weights and --data: figure 4 needs both; got one")
+    model = dataset = None
+    if options.weights is not None:
+        model = load(options.weights, options.backend, options.device)
+        dataset = open_dataset(options.data, options.split, model.config)
+    for name in write_figures(options.out, model, dataset):
+        print(options.out / name)
+    print(options.out / "figures.md")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.figures",
+        description="draw the figures of the paper, and our own",
+    )
+    parser.add_argument("--out", type=Path, default=Path("figures"), help="folder to write")
+    parser.add_argument("--weights", type=Path, help="a trained detector, for figure 4")
+    parser.add_argument("--data", help="images for it: a COCO folder, or 'shapes' (generated)")
+    parser.add_argument("--split", default="test", help="train, val or test (default)")
+    add_backend(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    main()

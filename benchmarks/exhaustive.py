@@ -1,30 +1,39 @@
-"""A sweep over a whole type: cut into pieces, shared among processes, resumed after a kill."""
+"""The sigmoid focal loss at every number of a type, against float64.
+
+python -m benchmarks.exhaustive --backend torch --gamma 0 0.5 2 --out torch.json
+
+The bit patterns are cut into pieces and shared among processes. What is done is saved after each
+piece, so a run that was killed resumes where it stopped.
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import datetime
 import functools
 import importlib
-import importlib.metadata
 import json
 import multiprocessing
 import os
-import platform
+import shlex
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import machine, table, versions
+from benchmarks.sweep import Settings, Tally, patterns, sweep
+from focal.core import checks
 from focal.files import write_atomically
-from focal.testing.sweep import Settings, Tally, patterns, sweep
+from focal.testing.frameworks import FRAMEWORKS
 from focal.testing.ulp import allowed_ulp
 
-__all__ = ["exhaustive", "summary"]
-
+NAME = "exhaustive"
 PIECE = 1 << 26
-"""Patterns between two savings: several seconds of work."""
+"""Bit patterns between two saves: several seconds of work."""
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -32,24 +41,41 @@ ONE_THREAD = {
     "TF_NUM_INTEROP_THREADS": "1",
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
 }
-DISTRIBUTIONS = ("focal-losses", "numpy", "torch", "jax", "jaxlib", "tensorflow", "tensorflow-cpu")
+HEADER = ("gamma", "what", "bound", "ULP", "at logit", "target")
+COUNTS = ("not_finite", "nan_lost", "limit_missed", "beyond", "flushed")
 
 Results = list[tuple[Tally, Tally]]
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; 0 if all errors are within the bound, 1 if not."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    options = parser.parse_args(given)
+    try:
+        settings = _settings(options)
+        jobs = checks.check_integer(NAME, "jobs", options.jobs, low=1)
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
+    command = shlex.join(["python", "-m", "benchmarks.exhaustive", *given])
+    record = exhaustive(settings, jobs, options.out, command)
+    print(summary(record))
+    return 0 if record["passed"] else 1
+
+
 def exhaustive(settings: Settings, jobs: int, out: Path | None, command: str) -> dict[str, Any]:
-    """Sweep, or finish the sweep that a killed run left, and write the record.
+    """Sweep, or finish the sweep of a run that was killed, and write the record.
 
     Args:
         settings: What to sweep.
         jobs: Processes, each with one thread; 1 is this process itself.
-        out: Where to write the record as JSON. Beside it, in `out` + ".part", stands what is
-            done, until all is done. None writes nothing.
+        out: Where to write the record as JSON; the state of an unfinished run is in `out` +
+            ".part". None writes nothing.
         command: The command, for the record.
 
     Returns:
-        The record: for each gamma what was seen of loss and gradient, and whether the bound is
-        kept; with date, machine, versions and command.
+        The record: the errors of loss and gradient for each gamma, and whether they are within
+        the bound; with date, machine, versions and command.
     """
     count = patterns(settings)
     pieces = [(first, min(first + PIECE, count)) for first in range(0, count, PIECE)]
@@ -71,29 +97,54 @@ def exhaustive(settings: Settings, jobs: int, out: Path | None, command: str) ->
 
 def summary(record: dict[str, Any]) -> str:
     """The record as a table."""
-    lines = [
-        "gamma  what      bound  ULP    at logit         target  NaN/inf  NaN lost  limits missed"
-        "  beyond  flushed"
-    ]
+    rows: list[tuple[str, ...]] = [(*HEADER, *(name.replace("_", " ") for name in COUNTS))]
     for gamma, found in record["gammas"].items():
         for what in ("loss", "gradient"):
             t = Tally(**found[what])
-            lines.append(
-                f"{gamma:5}  {what:8}  {found['bound']:5g}  {t.ulp:5.2f}  {t.logit:<15.9g}  "
-                f"{t.target:6}  {t.not_finite:7}  {t.nan_lost:8}  {t.limit_missed:13}  "
-                f"{t.beyond:6}  {t.flushed:7}"
-            )
-    name = f"{record['backend']}, {record['dtype']}"
-    verdict = "kept" if record["kept"] else "NOT KEPT"
-    lines.append(
-        f"{name}: {record['logits']} logits with target 0 and 1 in {record['seconds']:.0f} s, "
-        f"bound {verdict}"
+            numbers = (f"{found['bound']:g}", f"{t.ulp:.2f}", f"{t.logit:.9g}", str(t.target))
+            counts = (str(getattr(t, name)) for name in COUNTS)
+            rows.append((gamma, what, *numbers, *counts))
+    return (
+        f"{table(rows)}\n{record['backend']}, {record['dtype']}: {record['logits']} logits with "
+        f"target 0 and 1 in {record['seconds']:.0f} s: {'passed' if record['passed'] else 'FAILED'}"
     )
-    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.exhaustive",
+        description="Evaluate loss and gradient at every number of a type, with target 0 and 1, "
+        "and print the largest error in units in the last place (ULP).",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--backend", choices=tuple(FRAMEWORKS), default="torch", help="framework")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float32")
+    parser.add_argument("--gamma", type=float, nargs="+", default=[2.0], help="one or more")
+    parser.add_argument("--alpha", type=float, default=None, help="weight of positives")
+    parser.add_argument("--stride", type=int, default=1, help="take every n-th bit pattern")
+    parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
+    parser.add_argument(
+        "--out", type=Path, help="JSON record; a run that was killed resumes from FILE.part"
+    )
+    return parser
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    if options.dtype not in FRAMEWORKS[options.backend].dtypes:
+        raise ValueError(
+            f"{NAME}: dtype must be one that {options.backend} has; got {options.dtype!r}"
+        )
+    return Settings(
+        backend=options.backend,
+        dtype=options.dtype,
+        gammas=tuple(checks.check_gamma(NAME, gamma) for gamma in options.gamma),
+        alpha=checks.check_alpha(NAME, options.alpha),
+        stride=checks.check_integer(NAME, "stride", options.stride, low=1),
+    )
 
 
 class _State:
-    """What is done so far, on the disk too; a sweep with other settings begins anew."""
+    """The results so far, saved after each piece; those of other settings are not used."""
 
     def __init__(self, settings: Settings, path: Path | None) -> None:
         self.path = path
@@ -125,12 +176,12 @@ def _piece(settings: Settings, pieces: list[tuple[int, int]], i: int) -> tuple[i
 
 @contextlib.contextmanager
 def _workers(jobs: int) -> Iterator[Any]:
-    """How to map a function over pieces, in any order."""
+    """A function like `map`, which may return the results in any order."""
     if jobs == 1:
         yield map
         return
-    # Spawned, because frameworks with threads do not survive a fork; what they inherit of the
-    # environment holds each of them to one thread.
+    # Frameworks with threads do not survive a fork, so the processes are spawned; they read the
+    # number of threads from the environment.
     saved = {name: os.environ.get(name) for name in ONE_THREAD}
     os.environ.update(ONE_THREAD)
     try:
@@ -156,25 +207,21 @@ def _bar(total: int, initial: int) -> Iterator[Any]:
 
 
 def _record(settings: Settings, state: _State, jobs: int, command: str) -> dict[str, Any]:
+    importlib.import_module(settings.backend)  # for its version
     gammas = {}
     for gamma, (loss, gradient) in zip(settings.gammas, state.results, strict=True):
         bound = allowed_ulp(settings.dtype, gamma)
         gammas[f"{gamma:g}"] = {
             "bound": bound,
-            "kept": loss.kept(bound) and gradient.kept(bound),
+            "passed": loss.passed(bound) and gradient.passed(bound),
             "loss": dataclasses.asdict(loss),
             "gradient": dataclasses.asdict(gradient),
         }
     return {
         "command": command,
         "date": datetime.date.today().isoformat(),
-        "machine": {
-            "processor": _processor(),
-            "architecture": platform.machine(),
-            "system": platform.system(),
-            "cores": os.cpu_count(),
-        },
-        "versions": {"python": platform.python_version(), **_versions()},
+        "machine": machine(),
+        "versions": versions(),
         "backend": settings.backend,
         "dtype": settings.dtype,
         "alpha": settings.alpha,
@@ -182,26 +229,15 @@ def _record(settings: Settings, state: _State, jobs: int, command: str) -> dict[
         "logits": patterns(settings),
         "jobs": jobs,
         "seconds": round(state.seconds, 1),
-        "kept": all(found["kept"] for found in gammas.values()),
+        "passed": all(found["passed"] for found in gammas.values()),
         "gammas": gammas,
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or "unknown")
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in DISTRIBUTIONS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,6 +7,9 @@ w, times alpha or 1 - alpha, and a sweep over all w is one over all logits with 
 
 from __future__ import annotations
 
+import functools
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,12 +21,15 @@ from focal.numpy._namespace import xp
 from focal.testing.frameworks import FRAMEWORKS, Framework
 from focal.testing.ulp import LIMITS, allowed_ulp
 
-__all__ = ["Settings", "Tally", "patterns", "sweep"]
-
+CHUNK = {"numpy": 1 << 12}
+"""Logits evaluated at once, by default 2^17, so that the calls cost little; in NumPy few, so that
+the temporary arrays stay in the cache."""
 BLOCK = 1 << 14
 """Margins compared at once: a dozen float64 arrays of them stay in the cache."""
 EXPONENT = np.int64(0x7FF << 52)
 TARGETS = (0, 1)
+
+Both = Callable[[Any, Any], tuple[Any, Any]]
 
 
 class Settings(NamedTuple):
@@ -68,8 +74,8 @@ class Tally:
         for count in ("beyond", "flushed", "not_finite", "nan_lost", "limit_missed"):
             setattr(self, count, getattr(self, count) + getattr(other, count))
 
-    def kept(self, bound: float) -> bool:
-        """Whether nothing was wrong."""
+    def passed(self, bound: float) -> bool:
+        """Whether no result is beyond the bound or wrong in another way."""
         wrong = self.beyond + self.not_finite + self.nan_lost + self.limit_missed
         return self.ulp <= bound and wrong == 0
 
@@ -83,13 +89,17 @@ def patterns(settings: Settings) -> int:
 @np.errstate(invalid="ignore", over="ignore")  # signalling NaNs and infinities are logits here
 def sweep(settings: Settings, first: int, last: int) -> list[tuple[Tally, Tally]]:
     """Loss and gradient, for each gamma, at the patterns first to last - 1 of a sweep."""
-    framework = FRAMEWORKS[settings.backend](settings.dtype)
-    own = [framework.own_loss(settings.alpha, gamma) for gamma in settings.gammas]
+    framework = FRAMEWORKS[settings.backend]()
+    own = [own_loss(framework, settings.alpha, gamma) for gamma in settings.gammas]
     tallies = [(Tally(), Tally()) for _ in own]
-    for begin in range(first, last, framework.chunk):
-        bits = _bits(settings, begin, min(begin + framework.chunk, last))
-        x, y = _logits_and_targets(framework, bits)
+    chunk = CHUNK.get(settings.backend, 1 << 17)
+    for begin in range(first, last, chunk):
+        bits = _bits(settings, begin, min(begin + chunk, last))
         margins = _numbers(bits, settings.dtype)
+        # Logits w with target 0, then -w with target 1.
+        logits = _numbers(np.concatenate([bits, bits ^ _sign(bits)]), settings.dtype)
+        targets = np.repeat(np.array(TARGETS, np.float32), len(bits))
+        x, y = (framework.asarray(a, settings.dtype) for a in (logits, targets))
         for function, gamma, seen in zip(own, settings.gammas, tallies, strict=True):
             results = [framework.numpy(r).reshape(2, -1) for r in function(x, y)]
             for start in range(0, len(bits), BLOCK):
@@ -99,17 +109,31 @@ def sweep(settings: Settings, first: int, last: int) -> list[tuple[Tally, Tally]
     return tallies
 
 
+def own_loss(framework: Framework, alpha: float | None, gamma: float) -> Both:
+    """The library's sigmoid focal loss and its gradient, as its users compile them."""
+    focal: Any = importlib.import_module(f"focal.{framework.name}")
+
+    def loss(x: Any, y: Any) -> Any:
+        return focal.sigmoid_focal_loss(x, y, alpha, gamma)
+
+    if framework.name == "numpy":
+        return lambda x, y: (loss(x, y), focal.sigmoid_focal_loss_grad(x, y, alpha, gamma))
+    both = functools.partial(framework.value_and_gradient, loss)
+    if framework.name == "tensorflow":
+        tf: Any = importlib.import_module("tensorflow")
+        return tf.function(both, autograph=False, reduce_retracing=True)
+    return framework.compiled(both)
+
+
 def _bits(settings: Settings, first: int, last: int) -> NDArray[Any]:
     """The patterns of the margins."""
     kind = np.uint32 if settings.dtype == "float32" else np.uint16
     return (np.arange(first, last, dtype=np.int64) * settings.stride).astype(kind)
 
 
-def _logits_and_targets(framework: Framework, bits: NDArray[Any]) -> tuple[Any, Any]:
-    """Logits w with target 0, then -w with target 1."""
-    sign = bits.dtype.type(1 << (8 * bits.itemsize - 1))
-    x = framework.from_bits(np.concatenate([bits, bits ^ sign]))
-    return x, framework.array(np.repeat(np.array(TARGETS, np.float32), len(bits)))
+def _sign(bits: NDArray[Any]) -> Any:
+    """The pattern of the sign bit."""
+    return bits.dtype.type(1 << (8 * bits.itemsize - 1))
 
 
 def _numbers(bits: NDArray[Any], dtype: str) -> NDArray[Any]:
