@@ -70,7 +70,7 @@ SHAPES = Setting(
         batch_size=16,
         learning_rate=0.1,
         warmup=50,
-        flips="eightfold",
+        flips="d4",
         workers=0,
         precision="bfloat16",
     ),

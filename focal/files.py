@@ -1,4 +1,4 @@
-"""Files that are whole at every moment."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 __all__ = ["PARTIAL", "sync_folder", "write_atomically"]
 
 PARTIAL = ".partial"
-"""How the name of a file ends while it is written; a process that is killed leaves it behind."""
+"""The suffix of a file that is being written; a killed process leaves it behind."""
 
 
 def write_atomically(path: str | os.PathLike[str], *pieces: bytes | memoryview) -> None:
-    """Write a file so that at every moment the old one or the new one is there, whole.
+    """Write a file so that at any moment either the old or the new one exists, complete.
 
     Raises:
-        OSError: it cannot be written; the old file stays, and nothing beside it.
+        OSError: the file cannot be written; the old one is kept, and no other is left.
     """
     path = Path(path)
-    # In the same folder, since a rename across file systems is a copy, which can be cut short.
+    # In the same folder: a rename across file systems is a copy, which is not atomic.
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         with open(partial, "wb") as file:
@@ -27,18 +27,18 @@ def write_atomically(path: str | os.PathLike[str], *pieces: bytes | memoryview) 
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError as error:  # which names no file where the disk is full
+    except OSError as error:  # does not name the file if the disk is full
         reason = f"{error.strerror or error}; what was there before is untouched"
         raise OSError(error.errno, reason, str(path)) from error
     finally:
-        with contextlib.suppress(OSError):  # which would hide the first one
+        with contextlib.suppress(OSError):  # it would hide the first error
             partial.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
 def sync_folder(path: Path) -> None:
-    """Make what was renamed or removed in a folder last through a power cut."""
-    if os.name == "posix":  # elsewhere folders cannot be opened
+    """Make renames and removals in a folder durable."""
+    if os.name == "posix":  # on Windows folders cannot be opened
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

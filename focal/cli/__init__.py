@@ -1,4 +1,4 @@
-"""The command line: `focal train` and what goes with it, a file for each command."""
+"""The command line: `focal train` and the other commands, one file each."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"focal: {_not_installed(error)}", file=sys.stderr)
         return 2
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
-        # Everything a person can mend ends in one sentence; the rest keeps its traceback.
+        # What a user can fix ends in one sentence; other errors keep their traceback.
         text = str(error)
         if isinstance(error, OSError) and error.filename is not None:
             text = f"{error.filename}: {error.strerror}"
         print(f"focal: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        resume = "; --resume goes on from the last checkpoint" if options.run is train.run else ""
+        resume = "; --resume continues from the last checkpoint" if options.run is train.run else ""
         print(f"focal: {str(stop) or 'stopped'}{resume}", file=sys.stderr)
         return 128 + getattr(stop, "signal", signal.SIGINT)
     return status
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _not_installed(error: ModuleNotFoundError) -> str:
-    """Which package is missing, and the extra that brings it."""
+    """Which package is missing, and the extra that installs it."""
     package = (error.name or "").split(".")[0]
     if package in ("", "focal"):
         raise error
@@ -62,4 +62,4 @@ def _not_installed(error: ModuleNotFoundError) -> str:
     extras |= dict.fromkeys(("jax", "flax", "optax"), "jax")
     extras |= dict.fromkeys(("onnx", "onnxscript"), "onnx")
     extra = extras.get(package, "retinanet")
-    return f'{package} is not installed; pip install "focal-losses[{extra}]" brings it'
+    return f'{package} is not installed; install it with: pip install "focal-losses[{extra}]"'

@@ -13,14 +13,14 @@ __all__ = ["add", "run"]
 
 EPILOG = """\
 All splits are read, each image is decoded once, and every problem is listed with file and record.
-Errors are what training or evaluation would stop on: files that are missing, broken, of another
-size than the JSON says or outside the folder; records with a missing, wrong, unknown or repeated
-value; a missing train or val split; classes that differ between splits. Warnings are the rest:
-boxes that are dropped or clipped, images, boxes and files that are there twice, in two splits,
-without a class or of an unusual size, and more.
+Errors would stop training or evaluation: files that are missing, broken, outside the folder or not
+of the size in the JSON; records with a missing, wrong, unknown or duplicate value; a missing train
+or val split; classes that differ between splits. Everything else is a warning: boxes that are
+dropped or clipped, duplicate images, boxes and files, images in two splits, images without a class,
+boxes of an unusual size, and more.
 
-The sizes of the boxes and the share that the anchors reach are those of --preset, --convention
-and --canvas, on whole images without augmentation.
+Box sizes and anchor coverage are those of --preset, --convention and --canvas, on whole images
+without augmentation.
 
 exit status: 0 if there are no errors, whatever the warnings; 1 if there are errors;
              2 if there is nothing to check, or the command is wrong
@@ -28,10 +28,10 @@ exit status: 0 if there are no errors, whatever the warnings; 1 if there are err
 
 
 def add(commands: Commands) -> None:
-    """The command and its options."""
+    """Add the command and its options."""
     check = commands.add_parser(
         "check",
-        help="find what is wrong with a data set",
+        help="find errors in a dataset",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -42,7 +42,7 @@ def add(commands: Commands) -> None:
 
 
 def run(options: argparse.Namespace, command: str) -> int:
-    """Carry it out."""
+    """Run the command."""
     from focal.files import write_atomically
     from focal.retinanet.report.check import check_data, read_boxes
     from focal.retinanet.report.check_picture import check_picture

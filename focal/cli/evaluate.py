@@ -11,7 +11,7 @@ __all__ = ["add", "run"]
 
 
 def add(commands: Commands) -> None:
-    """The command and its options."""
+    """Add the command and its options."""
     evaluate = commands.add_parser("evaluate", help="measure COCO AP of a detector")
     evaluate.add_argument("weights", type=Path, help="weights.safetensors of a run")
     add_data(evaluate)
@@ -22,7 +22,7 @@ def add(commands: Commands) -> None:
 
 
 def run(options: argparse.Namespace, command: str) -> None:
-    """Carry it out."""
+    """Run the command."""
     from focal.files import write_atomically
     from focal.retinanet.detector import load
     from focal.retinanet.training.evaluate import evaluate_model

@@ -11,7 +11,7 @@ __all__ = ["add", "run"]
 
 
 def add(commands: Commands) -> None:
-    """The command and its options."""
+    """Add the command and its options."""
     export = commands.add_parser("export", help="write a detector for ONNX or TensorFlow programs")
     export.add_argument("weights", type=Path, help="weights.safetensors of a run")
     export.add_argument(
@@ -24,7 +24,7 @@ def add(commands: Commands) -> None:
 
 
 def run(options: argparse.Namespace, _: str) -> None:
-    """Carry it out."""
+    """Run the command."""
     from focal.retinanet.detector import export, export_backend, load
 
     model = load(options.weights, export_backend(options.out), device="cpu")

@@ -1,4 +1,4 @@
-"""Options that several commands have, and what they mean."""
+"""Options that several commands share, and what they mean."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:  # it must be possible to ask for help without what these need
+    from focal.retinanet import RetinaNetConfig, TrainConfig
+    from focal.retinanet.data import Dataset
 
 __all__ = [
     "Commands",
@@ -19,8 +24,8 @@ __all__ = [
     "print_metrics",
 ]
 
-Commands = Any
-"""What `add_subparsers` gives."""
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Configs: TypeAlias = "tuple[RetinaNetConfig, TrainConfig]"
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
@@ -43,37 +48,37 @@ def add_detector(parser: argparse.ArgumentParser) -> None:
 
 
 def add_backend(parser: argparse.ArgumentParser) -> None:
-    """Which framework, on what."""
+    """Which framework, on which device."""
     parser.add_argument("--backend", default="torch", help="torch (default), jax or tensorflow")
     parser.add_argument("--device", help="such as cpu or cuda (default: a GPU if there is one)")
 
 
-def configs(options: argparse.Namespace) -> tuple[Any, Any]:
-    """What the run had if it is to go on, else the preset; with the options laid over it."""
+def configs(options: argparse.Namespace) -> Configs:
+    """The recorded settings of a run to resume, else the preset's; other options override them."""
+    from focal.retinanet.config import parse_fields
+
     named = options.preset is not None or options.convention is not None
     if options.resume and not named and (options.out / "config.json").is_file():
         detector, run = _recorded(options.out / "config.json")
     else:
         detector, run = _preset(options.preset or "tiny", options.convention or "paper")
-    if options.canvas is not None:
-        detector = detector.replace(canvas=_canvas(options.canvas))
-    for name, value in (("steps", options.steps), ("seed", options.seed)):
-        if value is not None:
-            run = run.replace(**{name: value})
-    for assignment in options.set:
+    own = {"canvas": options.canvas, "steps": options.steps, "seed": options.seed}
+    assignments = [f"{field}={value}" for field, value in own.items() if value is not None]
+    for assignment in assignments + options.set:
         field, separator, text = assignment.partition("=")
         if not separator:
             raise ValueError(f"--set must be FIELD=VALUE; got {assignment!r}")
-        if field in {f.name for f in dataclasses.fields(run)}:
-            run = run.replace(**{field: _value(text)})
-        elif field in {f.name for f in dataclasses.fields(detector)}:
-            detector = detector.replace(**{field: _value(text)})
+        change = parse_fields({field: _value(text)})
+        if field in vars(run):
+            run = run.replace(**change)
+        elif field in vars(detector):
+            detector = detector.replace(**change)
         else:
             raise ValueError(f"--set: no field {field!r} in RetinaNetConfig or TrainConfig")
     return detector, run
 
 
-def open_dataset(data: str, split: str, detector: Any) -> Any:
+def open_dataset(data: str, split: str, detector: RetinaNetConfig) -> Dataset:
     """A split of the data, or of the generated shapes."""
     from focal.retinanet.data import CocoDataset, ShapesDataset
 
@@ -83,23 +88,23 @@ def open_dataset(data: str, split: str, detector: Any) -> Any:
 
 
 def print_metrics(title: str, metrics: dict[str, Any]) -> None:
-    """The metrics of a split, a line each."""
+    """The metrics of a split, one per line."""
     print(title)
     for name, value in metrics.items():
         if name.startswith("A"):
             print(f"  {name:<12} {math.nan if value is None else value:.3f}")
 
 
-def _preset(preset: str, convention: str) -> tuple[Any, Any]:
-    """The preset with the convention laid over it."""
+def _preset(preset: str, convention: str) -> Configs:
+    """The preset, with the convention's values."""
     from focal.retinanet.presets import CONVENTIONS, PRESETS
 
-    for name, value, table in (
-        ("--preset", preset, PRESETS),
-        ("--convention", convention, CONVENTIONS),
-    ):
-        if value not in table:
-            raise ValueError(f"{name} must be one of {', '.join(table)}; got {value!r}")
+    if preset not in PRESETS:
+        raise ValueError(f"--preset must be one of {', '.join(PRESETS)}; got {preset!r}")
+    if convention not in CONVENTIONS:
+        raise ValueError(
+            f"--convention must be one of {', '.join(CONVENTIONS)}; got {convention!r}"
+        )
     detector, run = PRESETS[preset]
     changes = dict(CONVENTIONS[convention])
     if "anchors" in changes:  # the preset's strides and sizes, the convention's placement
@@ -110,31 +115,23 @@ def _preset(preset: str, convention: str) -> tuple[Any, Any]:
     return detector.replace(**changes), run
 
 
-def _recorded(path: Path) -> tuple[Any, Any]:
+def _recorded(path: Path) -> Configs:
     """The settings in the config.json of a run."""
-    from focal.retinanet.config import RetinaNetConfig, TrainConfig
+    from focal.retinanet.config import RetinaNetConfig, TrainConfig, parse_fields
 
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return (
-            RetinaNetConfig.from_json(json.dumps(record["detector"])),
-            TrainConfig.from_json(json.dumps(record["train"])),
-        )
-    except (KeyError, TypeError, ValueError) as error:
+        detector = RetinaNetConfig(**parse_fields(record["detector"]))
+        return detector, TrainConfig(**parse_fields(record["train"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: expected the record of a run; {error!r}") from error
 
 
 def _value(text: str) -> Any:
-    """The text as JSON where it is JSON, else as a word; the configs check what it is."""
+    """The value of an option: HxW, JSON, or else text; the configs check it."""
+    if size := re.fullmatch(r"(\d+)x(\d+)", text.lower()):
+        return [int(side) for side in size.groups()]
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError:
         return {"None": None, "True": True, "False": False}.get(text, text)
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _canvas(text: str) -> tuple[int, int]:
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(p.isdigit() and int(p) > 0 for p in parts):
-        raise ValueError(f"--canvas must be HEIGHTxWIDTH in pixels, such as 256x320; got {text!r}")
-    return int(parts[0]), int(parts[1])

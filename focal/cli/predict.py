@@ -12,20 +12,23 @@ __all__ = ["add", "run"]
 
 
 def add(commands: Commands) -> None:
-    """The command and its options."""
+    """Add the command and its options."""
     predict = commands.add_parser("predict", help="find objects in images")
     predict.add_argument("weights", type=Path, help="weights.safetensors of a run")
     predict.add_argument("images", type=Path, nargs="+", help="image files")
     add_backend(predict)
     predict.add_argument("--out", type=Path, default=Path("predictions"), help="folder to write")
     predict.add_argument(
-        "--score", type=float, default=0.3, help="least score drawn (default 0.3); JSON has all"
+        "--score",
+        type=float,
+        default=0.3,
+        help="lowest score that is drawn (default 0.3); the JSON file has all",
     )
     predict.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace, _: str) -> None:
-    """Carry it out."""
+    """Run the command."""
     from focal.files import write_atomically
     from focal.retinanet.data import read_image
     from focal.retinanet.detector import load, predict
@@ -38,29 +41,23 @@ def run(options: argparse.Namespace, _: str) -> None:
         if onto_itself or pictures.count(picture) > 1:
             raise ValueError(f"--out {options.out}: {picture.name} would overwrite another image")
     options.out.mkdir(parents=True, exist_ok=True)
-    for path in options.images:
+    for path, picture in zip(options.images, pictures, strict=True):
         image = read_image(path)
         (found,) = predict(model, [image])
         shown = found["scores"] >= options.score
-        drawn = draw_boxes(
-            image,
-            found["boxes"][shown],
-            found["labels"][shown],
-            model.config.classes,
-            found["scores"][shown],
-        )
-        save_image(options.out / f"{path.stem}.png", drawn)
+        boxes, labels, scores = found["boxes"], found["labels"], found["scores"]
+        classes = model.config.classes
+        drawn = draw_boxes(image, boxes[shown], labels[shown], classes, scores[shown])
+        save_image(picture, drawn)
         entries = [
             {
-                "class": model.config.classes[label],
+                "class": classes[label],
                 "score": round(float(score), 5),
                 "box": [round(float(v), 2) for v in box],
             }
-            for box, score, label in zip(
-                found["boxes"], found["scores"], found["labels"], strict=True
-            )
+            for box, label, score in zip(boxes, labels, scores, strict=True)
         ]
         record = {"image": str(path), "box_format": "x1, y1, x2, y2 in pixels", "found": entries}
-        target = options.out / f"{path.stem}.json"
+        target = picture.with_suffix(".json")
         write_atomically(target, json.dumps(record, indent=1).encode())
-        print(f"{path}: {int(shown.sum())} objects -> {options.out / path.stem}.png, {target.name}")
+        print(f"{path}: {int(shown.sum())} objects -> {picture}, {target.name}")

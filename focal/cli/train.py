@@ -21,14 +21,14 @@ __all__ = ["add", "run"]
 EPILOG = """\
 examples:
   focal train --data shapes --canvas 128x128 --steps 1500 --out runs/shapes
-      learn the generated set, which needs no download
+      train on the generated set, which needs no download
   focal train --data path/to/coco --preset tiny --out runs/mine
-      learn your own images: a folder with instances_{train,val,test}.json and images/,
+      train on your own images: a folder with instances_{train,val,test}.json and images/,
       or the COCO 2017 layout
   focal train --data path/to/coco --preset r50 --set norm=batch --set steps=20000
       change any field of the detector or the run
   focal train --data path/to/coco --out runs/mine --resume
-      go on with a run that was stopped
+      resume a run that was stopped
   torchrun --nproc-per-node 8 -m focal train --data path/to/coco --preset r50
       share each batch among 8 GPUs; see docs/scaling.md for JAX and TensorFlow
 
@@ -38,7 +38,7 @@ loss.png, detections.png and report.html.
 
 
 def add(commands: Commands) -> None:
-    """The command and its options."""
+    """Add the command and its options."""
     train = commands.add_parser(
         "train",
         help="train a detector",
@@ -49,13 +49,13 @@ def add(commands: Commands) -> None:
     add_backend(train)
     add_detector(train)
     train.add_argument("--out", type=Path, default=Path("runs/latest"), help="the run folder")
-    train.add_argument("--steps", type=int, help="optimiser steps (default: the preset's)")
+    train.add_argument("--steps", type=int, help="optimizer steps (default: the preset's)")
     train.add_argument("--seed", type=int, help="of weights, order and augmentation (default: 0)")
     train.add_argument("--weights", type=Path, help="start from this weights file")
     train.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the run's newest checkpoint, with its settings where no others are given",
+        help="continue from the run's newest checkpoint, with its settings unless others are given",
     )
     train.add_argument(
         "--set",
@@ -68,7 +68,7 @@ def add(commands: Commands) -> None:
 
 
 def run(options: argparse.Namespace, command: str) -> None:
-    """Carry it out."""
+    """Run the command."""
     from focal.retinanet.detector import backend_module, predict
     from focal.retinanet.report import report
     from focal.retinanet.report.curves import loss_plot
@@ -77,10 +77,10 @@ def run(options: argparse.Namespace, command: str) -> None:
     from focal.retinanet.weights import load_weights
 
     detector, settings = configs(options)
-    # First of all: frameworks want to know of other processes before they are used.
+    # First of all: a framework must know of the other processes before it is used.
     replicas = backend_module(options.backend).replicas(options.device)
     replicas.check(settings)
-    if replicas.rank > 0:  # one process speaks for all
+    if replicas.rank > 0:  # only one process logs
         logging.getLogger().setLevel(logging.WARNING)
     dataset = open_dataset(options.data, "train", detector)
     validation = open_dataset(options.data, "val", detector)
@@ -90,9 +90,7 @@ def run(options: argparse.Namespace, command: str) -> None:
             f"those of {dataset.name} are {dataset.classes}"
         )
     detector = detector.replace(classes=dataset.classes)
-    initial = None
-    if options.weights is not None:
-        initial, _ = load_weights(options.weights)
+    initial = None if options.weights is None else load_weights(options.weights)[0]
     model = train(
         detector,
         settings,

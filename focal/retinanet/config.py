@@ -1,111 +1,125 @@
-"""What a RetinaNet is and how it is trained: two frozen dataclasses and their presets.
+"""What a RetinaNet is and how it is trained: two frozen dataclasses.
 
-Everything a run needs to be repeated is in here, in plain numbers. `RetinaNetConfig`
-describes the detector (network, anchors, target rules, loss, inference) and travels inside
-the weights file; `TrainConfig` describes one training run.
+Together they hold everything that is needed to repeat a run. `RetinaNetConfig` describes the
+detector (network, anchors, target rules, loss, inference) and is stored in the weights file;
+`TrainConfig` describes one training run. Every field is checked by its annotation.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from focal.core import checks
 from focal.core.anchors import AnchorConfig
 
-__all__ = ["RetinaNetConfig", "TrainConfig"]
-
+__all__ = ["RetinaNetConfig", "TrainConfig", "parse_fields"]
 
 BackboneName = Literal["tiny", "resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d"]
 
+# Integers with their least value, numbers with their range
+Count = Annotated[int, 1]
+Natural = Annotated[int, 0]
+Number = Annotated[float, (-checks.INFINITY, checks.INFINITY)]
+NonNegative = Annotated[float, (0, checks.INFINITY)]
+Positive = Annotated[float, (1e-6, checks.INFINITY)]
+Fraction = Annotated[float, (0, 1)]
+Size = tuple[Count, Count]
+
 
 @dataclass(frozen=True)
-class RetinaNetConfig:
+class _Config:
+    """What the two have in common."""
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            _check(type(self).__name__, name, getattr(self, name), hint)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> str:
+        """The config as JSON; `from_json` reads it back."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote."""
+        return cls(**parse_fields(json.loads(text)))
+
+
+@dataclass(frozen=True)
+class RetinaNetConfig(_Config):
     """The detector: network, anchors, targets, loss and inference.
 
-    The defaults are the paper's RetinaNet-50 (arXiv:1708.02002), but for the canvas.
+    The defaults are the paper's RetinaNet-50 (arXiv:1708.02002), except for the canvas.
     """
 
     classes: tuple[str, ...] = ()
     """Names of the foreground classes; class index k is `classes[k]`. Their number is K."""
-    canvas: tuple[int, int] = (1024, 1024)
-    """(height, width) in pixels. Images are scaled to fit, keeping their aspect."""
+    canvas: Size = (1024, 1024)
+    """(height, width) in pixels. Images are scaled to fit, keeping their aspect ratio."""
 
     # Network
     backbone: BackboneName = "resnet50"
     norm: Literal["batch", "frozen_batch", "group"] = "frozen_batch"
-    """Normalisation in the backbone. `frozen_batch` only makes sense with loaded weights."""
-    levels: tuple[int, ...] = (3, 4, 5, 6, 7)
-    channels: int = 256
+    """Normalization in the backbone. `frozen_batch` only makes sense with pretrained weights."""
+    levels: tuple[Natural, ...] = (3, 4, 5, 6, 7)
+    channels: Count = 256
     p6_from: Literal["c5", "p5"] = "c5"
-    head_depth: int = 4
+    head_depth: Natural = 4
     head_norm: Literal["none", "group"] = "none"
-    prior: float = 0.01
-    """Every class score of a new network; 0.5, a bias of 0, is none."""
+    prior: Number = 0.01
+    """The score of every class in a new network; 0.5 means a bias of 0."""
 
     # Anchors and targets
     anchors: AnchorConfig = field(default_factory=AnchorConfig)
-    foreground: float = 0.5
-    background: float = 0.4
-    allow_low_quality: bool | float = False
+    foreground: Fraction = 0.5
+    background: Fraction = 0.4
+    allow_low_quality: bool | Fraction = False
 
     # Loss
     loss: Literal["focal", "focal_star", "ohem"] = "focal"
-    """What classifies: focal loss (gamma 0 is cross entropy), FL*, or the loss of hard examples."""
-    alpha: float | None = 0.25
-    gamma: float = 2.0
-    star_beta: float = 1.0
+    """Classification loss: focal loss (gamma 0 is cross entropy), FL*, or OHEM."""
+    alpha: Number | None = 0.25
+    gamma: NonNegative = 2.0
+    star_beta: Number = 1.0
     """The shift of FL*."""
-    ohem_examples: int = 128
-    """The most hard examples taken from an image."""
-    ohem_iou: float = 0.7
-    """Above this IoU, the anchor of smaller loss is no example."""
-    ohem_ratio: float | None = None
-    """Negatives per positive, 3 in the variant "1:3"; None: whatever is hardest."""
+    ohem_examples: Count = 128
+    """The largest number of hard examples per image."""
+    ohem_iou: Fraction = 0.7
+    """OHEM's NMS threshold: of two anchors above this IoU, the one with the smaller loss is
+    dropped."""
+    ohem_ratio: NonNegative | None = None
+    """Negatives per positive, 3 in the variant "1:3"; None: the hardest examples of any kind."""
     box_loss: Literal["smooth_l1", "giou"] = "smooth_l1"
-    box_beta: float = 1.0
-    """Where smooth L1 turns from square to linear; 0 is L1."""
-    box_weight: float = 1.0
+    box_beta: NonNegative = 1.0
+    """Where smooth L1 turns from quadratic to linear; 0 is L1."""
+    box_weight: NonNegative = 1.0
     normaliser: Literal["batch", "image", "ema"] = "batch"
     """Divide by the positives of the batch (paper), of each image, or by a running mean."""
 
     # Inference
-    score_threshold: float = 0.05
-    candidates: int = 1000
-    """Best-scoring predictions kept per level before NMS."""
-    nms_threshold: float = 0.5
-    max_detections: int = 100
+    score_threshold: Fraction = 0.05
+    candidates: Count = 1000
+    """Top-scoring predictions kept per level before NMS."""
+    nms_threshold: Fraction = 0.5
+    max_detections: Count = 100
 
     # Input: RGB in [0, 255] becomes (image / 255 - mean) / std
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[Fraction, Fraction, Fraction] = (0.485, 0.456, 0.406)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         name = "RetinaNetConfig"
-        _check_words(name, self)
-        _check_size(name, "canvas", self.canvas)
-        for parameter in ("channels", "candidates", "max_detections", "ohem_examples"):
-            checks.check_integer(name, parameter, getattr(self, parameter), 1)
-        checks.check_integer(name, "head_depth", self.head_depth, 0)
-        for parameter in ("foreground", "score_threshold", "nms_threshold", "ohem_iou"):
-            checks.check_number(name, parameter, getattr(self, parameter), 0, 1)
         checks.check_number(name, "background", self.background, 0, self.foreground)
-        if not isinstance(self.allow_low_quality, bool):
-            checks.check_number(name, "allow_low_quality", self.allow_low_quality, 0, 1)
-        for parameter in ("box_beta", "box_weight"):
-            checks.check_number(name, parameter, getattr(self, parameter), 0)
         checks.check_alpha(name, self.alpha)
-        checks.check_gamma(name, self.gamma)
-        checks.check_number(name, "star_beta", self.star_beta)
-        if self.ohem_ratio is not None:
-            checks.check_number(name, "ohem_ratio", self.ohem_ratio, 0)
-        _check_numbers(name, "mean", self.mean, 3, 0, 1)
-        _check_numbers(name, "std", self.std, 3, 1e-6)
-        _check_numbers(name, "levels", self.levels, None, 0)
-        if not isinstance(self.anchors, AnchorConfig):
-            raise TypeError(f"{name}: anchors must be an AnchorConfig; got {self.anchors!r}")
         strides = tuple(2**level for level in self.levels)
         if self.anchors.strides != strides:
             raise ValueError(
@@ -118,155 +132,103 @@ class RetinaNetConfig:
         """K, the number of foreground classes; there is no background class."""
         return len(self.classes)
 
-    def replace(self, **changes: Any) -> RetinaNetConfig:
-        """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)
-
-    def to_json(self) -> str:
-        """The config as JSON; `from_json` reads it back."""
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> RetinaNetConfig:
-        """Read what `to_json` wrote."""
-        fields = _tuples(json.loads(text))
-        return cls(**{**fields, "anchors": AnchorConfig(**fields["anchors"])})
-
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(_Config):
     """One training run. The defaults are the paper's schedule."""
 
-    steps: int = 90_000
-    batch_size: int = 16
-    """Images of one step, over all replicas."""
-    accumulate: int = 1
-    """Gradient-accumulation steps: parts of each replica's share, one after the other."""
+    steps: Count = 90_000
+    batch_size: Count = 16
+    """Images per step, over all replicas."""
+    accumulate: Count = 1
+    """Gradient-accumulation steps."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    learning_rate: float = 0.01
-    reference_batch: int | None = None
-    """The batch size that `learning_rate` is given for: with another it is scaled in proportion.
-    None: it is taken as it is."""
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
+    learning_rate: NonNegative = 0.01
+    reference_batch: Count | None = None
+    """The batch size that `learning_rate` is meant for; the rate is scaled in proportion to
+    `batch_size`. None: it is used as it is."""
+    momentum: Fraction = 0.9
+    weight_decay: NonNegative = 1e-4
     schedule: Literal["step", "cosine"] = "step"
-    milestones: tuple[float, ...] = (60 / 90, 80 / 90)
+    milestones: tuple[Fraction, ...] = (60 / 90, 80 / 90)
     """Fractions of `steps` at which the learning rate is divided by 10 (schedule "step")."""
-    warmup: int = 500
-    clip_norm: float | None = None
-    ema: float | None = None
+    warmup: Natural = 500
+    clip_norm: NonNegative | None = None
+    ema: Fraction | None = None
     """Decay of the moving average of the weights that is evaluated and saved; None: off."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """`auto` is bfloat16 where the hardware multiplies it natively, else float32."""
+    """`auto` is bfloat16 where the hardware supports it natively, else float32."""
     compile: bool = False
-    """`torch.compile`, or XLA in TensorFlow. JAX compiles in any case."""
+    """`torch.compile`, or XLA in TensorFlow. JAX always compiles."""
     recompute: bool = False
-    """Activation checkpointing of residual blocks and subnets: less memory, more time, the same
-    gradient."""
+    """Activation checkpointing of residual blocks and subnets."""
 
     # Input
-    crop: tuple[int, int] | None = None
+    crop: Size | None = None
     """(height, width) of the training canvas; None trains on the whole canvas."""
-    zoom: tuple[float, float] = (1.0, 1.0)
+    zoom: tuple[Positive, Positive] = (1.0, 1.0)
     """Range of the random scale applied before cropping."""
-    flips: Literal["none", "horizontal", "eightfold"] = "horizontal"
-    """`eightfold`: all symmetries of the square, for images that have no upright."""
-    jitter: float = 0.0
+    flips: Literal["none", "horizontal", "d4"] = "horizontal"
+    """`d4`: the 8 symmetries of the square, for images without a natural orientation."""
+    jitter: Fraction = 0.0
     """Strength of the random brightness, contrast and saturation, 0 to 1."""
-    workers: int = 1
+    workers: Natural = 1
 
     # Records
-    log_every: int = 20
-    eval_every: int = 0
+    log_every: Count = 20
+    eval_every: Natural = 0
     """Steps between evaluations on the validation split; 0: only at the end."""
-    save_every: int = 500
+    save_every: Natural = 500
     """Steps between checkpoints; 0: only at the end."""
-    keep: int = 2
-    """Checkpoints that are kept, the newest ones."""
-    seed: int = 0
+    keep: Count = 2
+    """How many checkpoints are kept, newest first."""
+    seed: Natural = 0
 
     def __post_init__(self) -> None:
-        name = "TrainConfig"
-        _check_words(name, self)
-        for parameter in ("steps", "batch_size", "accumulate", "log_every", "keep"):
-            checks.check_integer(name, parameter, getattr(self, parameter), 1)
-        for parameter in ("warmup", "workers", "eval_every", "save_every", "seed"):
-            checks.check_integer(name, parameter, getattr(self, parameter), 0)
-        for parameter in ("learning_rate", "weight_decay"):
-            checks.check_number(name, parameter, getattr(self, parameter), 0)
-        for parameter in ("momentum", "jitter"):
-            checks.check_number(name, parameter, getattr(self, parameter), 0, 1)
-        if self.reference_batch is not None:
-            checks.check_integer(name, "reference_batch", self.reference_batch, 1)
-        for parameter in ("compile", "recompute"):
-            if not isinstance(getattr(self, parameter), bool):
-                value = getattr(self, parameter)
-                raise TypeError(f"{name}: {parameter} must be True or False; got {value!r}")
-        if self.ema is not None:
-            checks.check_number(name, "ema", self.ema, 0, 1)
-        if self.clip_norm is not None:
-            checks.check_number(name, "clip_norm", self.clip_norm, 0)
-        if self.crop is not None:
-            _check_size(name, "crop", self.crop)
-        _check_numbers(name, "milestones", self.milestones, None, 0, 1)
-        _check_numbers(name, "zoom", self.zoom, 2, 1e-6)
+        if str(self.flips) == "eightfold":  # its old name
+            object.__setattr__(self, "flips", "d4")
+        super().__post_init__()
         if self.zoom[0] > self.zoom[1]:
-            raise ValueError(f"{name}: zoom must be (least, most); got {self.zoom!r}")
+            raise ValueError(f"TrainConfig: zoom must be (least, most); got {self.zoom!r}")
 
     def average_decay(self, step: int) -> float:
         """The weight of the old moving average in step `step`.
 
-        Early on the average follows closely; it would else remember the initial weights.
+        It is small in early steps, so that the average soon forgets the initial weights.
         """
         return min(self.ema or 0.0, (1 + step) / (10 + step))
 
-    def replace(self, **changes: Any) -> TrainConfig:
-        """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)
 
-    def to_json(self) -> str:
-        """The config as JSON; `from_json` reads it back."""
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> TrainConfig:
-        """Read what `to_json` wrote."""
-        return cls(**_tuples(json.loads(text)))
+def parse_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields as JSON has them, as the dataclasses take them: tuples, and `AnchorConfig`."""
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    if isinstance(anchors := values.get("anchors"), dict):
+        fields["anchors"] = AnchorConfig(**parse_fields(anchors))
+    return fields
 
 
-def _check_words(name: str, config: Any) -> None:
-    """Every field that is annotated with a few words has one of them."""
-    for parameter, hint in get_type_hints(type(config)).items():
-        if get_origin(hint) is Literal:
-            checks.check_choice(name, parameter, getattr(config, parameter), get_args(hint))
-
-
-def _check_size(name: str, parameter: str, value: Any) -> None:
-    if not isinstance(value, tuple) or len(value) != 2:
-        raise ValueError(f"{name}: {parameter} must be (height, width); got {value!r}")
-    for side in value:
-        checks.check_integer(name, parameter, side, 1)
-
-
-def _check_numbers(
-    name: str,
-    parameter: str,
-    value: Any,
-    count: int | None,
-    low: float = -checks.INFINITY,
-    high: float = checks.INFINITY,
-) -> None:
-    if not isinstance(value, tuple) or len(value) != (len(value) if count is None else count):
-        numbers = "a tuple of numbers" if count is None else f"{count} numbers"
-        raise ValueError(f"{name}: {parameter} must be {numbers}; got {value!r}")
-    for number in value:
-        checks.check_number(name, parameter, number, low, high)
-
-
-def _tuples(value: Any) -> Any:
-    """JSON has lists where the dataclasses have tuples."""
-    if isinstance(value, list):
-        return tuple(_tuples(v) for v in value)
-    if isinstance(value, dict):
-        return {k: _tuples(v) for k, v in value.items()}
-    return value
+def _check(owner: str, name: str, value: Any, hint: Any) -> None:
+    """Whether a value is what an annotation in this file says."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        if type(value) not in inner:  # neither None nor a bool, where these may be
+            (hint,) = set(inner) - {NoneType, bool}
+            _check(owner, name, value, hint)
+    elif kind is Literal:
+        checks.check_choice(owner, name, value, inner)
+    elif kind is tuple:
+        count = None if inner[-1] is ... else len(inner)
+        if not isinstance(value, tuple) or count not in (None, len(value)):
+            kind = "names" if inner[0] is str else "numbers"
+            wanted = f"a tuple of {kind}" if count is None else f"{count} {kind}"
+            wanted = "(height, width)" if hint == Size else wanted
+            raise ValueError(f"{owner}: {name} must be {wanted}; got {value!r}")
+        for item in value:
+            _check(owner, name, item, inner[0])
+    elif kind is Annotated and inner[0] is int:
+        checks.check_integer(owner, name, value, inner[1])
+    elif kind is Annotated:
+        checks.check_number(owner, name, value, *inner[1])
+    elif not isinstance(value, hint):
+        words = {bool: "True or False", str: "text", AnchorConfig: "an AnchorConfig"}
+        raise TypeError(f"{owner}: {name} must be {words[hint]}; got {value!r}")

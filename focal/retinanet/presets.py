@@ -46,7 +46,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 ema=0.998,
                 crop=(240, 240),
                 zoom=(0.7, 1.4),
-                flips="eightfold",
+                flips="d4",
                 jitter=0.3,
             ),
         ),

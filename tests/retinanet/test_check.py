@@ -187,17 +187,17 @@ def one_more(box, label=0):
         (one_more([90, 9, 5, 5]), "box dropped: outside the image", "annotation 50 of image id 0"),
         (
             one_more([50, 35, 20, 7]),
-            "box that reaches out of its image, clipped",
+            "box that extends beyond its image, clipped",
             "annotation 50 of image id 0 (0.png): by 10 pixels",
         ),
         (
             one_more([5, 5, 20, 10]),
-            "box that is there twice",
+            "duplicate box",
             "annotation 0 of image id 0 (0.png), and 50: IoU 1.000",
         ),
         (
             one_more([5, 5, 20, 10], 1),
-            "one place with two classes (IoU 0.9 or more)",
+            "one object with two classes (IoU 0.9 or more)",
             "annotation 0 of image id 0 (0.png), and 50: IoU 1.000",
         ),
         (
@@ -217,7 +217,7 @@ def one_more(box, label=0):
         ),
         (
             change("iscrowd", 1),
-            "crowd box, excuses detections only",
+            "crowd box, used only to ignore detections",
             "annotation 0 of image id 0 (0.png)",
         ),
         (
@@ -237,7 +237,7 @@ def one_more(box, label=0):
         ),
         (
             lambda data: [data[s]["categories"][1].update(name=" CLASS0") for s in data],
-            "class names that differ by case or spaces only",
+            "class names that differ only in case or spaces",
             "'class 0', ' CLASS0'",
         ),
     ],
@@ -248,7 +248,7 @@ def test_each_warning(tmp_path, data, edit, kind, sentence):
     assert (kind, f"instances_train.json: {sentence}") in [
         (k, s[: len(f"instances_train.json: {sentence}")]) for k, s in warnings
     ]
-    beside = {"image without boxes", "class names that differ by case or spaces only"}
+    beside = {"image without boxes", "class names that differ only in case or spaces"}
     assert {k for k, _ in warnings} <= {kind} | beside
     assert found(tmp_path, "error") == []
 
@@ -270,20 +270,20 @@ def test_the_same_image_again(tmp_path, data):
     (images / "more/5.png").touch()
     assert found(write(tmp_path, data)) == [
         (
-            "image that is in a split twice",
+            "duplicate image in a split",
             "instances_train.json: image id 1 (1.png) and instances_train.json: image id 0 (0.png)",
         ),
         (
-            "image that is in two splits",
+            "image in two splits",
             "instances_val.json: image id 2 (2.png) and instances_train.json: image id 0 (0.png)",
         ),
         (
-            "image that is nearly one of another split",
+            "near-duplicate of an image in another split",
             "instances_val.json: image id 3 (3.png) and instances_train.json: image id 0 (0.png): "
             "correlation 1.000",
         ),
-        ("file that no split lists", "images/notes.txt"),
-        ("file that no split lists", "images/more/5.png"),
+        ("file not listed in any split", "images/notes.txt"),
+        ("file not listed in any split", "images/more/5.png"),
     ]
 
 
@@ -301,13 +301,13 @@ def test_unusual_boxes_and_missing_classes(tmp_path):
     del boxes[20]  # image 10, class 0
     assert found(write(tmp_path, data)) == [
         (
+            "image without 'class 0', which 96.7% of the images have",
+            "instances_train.json: image id 10 (10.png)",
+        ),
+        (
             "box of a size unusual for its class",
             "instances_train.json: annotation 9 of image id 4 (4.png): 'class 1' of 2 pixels, "
             "the median is 14",
-        ),
-        (
-            "image without 'class 0', which 96.7% of the images have",
-            "instances_train.json: image id 10 (10.png)",
         ),
     ]
 
@@ -389,7 +389,7 @@ def test_bccd_is_what_its_readme_says(tmp_path, capsys):
     assert unlabelled["splits"] == {"train": 8, "val": 4, "test": 3}
     twice = warnings["two boxes for one object (IoU 0.9 or more)"]
     assert twice["splits"] == {"train": 4, "val": 2, "test": 1}
-    alike = only(warnings["image that is nearly one of another split"]["findings"])
+    alike = only(warnings["near-duplicate of an image in another split"]["findings"])
     assert "00037" in alike and "00038" in alike
     assert warnings["box of a size unusual for its class"]["count"] == 3
     assert record["boxes"]["count"] == 4886

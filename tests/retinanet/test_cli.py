@@ -308,8 +308,9 @@ def fails(capsys, *arguments):
             ("--convention", "mine"),
             "--convention must be one of paper, torchvision, torchvision_v2, detectron2",
         ),
-        (("--canvas", "64"), "--canvas must be HEIGHTxWIDTH"),
-        (("--canvas", "0x64"), "--canvas must be HEIGHTxWIDTH"),
+        (("--canvas", "64"), "canvas must be (height, width); got 64"),
+        (("--canvas", "0x64"), "canvas must be >= 1; got 0"),
+        (("--canvas", "wide"), "canvas must be (height, width); got 'wide'"),
         (("--steps", "0"), "steps must be >= 1; got 0"),
         (("--seed", "-1"), "seed must be >= 0; got -1"),
         (("--backend", "caffe"), "backend must be one of torch"),
@@ -596,7 +597,7 @@ def test_a_run_that_is_told_to_stop(coco, tmp_path, name):
     path = out / f"checkpoint-{step:06d}.safetensors"
     assert error.splitlines()[-1] == (
         f"focal: stopped by {name} after step {step} of 4000; {path} is saved"
-        "; --resume goes on from the last checkpoint"
+        "; --resume continues from the last checkpoint"
     )
     assert "Traceback" not in error
     assert read_checkpoint(out)[2]["step"] == str(step)

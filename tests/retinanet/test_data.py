@@ -667,7 +667,7 @@ def test_place_fills_the_rest():
     picture=pictures(),
     crop=st.tuples(st.integers(30, 100), st.integers(30, 100)),
     zoom=st.sampled_from([(1.0, 1.0), (0.5, 0.9), (0.5, 2.0), (1.5, 1.5)]),
-    flips=st.sampled_from(["none", "horizontal", "eightfold"]),
+    flips=st.sampled_from(["none", "horizontal", "d4"]),
     seed=st.integers(0, 2**32),
 )
 @settings(max_examples=200, deadline=None)
@@ -743,7 +743,7 @@ def test_eight_symmetries_differ_and_match_their_boxes():
     image[:] = gradient()
     seen = set()
     for symmetry in range(8):
-        out, moved = T.eightfold(image, boxes, symmetry)
+        out, moved = T.d4(image, boxes, symmetry)
         assert out.shape == ((30, 20, 3) if symmetry & 4 else (20, 30, 3))
         seen.add(out.tobytes() + bytes(out.shape))
         x1, y1, x2, y2 = moved[0].astype(int)
@@ -757,7 +757,7 @@ def test_eight_symmetries_differ_and_match_their_boxes():
 def test_flips_setting_says_which_symmetries_occur():
     square = gradient(24, 24)
     example = Example(square, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), 0)
-    for flips, count in (("none", 1), ("horizontal", 2), ("eightfold", 8)):
+    for flips, count in (("none", 1), ("horizontal", 2), ("d4", 8)):
         outs = [
             T.augment(example, (24, 24), (1.0, 1.0), flips, 0.0, np.random.default_rng(seed))[0]
             for seed in range(80)
@@ -795,7 +795,7 @@ def test_colour_jitter_is_the_three_steps_in_one():
 
 SHAPES = ShapesDataset("train", size=(64, 96), num_images=13)
 CONFIG = RetinaNetConfig(classes=SHAPES.classes, canvas=(64, 64))
-TRAIN = TrainConfig(batch_size=4, zoom=(0.7, 1.4), flips="eightfold", jitter=0.2, workers=1)
+TRAIN = TrainConfig(batch_size=4, zoom=(0.7, 1.4), flips="d4", jitter=0.2, workers=1)
 
 
 def take(batches, count):

@@ -367,7 +367,7 @@ def stop_at(monkeypatch, step):
     monkeypatch.setattr(Trainer, "step", short)
 
 
-AUGMENTED = RUN.replace(crop=(48, 56), zoom=(0.8, 1.25), flips="eightfold", jitter=0.2)
+AUGMENTED = RUN.replace(crop=(48, 56), zoom=(0.8, 1.25), flips="d4", jitter=0.2)
 
 
 @pytest.mark.parametrize(

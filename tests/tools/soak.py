@@ -58,7 +58,7 @@ def soak(backend: str, steps: int, out: Path) -> dict[str, Any]:
         precision="float32",
         ema=0.99,
         zoom=(0.8, 1.25),
-        flips="eightfold",
+        flips="d4",
         jitter=0.2,
         workers=2,
         log_every=10,

@@ -37,7 +37,7 @@ AIMS = {"start": 1, "step": 4, "write": 5}
 """When to kill, and in which shares: before the first step, at a step, while a file is written."""
 COMMON = """
     batch_size=2 channels=16 head_depth=1 precision=float32 candidates=50 warmup=5 zoom=[0.8,1.25]
-    crop=[64,56] flips=eightfold jitter=0.2 workers=1 log_every=1 eval_every=7
+    crop=[64,56] flips=d4 jitter=0.2 workers=1 log_every=1 eval_every=7
 """.split()
 VARIANTS = {
     "adamw": ["optimizer=adamw", "learning_rate=1e-3", "ema=0.9", "normaliser=ema"],

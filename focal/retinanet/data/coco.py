@@ -1,4 +1,4 @@
-"""COCO JSON with a folder of images, checked as a whole before the first image is read."""
+"""COCO JSON with a folder of images, validated before the first image is read."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class CocoDataset:
         root/annotations/instances_{split}2017.json   root/{split}2017/
 
     Classes are the file's categories, sorted by id. Boxes are clipped to their image; those
-    without area (a side below a thousandth of a pixel), or wholly outside, are dropped, from the
-    ground truth as well, and counted in one line of the log. Crowd boxes are in the ground truth
-    (where they excuse detections), but not in the examples.
+    without area (a side below a thousandth of a pixel), or entirely outside, are dropped, also from
+    the ground truth, and counted in one line of the log. Crowd boxes are in the ground truth (where
+    detections on them are ignored), but not in the examples.
 
     Raises:
         DataError: a folder, split, file, key, id or number is missing or wrong.
@@ -64,18 +64,18 @@ class CocoDataset:
         """Decode one image.
 
         Raises:
-            DataError: the file is not a readable image, or not of the size that the JSON says.
+            DataError: the file is not a readable image, or not of the size in the JSON.
         """
         index = range(len(self))[index]
         record = self._images[index]
         image = read_record(record, self._file, self._folder)
-        rows = np.arange(self._first[index], self._first[index + 1])
-        rows = rows[~self._objects.crowd[rows]]
-        boxes = self._objects.box[rows].astype(np.float32)
-        return Example(image, boxes, self._objects.label[rows], record.id)
+        own = slice(self._first[index], self._first[index + 1])
+        kept = ~self._objects.crowd[own]
+        boxes = self._objects.box[own][kept].astype(np.float32)
+        return Example(image, boxes, self._objects.label[own][kept], record.id)
 
     def ground_truth(self) -> dict[str, Any]:
-        """The boxes as COCO's evaluation reads them: clipped, with crowds, with the file's ids."""
+        """The boxes for COCO's evaluation: clipped, with crowds, with the ids of the file."""
         columns = [column.tolist() for column in self._objects]
         return {
             "images": [
@@ -95,8 +95,7 @@ class CocoDataset:
 
 
 def read_record(record: ImageRecord, file: str, folder: Path) -> np.ndarray:
-    """Decode an image, which must have the size that the JSON `file` says."""
-    where = f"{file}: image id {record.id} ({printable(record.file)})"
+    """Decode an image, which must have the size in the JSON `file`."""
     path = folder / record.file
     try:
         image = read_image(path)
@@ -106,8 +105,8 @@ def read_record(record: ImageRecord, file: str, folder: Path) -> np.ndarray:
     if (height, width) == (record.height, record.width):
         return image
     text = (
-        f"{where}: width x height is {record.width}x{record.height} in the JSON but "
-        f"{width}x{height} in the file"
+        f"{file}: image id {record.id} ({printable(record.file)}): width x height is "
+        f"{record.width}x{record.height} in the JSON but {width}x{height} in the file"
     )
     if (height, width) == (record.width, record.height) and exif_turns(path):
         text += ", swapped by the EXIF orientation, which is applied"

@@ -1,4 +1,4 @@
-"""What a dataset is: the interface that the loader and the evaluation ask for."""
+"""The interface of a dataset, for the loader and the evaluation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Example(NamedTuple):
         image: (H, W, 3) uint8, RGB.
         boxes: (M, 4) float32, `(x1, y1, x2, y2)` in pixels of `image`, inside it, never empty.
         labels: (M,) int64, the class index in [0, K) of each box.
-        image_id: the image's number in the ground truth.
+        image_id: the id of the image in the ground truth.
     """
 
     image: np.ndarray
@@ -27,13 +27,13 @@ class Example(NamedTuple):
 
 
 class Dataset(Protocol):
-    """Images with boxes, by index. A class of your own needs no more than these to be trained on.
+    """Images with boxes, by index: all that your own class needs for training.
 
     Attributes:
-        name: what to call it in logs and tables.
+        name: used in logs and tables.
         classes: K names; label k is `classes[k]`.
         category_ids: the K ids that `ground_truth` uses, by label.
-        max_boxes: the most boxes that any example has.
+        max_boxes: the largest number of boxes of any example.
     """
 
     @property
@@ -53,13 +53,13 @@ class Dataset(Protocol):
         ...
 
     def __getitem__(self, index: int, /) -> Example:
-        """The example at `index`, the same at every call; called from several threads at once."""
+        """The example at `index`, always the same; must be thread-safe."""
         ...
 
     def ground_truth(self) -> dict[str, Any]:
         """`images`, `annotations` and `categories` in the COCO format, as `evaluate` reads them.
 
-        `images` has one entry for each example, in their order.
+        `images` has one entry per example, in the same order.
         """
         ...
 

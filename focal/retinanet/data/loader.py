@@ -1,4 +1,4 @@
-"""Batches of static shape, made ahead of time by threads; batch s depends on (seed, s) alone."""
+"""Batches of static shape, prefetched by threads; batch s depends on (seed, s) alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Batch", "eval_batches", "train_batches"]
 
 _T = TypeVar("_T")
 
-# Streams of random numbers, apart from each other although they share the seed.
+# Independent streams of random numbers of one seed.
 _ORDER, _AUGMENT = 0, 1
 
 
@@ -30,7 +30,7 @@ class Batch(NamedTuple):
     """B images on a canvas of (H, W), each at the top-left corner.
 
     Attributes:
-        images: (B, H, W, 3) uint8, RGB; the padding is the mean colour.
+        images: (B, H, W, 3) uint8, RGB; the padding is the mean color.
         boxes: (B, M, 4) float32, `(x1, y1, x2, y2)` in canvas pixels; zeros where there is none.
         labels: (B, M) int64, class indices; -1 where there is none.
         sizes: (B, 2) int64, the (height, width) of the canvas that each image covers.
@@ -54,26 +54,26 @@ def train_batches(
     cache_bytes: int = 2**30,
     share: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
-    """Augmented batches of shuffled epochs, without end.
+    """An endless iterator of augmented batches from shuffled epochs.
 
-    A batch depends on the seed and its number, not on how many came before it, nor on the number
-    of workers: a run that resumes with `start` sees what it would have seen. Close the iterator,
-    or drop it, and its threads end.
+    A batch depends only on the seed and its number, not on the number of workers, so a run that
+    resumes with `start` continues as if it had not stopped. The threads end when the iterator is
+    closed or collected.
 
     Args:
         dataset: at least one image.
-        config: its canvas and mean colour are used.
-        train: batch size, seed, workers (0: none, work in the caller), crop and augmentation.
+        config: its canvas and mean color are used.
+        train: batch size, seed, workers (0: in the calling thread), crop and augmentation.
         start: number of the first batch.
-        cache_bytes: decoded images, scaled to the canvas, are kept in up to this much memory.
-        share: (which, of how many) equal parts of each batch; together they are the whole batch.
+        cache_bytes: memory limit of the cache of decoded images, scaled to the canvas.
+        share: (index, count) of the equal part of each batch that this replica takes.
 
     Returns:
         Batches on a canvas of `train.crop`, no larger than `config.canvas`.
 
     Raises:
         ValueError: the dataset has no images.
-        DataError: an example cannot be used, whatever its dataset raised; the text names it.
+        DataError: an example could not be read; the message names it.
     """
     count, size = len(dataset), train.batch_size
     if count == 0:
@@ -115,8 +115,9 @@ def eval_batches(
     count = len(dataset)
 
     def item(index: int) -> tuple[Example, float]:
-        with _naming(dataset, min(index, count - 1)):
-            example, scale = _fit(dataset[min(index, count - 1)], config.canvas)
+        last = min(index, count - 1)
+        with _naming(dataset, last):
+            example, scale = _fit(dataset[last], config.canvas)
         return (example if index < count else example._replace(image_id=-1)), scale
 
     def batch(first: int) -> Batch:
@@ -128,24 +129,23 @@ def eval_batches(
 
 @contextlib.contextmanager
 def _naming(dataset: Dataset, index: int) -> Iterator[None]:
-    """An error that is not the dataset's own sentence, too, says at which image it came."""
+    """Turn any error of a dataset into a `DataError` that names the image."""
     try:
         yield
     except DataError:
         raise
     except (Exception, SystemExit) as error:
         name = f"image {index}"
-        with contextlib.suppress(Exception):  # a set may have no files
+        with contextlib.suppress(Exception):  # a dataset may have no files
             name = dataset.ground_truth()["images"][index]["file_name"]
         reason = f"{type(error).__name__}: {error}".removesuffix(": ")
         raise DataError(f"{dataset.name}: {name}: cannot be used ({reason})") from error
 
 
 class _FittedImages:
-    """The examples scaled to the canvas, kept in memory as far as the limit allows.
+    """The examples scaled to the canvas, cached up to a memory limit.
 
-    Nothing is ever thrown out: in shuffled epochs every image is as likely to be next as any
-    other, so those that came first are as good to keep as the latest.
+    Nothing is evicted: in shuffled epochs every image is equally likely to come next.
     """
 
     def __init__(self, dataset: Dataset, canvas: tuple[int, int], cache_bytes: int) -> None:
@@ -179,7 +179,7 @@ def _collate(
     max_boxes: int,
     config: RetinaNetConfig,
 ) -> Batch:
-    rows = max(8, -(-max_boxes // 8) * 8)  # a multiple of 8, so that few shapes are compiled
+    rows = max(8, -(-max_boxes // 8) * 8)  # a multiple of 8: fewer shapes to compile
     fill = np.rint(255 * np.array(config.mean)).astype(np.uint8)
     boxes = np.zeros((len(items), rows, 4), np.float32)
     labels = np.full((len(items), rows), -1, np.int64)
@@ -197,7 +197,7 @@ def _collate(
 
 
 def _prefetch(make: Callable[[int], _T], numbers: Iterable[int], workers: int) -> Iterator[_T]:
-    """`map(make, numbers)`, in order, up to two batches per worker ahead of the consumer."""
+    """`map(make, numbers)`, in order, prefetching up to two batches per worker."""
     if workers < 1:
         yield from map(make, numbers)
         return

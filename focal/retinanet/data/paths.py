@@ -1,9 +1,8 @@
-"""Which file a name in a dataset is: one inside the data folder, or none.
+"""No name and no link in a dataset makes the loader read a file outside of it.
 
-A dataset may come from a stranger, so no name and no link in it may make the loader read what lies
-elsewhere. The folder that is asked for, its image folder and its annotation folder may be links to
-another disk, since whoever uses them sets them up by hand. All else must end, links followed,
-inside the data folder or the image folder, since archives can hold links to anywhere.
+A dataset may come from an untrusted source. The data folder, its image folder and its annotation
+folder may be links to another disk, since users set those up by hand. Every other path must resolve
+to a place inside the data folder or the image folder: an archive can contain links to anywhere.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ class PathRule:
     """The rule for the names in one image folder.
 
     Args:
-        root: The data folder.
-        folder: The image folder in it.
+        root: the data folder.
+        folder: the image folder in it.
     """
 
     def __init__(self, root: Path, folder: Path) -> None:
@@ -29,8 +28,8 @@ class PathRule:
         self._homes = _homes(root, folder)
 
     def fault(self, name: str) -> tuple[str, str] | None:
-        """Why a file may not be read, as a kind and the end of a sentence; None if it may."""
-        # PureWindowsPath splits at both kinds of slash, so this holds on every system.
+        """Why a file must not be read, as kind and text of the error; None if it may be read."""
+        # PureWindowsPath splits at both kinds of slash, so the rule is the same on every system.
         parts = PureWindowsPath(name)
         if parts.anchor or ".." in parts.parts:
             return "path leads out", f"file_name leads out of {self._folder.name}/"
@@ -45,17 +44,17 @@ class PathRule:
 
 
 def leads_out(path: Path, *folders: Path) -> bool:
-    """Whether a path, all links followed, is inside none of the folders."""
+    """Whether a path, with links resolved, is in none of the folders."""
     return not os.path.realpath(path).startswith(_homes(*folders))
 
 
 def _homes(*folders: Path) -> tuple[str, ...]:
-    """The beginnings that the real paths of all files in the folders have."""
+    """The prefixes of the real paths of all files in the folders."""
     return tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is a file; not a folder, pipe or device, nor a name too long to exist."""
+    """Whether this is a regular file; False for a name too long to exist."""
     try:
         return path.is_file()
     except OSError:

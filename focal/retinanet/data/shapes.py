@@ -1,8 +1,7 @@
 """Shapes: a generated detection set that needs no download.
 
-Circles, squares and triangles of random colours on a noisy background, among lines, arcs, specks
-and soft blobs that are nothing. An image is a function of (seed, split, index) and is drawn when
-it is asked for.
+Circles, squares and triangles of random colors on a noisy background with lines, arcs, specks and
+soft blobs as distractors. An image is a function of (seed, split, index) and is drawn on demand.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _CLASSES = ("circle", "square", "triangle")
 _SPLITS = {"train": 2000, "val": 200, "test": 200}
 _OVERSAMPLE = 4  # masks are drawn this many times larger, then averaged
 _DENSITY = 12 / 128**2  # shapes per pixel
-_OVERLAP = 0.3  # of the smaller of two boxes; their IoU is then no larger
+_OVERLAP = 0.3  # the largest overlap of two boxes, as a fraction of the smaller one's area
 
 
 class _Shape(NamedTuple):
@@ -32,15 +31,15 @@ class _Shape(NamedTuple):
 
 
 class ShapesDataset:
-    """A crowded generated set that is mostly background; a `Dataset`.
+    """A generated set with many objects per image; a `Dataset`.
 
     Args:
         split: "train", "val" or "test"; they share no image.
         size: (height, width) of every image in pixels.
-        num_images: how many; None: 2000 for train, 200 for val and test.
-        seed: a whole number >= 0; another seed is another set.
-        num_objects: mean number of shapes in an image; each image has this many, a quarter more
-            or less. None: 12 for each 128 x 128 pixels. Fewer are drawn where no room is left.
+        num_images: number of images; None: 2000 for train, 200 for val and test.
+        seed: an integer >= 0; each seed gives another set.
+        num_objects: mean number of shapes per image, which varies by 25 %. None: 12 per 128 x 128
+            pixels. Fewer are drawn where no room is left.
         object_size: range of the longer side of a box, in pixels; small ones are more frequent.
 
     Raises:
@@ -75,7 +74,7 @@ class ShapesDataset:
 
     @property
     def max_boxes(self) -> int:
-        """The most shapes that an image can have; no image need reach it."""
+        """An upper bound of the number of shapes in an image."""
         return self._counts[1]
 
     def __len__(self) -> int:
@@ -91,7 +90,7 @@ class ShapesDataset:
         return Example(image, boxes, labels, index + 1)
 
     def ground_truth(self) -> dict[str, Any]:
-        """All boxes in the COCO format; nothing is drawn for it."""
+        """All boxes in the COCO format; no image is drawn."""
         height, width = self.size
         annotations: list[dict[str, Any]] = []
         for index in range(self._length):
@@ -111,7 +110,7 @@ class ShapesDataset:
         }
 
     def _layout(self, index: int) -> tuple[np.random.Generator, list[_Shape]]:
-        """What stands where in an image, largest first, and the generator to go on with."""
+        """The shapes of an image, largest first, and its random generator."""
         rng = np.random.default_rng([*self._entropy, index])
         count = int(rng.integers(self._counts[0], self._counts[1] + 1))
         sides = np.sort(np.exp(rng.uniform(self._log_sides[0], self._log_sides[1], count)))[::-1]
@@ -130,11 +129,11 @@ class ShapesDataset:
 def _outline(
     label: int, side: float, rng: np.random.Generator
 ) -> tuple[np.ndarray | None, int, int]:
-    """Corners relative to the box, and the whole width and height of the box."""
+    """Corners relative to the box, and width and height of the box in whole pixels."""
     if label == 0:
         return None, round(side), round(side)
     sides = 4 if label == 1 else 3
-    # Squares lean by up to 20 degrees: turned further they would be diamonds, near to circles.
+    # Squares turn by up to 20 degrees: further, they would be diamonds, which look like circles.
     turn = rng.uniform(-math.pi / 9, math.pi / 9) if sides == 4 else rng.uniform(0, 2 * math.pi)
     angles = turn + math.pi / 4 + np.arange(sides) * (2 * math.pi / sides)
     corners = np.stack([np.cos(angles), np.sin(angles)], axis=1)
@@ -147,7 +146,7 @@ def _outline(
 def _free_place(
     boxes: np.ndarray, width: int, height: int, size: tuple[int, int], rng: np.random.Generator
 ) -> tuple[int, int, int, int] | None:
-    """The first of 32 random places where the box hides little of the others, if there is one."""
+    """The first of 32 random places where the box overlaps little with the others, if any."""
     x = rng.integers(size[1] - width + 1, size=32)
     y = rng.integers(size[0] - height + 1, size=32)
     places = np.stack([x, y, x + width, y + height], axis=1)
@@ -156,7 +155,10 @@ def _free_place(
     shared = np.prod(np.maximum(high - low, 0), axis=2)
     areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
     free = (shared <= _OVERLAP * np.minimum(areas, width * height)).all(axis=1)
-    return tuple(places[free.argmax()].tolist()) if free.any() else None
+    if not free.any():
+        return None
+    x1, y1, x2, y2 = places[free.argmax()].tolist()
+    return x1, y1, x2, y2
 
 
 def _draw(rng: np.random.Generator, size: tuple[int, int], shapes: list[_Shape]) -> np.ndarray:
@@ -165,7 +167,7 @@ def _draw(rng: np.random.Generator, size: tuple[int, int], shapes: list[_Shape])
         under = image.resize((1, 1), Image.Resampling.BOX, box=shape.box).getpixel((0, 0))
         image.paste(_colour_unlike(under, rng), shape.box[:2], _mask(shape))
     noise = rng.integers(-16, 17, (*size, 3), np.int16)
-    return np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(np.asarray(image) + noise, 0, 255), np.uint8)
 
 
 def _mask(shape: _Shape) -> Image.Image:
@@ -182,16 +184,16 @@ def _mask(shape: _Shape) -> Image.Image:
 
 
 def _colour_unlike(under: Any, rng: np.random.Generator) -> tuple[int, ...]:
-    """A random colour that differs by 70 or more from the colour `under` in some channel."""
+    """A random color that differs from the color `under` by 70 or more in some channel."""
     colours = rng.integers(256, size=(8, 3))
     contrast = np.abs(colours - under).max(axis=1)
-    # All eight are too close once in millions; the farthest of them must then do.
-    chosen = (contrast >= 70).argmax() if (contrast >= 70).any() else contrast.argmax()
+    # The first far enough; once in millions of draws there is none, then the farthest.
+    chosen = np.minimum(contrast, 70).argmax()
     return tuple(colours[chosen].tolist())
 
 
 def _background(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
-    """A soft texture with soft blobs, under sharp lines, arcs and specks."""
+    """A smooth texture with soft blobs, under sharp lines, arcs and specks."""
     height, width = size
     base = rng.integers(40, 216, 3)
     blocks = base + rng.normal(0, 25, (height // 24 + 2, width // 24 + 2, 3))
@@ -216,8 +218,9 @@ def _background(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
 def _clutter(
     rng: np.random.Generator, count: int, size: tuple[int, int], extent: tuple[int, int], base: Any
 ) -> list[list[int]]:
-    """Rows of x, y, w, h, red, green, blue; the colours lie within 100 of `base`."""
+    """Rows of x, y, w, h, red, green, blue; the colors are within 100 of `base`."""
     place = rng.integers(0, [size[1], size[0]], (count, 2))
     span = rng.integers(extent[0], extent[1], (count, 2), endpoint=True)
     colour = np.clip(base + rng.integers(-100, 101, (count, 3)), 0, 255)
-    return np.concatenate([place, span, colour], axis=1).tolist()
+    rows: list[list[int]] = np.concatenate([place, span, colour], axis=1).tolist()
+    return rows

@@ -1,4 +1,4 @@
-"""Geometry and colour for training: pure functions of image, boxes and a random generator.
+"""Data augmentation: pure functions of image, boxes and a random generator.
 
 Images are (H, W, 3) uint8. Boxes are (M, 4) float32 `(x1, y1, x2, y2)` in pixels: pixel column
 i covers [i, i + 1], so a box and the pixels under it go through the same affine map, exactly.
@@ -18,9 +18,8 @@ from focal.retinanet.data.images import resize
 __all__ = [
     "augment",
     "colour_jitter",
-    "eightfold",
+    "d4",
     "fit",
-    "flip_horizontal",
     "place",
     "random_crop_zoom",
 ]
@@ -29,11 +28,11 @@ __all__ = [
 def fit(
     image: np.ndarray, boxes: np.ndarray, canvas: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Scale an image, up or down, to be as large as fits a canvas, keeping its aspect.
+    """Scale an image, up or down, to the largest size that fits a canvas, keeping its aspect ratio.
 
-    The scale is exactly `min(canvas_height / H, canvas_width / W)` on both axes; where that gives
-    a fraction of a pixel at the far edge, the fraction is cut off the image, not off the boxes: a
-    box thinner than that must not become an empty one.
+    The scale is exactly `min(canvas_height / H, canvas_width / W)` on both axes. A fraction of a
+    pixel at the far edge is cut off the image, but not off the boxes, so that a thin box does not
+    become empty.
 
     Args:
         image: (H, W, 3) uint8.
@@ -54,7 +53,7 @@ def fit(
 
 
 def place(image: np.ndarray, canvas: tuple[int, int], fill: np.ndarray) -> np.ndarray:
-    """A (height, width, 3) canvas of colour `fill` with `image` at its top-left corner."""
+    """A (height, width, 3) canvas of color `fill` with `image` at its top-left corner."""
     out = np.empty((*canvas, 3), np.uint8)
     height, width = image.shape[:2]
     out[:height, :width] = image
@@ -76,7 +75,7 @@ def random_crop_zoom(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
     """Scale by a random factor, then cut out a random window of at most `crop` pixels.
 
-    The two are one resampling. A scaled image smaller than the crop is not padded here.
+    Both in one resampling. A scaled image smaller than the crop is not padded here.
 
     Args:
         image: (H, W, 3) uint8.
@@ -84,9 +83,9 @@ def random_crop_zoom(
         labels: (M,).
         crop: (height, width), the largest result.
         zoom: range of the scale, drawn log-uniformly.
-        rng: source of the scale and the position.
-        min_visible: boxes with a smaller fraction of their area inside the window are left out.
-        min_side: so are those narrower or lower than this, in pixels of the result.
+        rng: random generator for the scale and the position.
+        min_visible: boxes with a smaller fraction of their area inside the window are dropped.
+        min_side: so are boxes with a side shorter than this, in pixels of the result.
 
     Returns:
         Image, boxes clipped to it, their labels, and the scale.
@@ -99,22 +98,15 @@ def random_crop_zoom(
     image = _window(image, scale, top, left, height, width)
 
     moved = np.asarray(boxes, np.float64) * scale - np.array([left, top, left, top])
-    clipped = _clip(moved, height, width)
+    clipped = np.clip(moved, 0, [width, height, width, height]).astype(np.float32)
     sides = clipped[:, 2:] - clipped[:, :2]
     whole = np.prod(moved[:, 2:] - moved[:, :2], axis=1)
     kept = (np.prod(sides, axis=1) >= min_visible * whole) & (sides >= min_side).all(axis=1)
     return image, clipped[kept], labels[kept], scale
 
 
-def flip_horizontal(image: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mirror left and right; the image is a view."""
-    width = image.shape[1]
-    x1, y1, x2, y2 = boxes.T
-    return image[:, ::-1], np.stack([width - x2, y1, width - x1, y2], axis=1)
-
-
-def eightfold(image: np.ndarray, boxes: np.ndarray, symmetry: int) -> tuple[np.ndarray, np.ndarray]:
-    """One of the eight symmetries of the square; the image is a view.
+def d4(image: np.ndarray, boxes: np.ndarray, symmetry: int) -> tuple[np.ndarray, np.ndarray]:
+    """One of the 8 symmetries of the square (the dihedral group D4); the image is a view.
 
     Args:
         image: (H, W, 3).
@@ -122,27 +114,27 @@ def eightfold(image: np.ndarray, boxes: np.ndarray, symmetry: int) -> tuple[np.n
         symmetry: 0 to 7, three bits: 1 mirrors x, 2 mirrors y, 4 then swaps the axes, which
             makes the image (W, H, 3).
 
-    >>> image, boxes = eightfold(np.zeros((20, 30, 3), np.uint8), np.array([[1, 2, 5, 9]]), 4)
+    >>> image, boxes = d4(np.zeros((20, 30, 3), np.uint8), np.array([[1, 2, 5, 9]]), 4)
     >>> image.shape, boxes.tolist()
     ((30, 20, 3), [[2, 1, 9, 5]])
     """
+    height, width = image.shape[:2]
+    x1, y1, x2, y2 = boxes.T
     if symmetry & 1:
-        image, boxes = flip_horizontal(image, boxes)
+        image, x1, x2 = image[:, ::-1], width - x2, width - x1
     if symmetry & 2:
-        height = image.shape[0]
-        x1, y1, x2, y2 = boxes.T
-        image, boxes = image[::-1], np.stack([x1, height - y2, x2, height - y1], axis=1)
+        image, y1, y2 = image[::-1], height - y2, height - y1
     if symmetry & 4:
-        image, boxes = image.swapaxes(0, 1), boxes[:, [1, 0, 3, 2]]
-    return image, boxes
+        image, x1, y1, x2, y2 = image.swapaxes(0, 1), y1, x1, y2, x2
+    return image, np.stack([x1, y1, x2, y2], axis=1)
 
 
 def colour_jitter(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
     """Change brightness, contrast and saturation, each by a factor in [1 - s, 1 + s].
 
-    All three are affine in the colour, so together they are one 3 by 4 matrix:
-    `saturation` mixes a pixel with its grey, `contrast` scales about the image's mean grey,
-    `brightness` scales everything.
+    All three are affine in the color, so together they are one 3 x 4 matrix: `saturation` blends
+    with the pixel's gray value, `contrast` scales about the image's mean gray value, `brightness`
+    scales everything.
     """
     if strength == 0:
         return image
@@ -161,31 +153,30 @@ def augment(
     example: Example,
     crop: tuple[int, int],
     zoom: tuple[float, float],
-    flips: Literal["none", "horizontal", "eightfold"],
+    flips: Literal["none", "horizontal", "d4"],
     jitter: float,
     rng: np.random.Generator,
 ) -> tuple[Example, float]:
-    """Random zoom and crop, symmetry and colours, with the meaning of `TrainConfig`'s fields.
+    """Random zoom, crop, flip and color jitter, as in the fields of `TrainConfig`.
 
-    All eight symmetries are drawn for every `crop`: where the axes are to be swapped, the window
-    is cut with its sides swapped, so the result is at most `crop` in any case.
+    Where a symmetry swaps the axes, the window is cut with its sides swapped, so that the result
+    is at most `crop` in any case.
 
     Returns:
         The new example, at most `crop` in size, and its scale relative to the old one.
     """
-    count = {"none": 1, "horizontal": 2, "eightfold": 8}[flips]
-    symmetry = int(rng.integers(count))
+    symmetry = int(rng.integers({"none": 1, "horizontal": 2, "d4": 8}[flips]))
     window = crop[::-1] if symmetry & 4 else crop
     image, boxes, labels, scale = random_crop_zoom(
         example.image, example.boxes, example.labels, window, zoom, rng
     )
     image = colour_jitter(image, jitter, rng)
-    image, boxes = eightfold(image, boxes, symmetry)
+    image, boxes = d4(image, boxes, symmetry)
     return Example(image, boxes, labels, example.image_id), scale
 
 
 def _scaled_size(image: np.ndarray, scale: float) -> tuple[int, int]:
-    """Whole pixels that the scaled image covers; a shade of slack absorbs rounding errors."""
+    """Whole pixels that the scaled image covers; 1e-6 absorbs rounding errors."""
     height, width = (max(1, math.floor(n * scale + 1e-6)) for n in image.shape[:2])
     return height, width
 
@@ -199,11 +190,7 @@ def _window(
     y1, x1 = top / scale, left / scale
     y2 = min((top + height) / scale, image.shape[0])
     x2 = min((left + width) / scale, image.shape[1])
-    # Only the pixels under the window are handed over; the box is relative to them.
+    # Only the pixels under the window are passed on; the box is relative to them.
     y0, x0 = int(y1), int(x1)
     part = image[y0 : math.ceil(y2), x0 : math.ceil(x2)]
     return resize(part, (height, width), (x1 - x0, y1 - y0, x2 - x0, y2 - y0))
-
-
-def _clip(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
-    return np.clip(boxes, 0, np.array([width, height, width, height])).astype(np.float32)

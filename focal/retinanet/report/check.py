@@ -1,4 +1,4 @@
-"""Everything that is wrong with a COCO folder at once, and how well anchors fit its boxes."""
+"""Finds all errors in a COCO folder at once, and reads its boxes for the statistics."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from focal.numpy import box_area, box_iou
 from focal.retinanet.config import RetinaNetConfig
 from focal.retinanet.data.coco import find_split, find_splits, read_record
 from focal.retinanet.data.coco_json import (
@@ -33,25 +34,25 @@ from focal.retinanet.report.coverage import best_iou, scales
 
 __all__ = ["Boxes", "Finding", "Split", "all_classes", "check_data", "read_boxes"]
 
-NEEDED = ("train", "val")
-"""The splits that training asks for."""
-NEARLY = 0.9
-"""From this IoU on two boxes are almost one; from this correlation on two images are."""
-MANY = 20_000
-"""Beyond this many images they are not all compared with each other."""
-ENOUGH = 20
-"""Boxes, or images, from which on something can be called usual."""
+REQUIRED = ("train", "val")
+"""The splits that training needs."""
+SIMILAR = 0.9
+"""Two boxes of this IoU are near-duplicates, and so are two images of this correlation."""
+MAX_COMPARED = 20_000
+"""With more images than this, they are not compared for near-duplicates."""
+MIN_COUNT = 20
+"""Statistics of fewer boxes or images say nothing about what is unusual."""
 UNUSUAL = 6.0
-"""A box is of unusual size if its logarithm is this many deviations from its class's median."""
+"""A box size is unusual if its logarithm is this many deviations from the class's median."""
 
 
 class Finding(NamedTuple):
     """One thing that is wrong.
 
     Attributes:
-        level: "error" if training or evaluation would stop on it, else "warning".
-        kind: The sort of fault, the same for all of its sort.
-        split: Where it is; for a fault between splits the second of them.
+        level: "error" if it would stop training or evaluation, else "warning".
+        kind: What sort of problem it is.
+        split: Where it is; between splits, the second one.
         sentence: What is wrong, with file and record.
     """
 
@@ -69,11 +70,11 @@ class Split(NamedTuple):
         file: The name of the annotation file.
         folder: The image folder.
         names: Class names by category id.
-        images: The images with sound records; `usable` says which of them may be opened.
+        images: The images with valid records; `usable` says which of them may be opened.
         usable: (n,) bool.
-        objects: The boxes that a training run would see, and the crowds.
+        objects: The boxes that training would use, and the crowds.
         raw: The annotations by id.
-        total: Entries in the file's list of annotations.
+        total: The number of entries in the file's list of annotations.
     """
 
     name: str
@@ -98,8 +99,11 @@ class Split(NamedTuple):
 
     def box(self, row: int) -> str:
         """A box as messages name it."""
-        where = self.image(self.objects.image[row])
-        return f"{self.file}: annotation {self.objects.id[row]} of {where}"
+        return f"annotation {self.objects.id[row]} of {self.image(self.objects.image[row])}"
+
+    def warning(self, kind: str, text: str) -> Finding:
+        """A warning about this split."""
+        return Finding("warning", kind, self.name, f"{self.file}: {text}")
 
 
 class Boxes(NamedTuple):
@@ -110,7 +114,7 @@ class Boxes(NamedTuple):
         label: (N,) index into `all_classes`.
         size: (N, 2) width and height in pixels of the image.
         scale: (N,) canvas pixels per pixel of the image.
-        area: (N,) as COCO's evaluation takes it for small, medium and large.
+        area: (N,) that COCO's evaluation uses for small, medium and large.
         iou: (N,) with the best anchor.
     """
 
@@ -125,11 +129,11 @@ class Boxes(NamedTuple):
 def check_data(
     root: str | os.PathLike[str], progress: bool = False
 ) -> tuple[list[Finding], list[Split]]:
-    """Look for all that is wrong with a COCO folder; each image is decoded once.
+    """Look for everything that is wrong with a COCO folder; each image is decoded once.
 
     Args:
         root: A folder as `CocoDataset` reads it.
-        progress: Show a bar while images are decoded.
+        progress: Show a progress bar while images are decoded.
 
     Returns:
         The findings, errors first, and the splits as far as they could be read.
@@ -138,11 +142,11 @@ def check_data(
         DataError: there is no such folder, or no annotation file in it.
     """
     root = Path(root)
-    names = sorted(find_splits(root), key=lambda s: (*(s != n for n in (*NEEDED, "test")), s))
+    names = sorted(find_splits(root), key=lambda s: (*(s != n for n in (*REQUIRED, "test")), s))
     if not names:
-        find_split(root, NEEDED[0])  # says so
+        find_split(root, REQUIRED[0])  # raises
     findings: list[Finding] = []
-    for name in NEEDED:
+    for name in REQUIRED:
         if name not in names:
             found = printable(", ".join(names))
             text = f"{printable(str(root))}: no split {name!r}; found {found}"
@@ -162,35 +166,31 @@ def all_classes(splits: Sequence[Split]) -> list[str]:
 
 
 def read_boxes(splits: Sequence[Split], config: RetinaNetConfig) -> Boxes:
-    """The boxes of the splits, on the canvas and with the anchors of a detector."""
-    columns = []
+    """The boxes of the splits, with their scale on a detector's canvas and their best anchor."""
+    columns = [(np.zeros(0, int), np.zeros(0, int), np.zeros((0, 2)), *[np.zeros(0)] * 3)]
     classes = all_classes(splits)
     for number, split in enumerate(splits):
-        images, objects = split.images, split.objects
-        own = ~objects.crowd
-        image, box = objects.image[own], objects.box[own]
-        sizes = np.array([(i.height, i.width) for i in images], np.float64).reshape(-1, 2)[image]
-        scale = scales(sizes, config.canvas)
-        iou = best_iou(box * scale[:, None], config)
-        size = box[:, 2:] - box[:, :2]
-        label = np.array([classes.index(name) for name in split.classes], int)[objects.label[own]]
-        owner = np.full(len(box), number)
-        columns.append((owner, label, size, scale, objects.area[own], iou))
-    empty = [(np.zeros(0, int),) * 2 + (np.zeros((0, 2)),) + (np.zeros(0),) * 3]
-    return Boxes(*(np.concatenate(column) for column in zip(*(columns or empty), strict=True)))
+        own = ~split.objects.crowd
+        _, image, label, box, area, _ = (column[own] for column in split.objects)
+        sizes = np.array([(i.height, i.width) for i in split.images], float).reshape(-1, 2)
+        scale = scales(sizes[image], config.canvas)
+        index = np.array([classes.index(name) for name in split.classes], int)
+        size, iou = box[:, 2:] - box[:, :2], best_iou(box * scale[:, None], config)
+        columns.append((np.full(len(box), number), index[label], size, scale, area, iou))
+    return Boxes(*(np.concatenate(column) for column in zip(*columns, strict=True)))
 
 
 def _read(root: Path, name: str, findings: list[Finding]) -> Iterable[Split]:
-    """The split, if there is anything to be read; its faults go to the findings."""
+    """The split, if it can be read at all; its errors go to the findings."""
 
-    def report(fault: DataError) -> None:
-        findings.append(Finding("error", fault.kind, name, str(fault)))
+    def report(error: DataError) -> None:
+        findings.append(Finding("error", error.kind, name, str(error)))
 
     try:
         path, folder = find_split(root, name)
         data = read_json(path)
-    except DataError as fault:
-        report(fault)
+    except DataError as error:
+        report(error)
         return
     file = printable(path.name)
     names = read_categories(data, file, report)
@@ -204,78 +204,65 @@ def _read(root: Path, name: str, findings: list[Finding]) -> Iterable[Split]:
     for entry in entries:
         if isinstance(entry, dict) and type(entry.get("id")) is int:
             raw.setdefault(entry["id"], entry)
+    split = Split(name, file, folder, names, images, usable, objects, raw, len(entries))
     for kind, ids in dropped.items():
         for number in ids:
-            image = raw[number]["image_id"]
-            text = f"{file}: annotation {number} of image id {image}: "
+            text = f"annotation {number} of image id {raw[number]['image_id']}: "
             text += reprlib.repr(raw[number]["bbox"])
-            findings.append(Finding("warning", f"box dropped: {kind}", name, text))
-    yield Split(name, file, folder, names, images, usable, objects, raw, len(entries))
+            findings.append(split.warning(f"box dropped: {kind}", text))
+    yield split
 
 
 def _warnings(split: Split) -> Iterable[Finding]:
-    """What is odd within one split, though it can be trained on."""
-
-    def warn(kind: str, sentence: str) -> Finding:
-        return Finding("warning", kind, split.name, sentence)
-
-    objects, file = split.objects, split.file
+    """What is suspicious within one split."""
+    objects = split.objects
     counts = np.bincount(objects.image, minlength=len(split.images))
-    for index in np.flatnonzero(counts == 0):
-        yield warn("image without boxes", f"{file}: {split.image(index)}")
+    for index in np.flatnonzero(counts == 0).tolist():
+        yield split.warning("image without boxes", split.image(index))
     for label in set(range(len(split.names))) - set(objects.label[~objects.crowd].tolist()):
-        yield warn("class without boxes", f"{file}: {printable(split.classes[label])!r}")
-    for row in np.flatnonzero(objects.crowd):
-        yield warn("crowd box, excuses detections only", split.box(row))
+        yield split.warning("class without boxes", repr(printable(split.classes[label])))
+    for row in np.flatnonzero(objects.crowd).tolist():
+        yield split.warning("crowd box, used only to ignore detections", split.box(row))
     for name, number in Counter(image.file for image in split.images).items():
         if number > 1:
-            yield warn("file listed more than once", f"{file}: {printable(name)}, {number} times")
+            text = f"{printable(name)}, {number} times"
+            yield split.warning("file listed more than once", text)
     alike = defaultdict(list)
     for name in split.names.values():
-        alike["".join(name.split()).casefold()].append(name)
+        alike["".join(name.split()).casefold()].append(repr(printable(name)))
     for names in alike.values():
         if len(names) > 1:
-            text = f"{file}: {', '.join(repr(printable(n)) for n in names)}"
-            yield warn("class names that differ by case or spaces only", text)
+            kind = "class names that differ only in case or spaces"
+            yield split.warning(kind, ", ".join(names))
     for row, number in enumerate(objects.id.tolist()):
         x, y, width, height = map(float, split.raw[number]["bbox"])
         outside = np.abs(objects.box[row] - [x, y, x + width, y + height]).max()
         if outside > 1:
             text = f"{split.box(row)}: by {outside:.4g} pixels"
-            yield warn("box that reaches out of its image, clipped", text)
-        # COCO's area is that of the mask, which is no larger than the box.
-        area, own = split.raw[number].get("area"), width * height
-        masked = bool(split.raw[number].get("segmentation"))
+            yield split.warning("box that extends beyond its image, clipped", text)
+        # COCO's area is that of the mask, which is not larger than the box.
+        own, masked = width * height, bool(split.raw[number].get("segmentation"))
+        area = split.raw[number].get("area", own)
         area = float(area) if is_area(area) else own
         if area > 1.01 * own + 1 or (area < 0.99 * own - 1 and not masked):
             text = f"{split.box(row)}: area {area:g}, box {width:g} x {height:g} = {own:g}"
-            yield warn("area that is not that of the box", text)
+            yield split.warning("area that is not that of the box", text)
     bounds = np.searchsorted(objects.image, np.arange(len(split.images) + 1))
     for low, high in itertools.pairwise(bounds.tolist()):
-        for i, j, iou in _pairs(objects.box[low:high]):
-            i, j = low + i, low + j
-            text = f"{split.box(i)}, and {objects.id[j]}: IoU {iou:.3f}"
+        ious = box_iou(objects.box[low:high], objects.box[low:high])
+        for i, j in np.argwhere(np.triu(ious >= SIMILAR, 1)).tolist():
+            iou, i, j = ious[i, j], low + i, low + j
             if objects.label[i] != objects.label[j]:
-                yield warn(f"one place with two classes (IoU {NEARLY:g} or more)", text)
+                kind = f"one object with two classes (IoU {SIMILAR:g} or more)"
             elif iou == 1:
-                yield warn("box that is there twice", text)
+                kind = "duplicate box"
             else:
-                yield warn(f"two boxes for one object (IoU {NEARLY:g} or more)", text)
-
-
-def _pairs(boxes: np.ndarray) -> Iterable[tuple[int, int, float]]:
-    """Pairs of boxes, (n, 4), that are nearly one, with their IoU."""
-    low = np.maximum(boxes[:, None, :2], boxes[:, :2])
-    high = np.minimum(boxes[:, None, 2:], boxes[:, 2:])
-    shared = np.prod(np.maximum(high - low, 0), axis=2)
-    area = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
-    iou = shared / (area[:, None] + area - shared)
-    for i, j in np.argwhere(np.triu(iou >= NEARLY, 1)):
-        yield int(i), int(j), float(iou[i, j])
+                kind = f"two boxes for one object (IoU {SIMILAR:g} or more)"
+            yield split.warning(kind, f"{split.box(i)}, and {objects.id[j]}: IoU {iou:.3f}")
 
 
 def _between(splits: Sequence[Split]) -> Iterable[Finding]:
-    """What can be seen only where all splits are looked at together."""
+    """What only all splits together show."""
     named = [split for split in splits if split.names]
     for split in named[1:]:
         if split.classes != named[0].classes:
@@ -288,100 +275,90 @@ def _between(splits: Sequence[Split]) -> Iterable[Finding]:
             text += f" ({'; '.join(extra) or 'their order by id differs'})"
             yield Finding("error", "classes that differ between splits", split.name, text)
     if len({split.classes for split in named}) != 1:
-        return  # there are none, or labels of one split are others in the next
+        return  # no classes, or labels that mean something else in each split
     owner = np.concatenate([np.full(len(s.objects.id), n) for n, s in enumerate(named)])
     row = np.concatenate([np.arange(len(s.objects.id)) for s in named])
     columns = zip(*(s.objects for s in named), strict=True)
     _, image, label, box, _, crowd = map(np.concatenate, columns)
-    side = np.log(np.prod(box[:, 2:] - box[:, :2], axis=1)) / 2
+    side = np.log(box_area(box)) / 2
+    pairs = list(zip(owner.tolist(), image.tolist(), strict=True))
+    every = set(pairs)
     for number, name in enumerate(named[0].classes):
         own = np.flatnonzero((label == number) & ~crowd)
-        if len(own) < ENOUGH:
-            continue
-        middle = np.median(side[own])
-        deviation = max(1.4826 * np.median(np.abs(side[own] - middle)), 0.05)
-        for i in own[np.abs(side[own] - middle) > UNUSUAL * deviation]:
-            split = named[owner[i]]
-            text = f"{split.box(row[i])}: {printable(name)!r} of {math.exp(side[i]):.0f} pixels, "
-            text += f"the median is {math.exp(middle):.0f}"
-            yield Finding("warning", "box of a size unusual for its class", split.name, text)
-    # Where nearly all images have a class, those without it may have been left unlabelled.
-    place = np.stack([owner, image], axis=1)
-    every = {(n, i) for n, i in place.tolist()}
-    for number, name in enumerate(named[0].classes):
-        having = {(n, i) for n, i in place[label == number].tolist()}
-        if len(every) >= ENOUGH and 0.9 * len(every) <= len(having):
+        if len(own) >= MIN_COUNT:
+            middle = np.median(side[own])
+            deviation = max(1.4826 * np.median(np.abs(side[own] - middle)), 0.05)
+            for i in own[np.abs(side[own] - middle) > UNUSUAL * deviation].tolist():
+                split = named[owner[i]]
+                text = f"{split.box(row[i])}: {printable(name)!r} of {math.exp(side[i]):.0f} "
+                text += f"pixels, the median is {math.exp(middle):.0f}"
+                yield split.warning("box of a size unusual for its class", text)
+        # Where nearly all images have a class, those without it may lack annotations.
+        having = {pairs[i] for i in np.flatnonzero(label == number)}
+        if len(every) >= MIN_COUNT and 0.9 * len(every) <= len(having):
+            share = f"{len(having) / len(every):.1%}"
+            kind = f"image without {printable(name)!r}, which {share} of the images have"
             for n, i in sorted(every - having):
-                text = f"{named[n].file}: {named[n].image(i)}"
-                share = f"{len(having) / len(every):.1%}"
-                kind = f"image without {printable(name)!r}, which {share} of the images have"
-                yield Finding("warning", kind, named[n].name, text)
+                yield named[n].warning(kind, named[n].image(i))
 
 
 def _files(splits: Sequence[Split], progress: bool) -> Iterable[Finding]:
-    """What is wrong with the image files, and which of them are the same."""
-    work = [(s, i) for s in splits for i in np.flatnonzero(s.usable)]
+    """What is wrong with the image files, and which of them are duplicates."""
+    work = [(s, i) for s in splits for i in np.flatnonzero(s.usable).tolist()]
     seen: dict[bytes, tuple[Split, int]] = {}
-    kept = []
+    kept: list[tuple[Split, int, np.ndarray]] = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         results = pool.map(lambda item: _open(*item), work)
-        for (split, index), (digest, thumbnail, fault) in zip(
-            work,
-            tqdm(results, total=len(work), unit="image", leave=False, disable=not progress),
-            strict=True,
-        ):
-            if fault is not None:
-                yield Finding("error", fault.kind, split.name, str(fault))
+        bar = tqdm(results, total=len(work), unit="image", leave=False, disable=not progress)
+        for (split, index), (digest, thumbnail, error) in zip(work, bar, strict=True):
+            if error is not None:
+                yield Finding("error", error.kind, split.name, str(error))
             if digest is None:
                 continue
             first, at = seen.setdefault(digest, (split, index))
-            text = f"{split.file}: {split.image(index)} and {first.file}: {first.image(at)}"
+            text = f"{split.image(index)} and {first.file}: {first.image(at)}"
             if first.name != split.name:
-                yield Finding("warning", "image that is in two splits", split.name, text)
+                yield split.warning("image in two splits", text)
             elif at != index and first.images[at].file != split.images[index].file:
-                yield Finding("warning", "image that is in a split twice", split.name, text)
-            elif thumbnail is not None and at == index and len(work) <= MANY:
+                yield split.warning("duplicate image in a split", text)
+            elif thumbnail is not None and at == index and len(work) <= MAX_COMPARED:
                 kept.append((split, index, thumbnail))
-    if not kept:
-        return
-    thumbnails = np.stack([thumbnail for _, _, thumbnail in kept])
-    owner = np.array([splits.index(split) for split, _, _ in kept])
+    thumbnails = np.array([thumbnail for _, _, thumbnail in kept])
     for row, (split, index, thumbnail) in enumerate(kept):
-        for other in np.flatnonzero(thumbnails[:row] @ thumbnail > NEARLY):
-            if owner[other] != owner[row]:
-                first, at, match = kept[other]
-                text = f"{split.file}: {split.image(index)} and {first.file}: {first.image(at)}: "
+        for other in np.flatnonzero(thumbnails[:row] @ thumbnail > SIMILAR):
+            first, at, match = kept[other]
+            if first.name != split.name:
+                text = f"{split.image(index)} and {first.file}: {first.image(at)}: "
                 text += f"correlation {match @ thumbnail:.3f}"
-                kind = "image that is nearly one of another split"
-                yield Finding("warning", kind, split.name, text)
+                yield split.warning("near-duplicate of an image in another split", text)
 
 
 def _open(split: Split, index: int) -> tuple[bytes | None, np.ndarray | None, DataError | None]:
-    """The hash of an image file, a grey thumbnail of mean 0 and length 1, and what is wrong."""
+    """The hash of an image file, a gray thumbnail of mean 0 and length 1, and what is wrong."""
     record = split.images[index]
     try:
         digest = hashlib.sha256((split.folder / record.file).read_bytes()).digest()
     except OSError:
-        digest = None  # the sentence comes from reading it as an image
+        digest = None  # reading it as an image will say why
     try:
         image = read_record(record, split.file, split.folder)
-    except DataError as fault:
-        return digest, None, fault
-    grey = resize(image, (32, 32)).mean(axis=2).ravel().astype(np.float32)
-    grey -= grey.mean()
-    length = np.linalg.norm(grey)
-    return digest, grey / length if length > 32 else None, None
+    except DataError as error:
+        return digest, None, error
+    gray = resize(image, (32, 32)).mean(axis=2).ravel().astype(np.float32)
+    gray -= gray.mean()
+    length = np.linalg.norm(gray)
+    return digest, gray / length if length > 32 else None, None
 
 
 def _unlisted(root: Path, splits: Sequence[Split]) -> Iterable[Finding]:
-    """Files beside the images that no annotation file names."""
+    """Files in the image folders that no annotation file lists."""
     listed: dict[Path, set[str]] = defaultdict(set)
     for split in splits:
         listed[split.folder].update(os.path.normpath(image.file) for image in split.images)
     for folder, names in listed.items():
-        for base, _, files in os.walk(folder):  # does not go where links lead
+        for base, _, files in os.walk(folder):  # does not follow links
             for name in sorted(files):
                 file = os.path.relpath(os.path.join(base, name), folder)
                 if file not in names and not name.startswith("."):
-                    text = f"{printable(str(folder.relative_to(root) / file))}"
-                    yield Finding("warning", "file that no split lists", "", text)
+                    text = printable(str(folder.relative_to(root) / file))
+                    yield Finding("warning", "file not listed in any split", "", text)

@@ -1,4 +1,4 @@
-"""The boxes of a dataset beside the anchors of a detector, in one picture."""
+"""Draws the boxes of a dataset and the anchors of a detector in one picture."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.axis import XAxis, YAxis
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
@@ -19,20 +19,20 @@ from focal.retinanet.data.images import printable
 from focal.retinanet.report.check import Boxes
 from focal.retinanet.report.check_report import BUCKETS
 from focal.retinanet.report.coverage import anchor_shapes
-from focal.retinanet.report.draw import PALETTE, save_image
+from focal.retinanet.report.draw import PALETTE, save_figure
 
 __all__ = ["check_picture"]
 
 _INK, _ANCHOR = "#333333", "#111111"
 _COLOURS = tuple(colour for colour in PALETTE if colour != "#ffffff")
-_ROWS = 10  # classes in the panel of shares
-_POINTS = 20_000  # of the scatter; more are drawn at random
+_ROWS = 10  # largest number of classes in the panel of shares
+_POINTS = 20_000  # largest number of points of the scatter plot, a random sample
 
 
 def check_picture(
     boxes: Boxes, record: Mapping[str, Any], config: RetinaNetConfig, out: Path
 ) -> Path:
-    """Draw sizes, shapes, best IoU and the share of boxes that the anchors reach.
+    """Draw sizes, shapes, best IoU and the share of boxes that have an anchor.
 
     Args:
         boxes: of `read_boxes`.
@@ -41,15 +41,13 @@ def check_picture(
         out: the picture, PNG or JPEG.
     """
     classes, total = record["classes"], len(boxes.label)
-    if len(classes) <= len(_COLOURS):
-        groups = [
-            (_label(name), _COLOURS[label], boxes.label == label)
-            for label, name in enumerate(classes)
-        ]
-    else:  # more than can be told apart
+    groups = [
+        (_label(name), colour, boxes.label == label)
+        for label, (name, colour) in enumerate(zip(classes, _COLOURS, strict=False))
+    ]
+    if len(classes) > len(_COLOURS):  # too many to tell them apart
         groups = [(f"{len(classes)} classes", _COLOURS[0], np.ones(total, bool))]
     figure = Figure(figsize=(11, 8.6), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2)
     _shapes(axes[0, 0], boxes, groups, config)
     _sides(axes[0, 1], boxes, groups, config)
@@ -64,8 +62,7 @@ def check_picture(
         f"{sum(len(cell) for cell in anchor_shapes(config))} anchor shapes",
         fontsize=13,
     )
-    canvas.draw()
-    return save_image(out, np.asarray(canvas.buffer_rgba())[..., :3])
+    return save_figure(out, figure)
 
 
 Groups = list[tuple[str, str, np.ndarray]]
@@ -78,38 +75,39 @@ def _shapes(axis: Axes, boxes: Boxes, groups: Groups, config: RetinaNetConfig) -
     for name, colour, own in groups:
         width, height = sizes[shown[own[shown]]].T
         axis.scatter(width, height, s=9, color=colour, alpha=0.35, linewidths=0, label=name)
-    every = np.concatenate(anchor_shapes(config))
-    axis.scatter(*every.T, s=26, marker="s", facecolors="none", edgecolors=_ANCHOR, label="anchors")
+    width, height = np.concatenate(anchor_shapes(config)).T
+    squares: dict[str, Any] = {"marker": "s", "facecolors": "none", "edgecolors": _ANCHOR}
+    axis.scatter(width, height, s=26, label="anchors", **squares)
     axis.set(title="shapes: boxes and anchors", xlabel="width (canvas pixels)")
     axis.set(ylabel="height (canvas pixels)", xscale="log", yscale="log")
     _plain(axis, "xy")
     axis.grid(color="#dddddd", linewidth=0.6)
     axis.set_axisbelow(True)
     legend = axis.legend(frameon=False, loc="upper left", handletextpad=0.2)
-    for handle in legend.legend_handles:
+    for handle in filter(None, legend.legend_handles):
         handle.set_alpha(1)
 
 
 def _sides(axis: Axes, boxes: Boxes, groups: Groups, config: RetinaNetConfig) -> None:
-    """How many boxes have which size, with the sizes of the anchors as lines."""
+    """Histogram of the box sizes, with the anchor sizes as lines."""
     side = np.sqrt(np.prod(boxes.size, axis=1)) * boxes.scale
     sizes = np.array([size * k for size in config.anchors.sizes for k in config.anchors.scales])
-    ends = np.log2([min([*side, *sizes]) * 0.9, max([*side, *sizes]) * 1.1])
-    edges = 2 ** np.linspace(*ends, 48)
-    _hist(axis, side, edges, groups)
+    every = np.concatenate([side, sizes])
+    _hist(axis, side, np.geomspace(every.min() * 0.9, every.max() * 1.1, 48), groups)
+    dashed: dict[str, Any] = {"color": _ANCHOR, "linewidth": 0.8, "linestyle": (0, (4, 3))}
     for size in sizes:
-        axis.axvline(size, color=_ANCHOR, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
-    axis.plot([], [], color=_ANCHOR, linewidth=0.8, linestyle=(0, (4, 3)), label="anchor sizes")
+        axis.axvline(size, zorder=0, **dashed)
+    axis.plot([], [], label="anchor sizes", **dashed)
     axis.set(title="sizes", xlabel="square root of width x height (canvas pixels)", xscale="log")
     _plain(axis, "x")
     axis.legend(frameon=True, framealpha=1, edgecolor="none", loc="upper right")
 
 
 def _ious(axis: Axes, boxes: Boxes, groups: Groups, config: RetinaNetConfig) -> None:
-    """The IoU of each box with its best anchor, and what it means for training."""
+    """Histogram of the IoU of each box with its best anchor, with the matching thresholds."""
     _hist(axis, boxes.iou, np.linspace(0, 1, 51), groups)
     low = float(np.mean(boxes.iou < config.foreground)) if len(boxes.iou) else 0.0
-    top = {"transform": axis.get_xaxis_transform(), "va": "top"}
+    top: dict[str, Any] = {"transform": axis.get_xaxis_transform(), "va": "top"}
     for name in ("background", "foreground"):
         value = getattr(config, name)
         axis.axvline(value, color=_INK, linewidth=0.8)
@@ -120,16 +118,16 @@ def _ious(axis: Axes, boxes: Boxes, groups: Groups, config: RetinaNetConfig) -> 
 
 
 def _shares(axis: Axes, record: Mapping[str, Any]) -> None:
-    """The share of boxes that an anchor reaches, of each class and size, as a table of colours."""
+    """The share of boxes that have an anchor, by class and size, as a heat map."""
     found = [(name, part) for name, part in record["boxes by class"].items() if part["count"]]
-    if len(found) > _ROWS:  # those that need a look
+    if len(found) > _ROWS:  # the worst ones
         found.sort(key=lambda item: item[1]["reached"]["all"]["share"])
     rows = [(_label(name), part["reached"]) for name, part in found[:_ROWS]]
     rows.append(("all classes", record["boxes"]["reached"]))
     of = "\nof" if len(rows) < 7 else " of"
     shares = [[cells[b]["share"] for b in BUCKETS] for _, cells in rows]
     table = np.array([[np.nan if s is None else s for s in row] for row in shares], float)
-    axis.imshow(1 - table, cmap="Oranges", vmin=0, vmax=1.4, aspect="auto")  # white: all reached
+    axis.imshow(1 - table, cmap="Oranges", vmin=0, vmax=1.4, aspect="auto")  # white: 100 %
     for y, (_, cells) in enumerate(rows):
         for x, bucket in enumerate(BUCKETS):
             cell = cells[bucket]
@@ -138,15 +136,15 @@ def _shares(axis: Axes, record: Mapping[str, Any]) -> None:
     axis.set_xticks(range(len(BUCKETS)), [*BUCKETS])
     axis.set_yticks(range(len(rows)), [name for name, _ in rows])
     axis.tick_params(length=0)
-    title = f"share of boxes that an anchor reaches at IoU {record['foreground']:g}"
+    title = f"share of boxes with an anchor of IoU {record['foreground']:g} or more"
     if len(found) > _ROWS:
-        title += f"\n(the {_ROWS} least reached of {len(found)} classes)"
+        title += f"\n(the {_ROWS} lowest of {len(found)} classes)"
     axis.set_title(title)
     axis.set_xlabel("small: below 32², medium: to 96², large: above (image pixels)")
 
 
 def _hist(axis: Axes, values: np.ndarray, edges: np.ndarray, groups: Groups) -> None:
-    """A histogram of each class over the others, as shares, since classes differ in number."""
+    """A histogram per class, normalized by the number of its boxes."""
     for name, colour, own in groups:
         share, _ = np.histogram(values[own], edges)
         share = share / max(1, own.sum())
@@ -159,15 +157,15 @@ def _hist(axis: Axes, values: np.ndarray, edges: np.ndarray, groups: Groups) -> 
 def _plain(axis: Axes, which: str) -> None:
     """Numbers such as 20 and 50 on a logarithmic axis."""
     for own in which:
-        ticks = axis.xaxis if own == "x" else axis.yaxis
+        ticks: XAxis | YAxis = axis.xaxis if own == "x" else axis.yaxis
         ticks.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ticks.set_major_formatter("{x:g}")
         ticks.set_minor_formatter(NullFormatter())
 
 
 def _label(name: str) -> str:
-    """A name in letters that the font has; $ would be mathematics, and a first _ hide it."""
-    font = FT2Font(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")))
-    known = font.get_charmap()
+    """A name in glyphs of the font; $ would start math mode, and a leading _ would hide it."""
+    path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    known = FT2Font(str(path)).get_charmap()
     text = "".join(c if ord(c) in known else "?" for c in printable(name, 24))
     return text.replace("$", r"\$").lstrip("_") or "?"

@@ -1,7 +1,8 @@
-"""What `focal check` found, as a record for check.json and as text."""
+"""The result of `focal check`, as a record for check.json and as text."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ BUCKETS = {
     "medium": (32**2, 96**2),
     "large": (96**2, np.inf),
 }
-"""COCO's ranges of area in pixels of the image; the upper end is not included."""
+"""COCO's ranges of area in pixels of the image, without the upper end."""
 EXAMPLES = 5
 
 
@@ -36,13 +37,10 @@ def check_record(
         findings: of `check_data`.
         splits: of `check_data`.
         boxes: of `read_boxes`.
-        config: the detector whose anchors and canvas are meant.
-        notes: what to put in front, such as the command.
+        config: the detector whose anchors and canvas are used.
+        notes: what to add, such as the command.
     """
     classes = all_classes(splits)
-    groups: dict[tuple[str, str], list[Finding]] = {}
-    for finding in findings:
-        groups.setdefault((finding.level, finding.kind), []).append(finding)
     return {
         **notes,
         "canvas": list(config.canvas),
@@ -50,8 +48,8 @@ def check_record(
         "anchors": {"sizes": config.anchors.sizes, "strides": config.anchors.strides},
         "classes": classes,
         "splits": {split.name: _counts(split) for split in splits},
-        "errors": _grouped(groups, "error"),
-        "warnings": _grouped(groups, "warning"),
+        "errors": _grouped(findings, "error"),
+        "warnings": _grouped(findings, "warning"),
         "boxes": _statistics(boxes, np.ones(len(boxes.label), bool), config),
         "boxes by class": {
             name: _statistics(boxes, boxes.label == label, config)
@@ -72,32 +70,33 @@ def _counts(split: Split) -> dict[str, Any]:
     }
 
 
-def _grouped(groups: Mapping[tuple[str, str], list[Finding]], level: str) -> list[dict[str, Any]]:
+def _grouped(findings: Sequence[Finding], level: str) -> list[dict[str, Any]]:
     """The findings of a level by kind, the most frequent first."""
-    records = []
-    for (own, kind), found in groups.items():
-        if own == level:
-            names = [finding.split for finding in found]
-            records.append(
-                {
-                    "kind": kind,
-                    "count": len(found),
-                    "splits": {name: names.count(name) for name in dict.fromkeys(names) if name},
-                    "findings": [finding.sentence for finding in found],
-                }
-            )
-    return sorted(records, key=lambda record: -record["count"])
+    groups: dict[str, list[Finding]] = {}
+    for finding in findings:
+        if finding.level == level:
+            groups.setdefault(finding.kind, []).append(finding)
+    return [
+        {
+            "kind": kind,
+            "count": len(found),
+            "splits": dict(Counter(finding.split for finding in found if finding.split)),
+            "findings": [finding.sentence for finding in found],
+        }
+        for kind, found in sorted(groups.items(), key=lambda group: -len(group[1]))
+    ]
 
 
 def _statistics(boxes: Boxes, own: np.ndarray, config: RetinaNetConfig) -> dict[str, Any]:
-    """Sizes in pixels of the image, and the share that an anchor reaches, by COCO's sizes."""
+    """Sizes in pixels of the image, and the share that has an anchor, by COCO's sizes."""
     size, area, iou = boxes.size[own], boxes.area[own], boxes.iou[own]
-    statistics: dict[str, Any] = {"count": len(size)}
+    side = np.sqrt(np.prod(size, axis=1))
     columns = {
-        "side": np.sqrt(np.prod(size, axis=1)),
+        "side": side,
         "height/width": size[:, 1] / size[:, 0],
-        "side on the canvas": np.sqrt(np.prod(size, axis=1)) * boxes.scale[own],
+        "side on the canvas": side * boxes.scale[own],
     }
+    statistics: dict[str, Any] = {"count": len(size)}
     for name, values in columns.items():
         if len(values):
             low, middle, high = np.percentile(values, [5, 50, 95]).round(2).tolist()
@@ -111,7 +110,7 @@ def _statistics(boxes: Boxes, own: np.ndarray, config: RetinaNetConfig) -> dict[
 
 
 def check_text(record: Mapping[str, Any], limit: int = EXAMPLES) -> str:
-    """The record as a person reads it; `limit` examples of each kind of finding."""
+    """The record as text, with up to `limit` examples of each kind of finding."""
     splits, classes = record["splits"], record["classes"]
     width = max([6, *(len(_name(name)) for name in classes)]) + 2
     totals = [*splits, "all"] if len(splits) > 1 else list(splits)
@@ -137,7 +136,7 @@ def check_text(record: Mapping[str, Any], limit: int = EXAMPLES) -> str:
     lines += [
         "",
         "sizes in pixels (square root of width x height) at 5%, 50%, 95%, and the share of boxes",
-        f"that an anchor reaches at IoU {record['foreground']:g}, canvas {height}x{breadth}:",
+        f"with an anchor of IoU {record['foreground']:g} or more, canvas {height}x{breadth}:",
         f"{'':{width}}{'5%':>8}{'50%':>8}{'95%':>8}   " + "".join(f"{b:>8}" for b in BUCKETS),
     ]
     for name, found in [*record["boxes by class"].items(), ("(all)", record["boxes"])]:

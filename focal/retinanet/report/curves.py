@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from focal.retinanet.report.draw import PALETTE, save_image
+from focal.retinanet.report.draw import PALETTE, save_figure
 from focal.retinanet.training.metrics import Lines, number, read_metrics
 
 __all__ = ["curve", "loss_plot"]
@@ -29,7 +28,6 @@ def loss_plot(metrics_path: Path, out: Path) -> Path:
     train, evals = read_metrics(Path(metrics_path))
     heights = [3, 2, 1] if evals else [3, 1]
     figure = Figure(figsize=(8, 1.5 * sum(heights) ** 0.85), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     grid = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)
     axes: list[Axes] = grid[:, 0].tolist()
     for key, colour in _LOSSES.items():
@@ -51,7 +49,7 @@ def loss_plot(metrics_path: Path, out: Path) -> Path:
     axes[-1].xaxis.set_major_formatter("{x:,.0f}")
     for (split, lines), style in zip(evals.items(), ("-", "--", ":", "-.")):  # noqa: B905
         for key, colour in _APS.items():
-            # The font lacks some letters and reads $ as mathematics; a split is one plain word.
+            # The font lacks some glyphs, and $ would start math mode.
             name = f"{key}, {split}".encode("ascii", "replace").decode().replace("$", "")
             axes[1].plot(*curve(lines, key), style, color=colour, marker="o", ms=4, label=name)
         axes[1].set(ylabel="average precision", ylim=(0, 1))
@@ -62,20 +60,18 @@ def loss_plot(metrics_path: Path, out: Path) -> Path:
             axis.legend(ncols=4, frameon=False, loc="lower right" if axis is axes[1] else "best")
     if not train:
         axes[0].text(0.5, 0.5, "no training steps yet", transform=axes[0].transAxes, ha="center")
-    canvas.draw()
-    return save_image(out, np.asarray(canvas.buffer_rgba())[..., :3])
+    return save_figure(out, figure)
 
 
 def curve(lines: Lines, key: str) -> tuple[np.ndarray, np.ndarray]:
     """The steps at which a finite number was logged, and the numbers."""
-    pairs = np.array([(number(line, "step"), number(line, key)) for line in lines])
-    pairs = pairs.reshape(-1, 2)
-    return tuple(pairs[np.isfinite(pairs[:, 1])].T)
+    x, y = np.array([(number(line, "step"), number(line, key)) for line in lines]).reshape(-1, 2).T
+    return x[np.isfinite(y)], y[np.isfinite(y)]
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """A running mean that does not lag; shorter at the ends."""
-    window = np.ones(2 * (len(values) // 50) + 1)
+    """A centered moving average; the window is shorter at the ends."""
     if not values.size:
         return values
+    window = np.ones(2 * (len(values) // 50) + 1)
     return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")

@@ -1,4 +1,4 @@
-"""Boxes, names and scores drawn on images, and images laid out beside each other."""
+"""Draws boxes, class names and scores on images, and arranges images side by side."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from focal.files import write_atomically
 from focal.retinanet.data.images import resize
 
-__all__ = ["PALETTE", "class_colour", "draw_boxes", "save_image", "side_by_side"]
+__all__ = ["PALETTE", "class_colour", "draw_boxes", "save_figure", "save_image", "side_by_side"]
 
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#f0e442", "#56b4e9", "#d55e00", "#ffffff")
-"""Okabe and Ito's colours, which the colour-blind tell apart, and white; class k has k modulo 8."""
+"""Okabe and Ito's colors, safe for color blindness, and white; class k has color k modulo 8."""
 
 _Box = tuple[int, int, int, int]
 _INK = "#1f2328"
@@ -27,7 +30,7 @@ _PAD = 2  # left and right of a tag's text, in pixels
 
 
 def class_colour(label: int) -> str:
-    """The colour of a class, the same in every picture, as `#rrggbb`."""
+    """The color of a class, the same in every picture, as `#rrggbb`."""
     return PALETTE[label % len(PALETTE)]
 
 
@@ -39,15 +42,15 @@ def draw_boxes(
     scores: np.ndarray | None = None,
     scale: float = 1.0,
 ) -> np.ndarray:
-    """Draw boxes on a copy of an image, each in its class's colour with a tag inside the picture.
+    """Draw boxes on a copy of an image, each in the color of its class and with a tag.
 
     Args:
         image: (H, W, 3) uint8, RGB.
-        boxes: (n, 4), `(x1, y1, x2, y2)` in pixels of `image`. Those outside it, or not finite,
-            are left out; those thinner than a pixel are drawn as one pixel.
+        boxes: (n, 4), `(x1, y1, x2, y2)` in pixels of `image`. Boxes outside it, or not finite,
+            are skipped; those thinner than a pixel are drawn as one pixel.
         labels: (n,) class indices.
         classes: name of each class.
-        scores: (n,), written behind the name.
+        scores: (n,), written after the name.
         scale: the result is this many times larger than the image.
     """
     height, width = (max(1, round(n * scale)) for n in image.shape[:2])
@@ -61,7 +64,7 @@ def draw_boxes(
         for box, label, end in zip(boxes, labels, ends, strict=True)
         if np.isfinite(box).all() and (box[2:] > 0).all() and (box[:2] < [width, height]).all()
     ]
-    # Small boxes come last, over the large ones; all halos come first, to cut no coloured line.
+    # Small boxes over large ones; halos first, so that they do not cut colored lines.
     items.sort(key=lambda item: _shared(item[0], item[0]), reverse=True)
     for halo in (1, 0):
         for box, label, _ in items:
@@ -72,7 +75,7 @@ def draw_boxes(
         text = _fit(classes[label], font, room) + end
         size = math.ceil(font.getlength(text)) + 2 * _PAD, sum(font.getmetrics())
         if not text or size[0] > width or size[1] > height:
-            continue  # nothing to say, or no room for letters
+            continue  # nothing to write, or no room for it
         x1, y1, x2, y2 = place = _place(box, size, (width, height), taken)
         taken.append(place)
         draw.rectangle((x1, y1, x2 - 1, y2 - 1), fill=class_colour(label))
@@ -85,12 +88,12 @@ def side_by_side(
     titles: tuple[str, str] = ("ground truth", "detections"),
     legend: Sequence[tuple[int, str]] = (),
 ) -> np.ndarray:
-    """A sheet of picture pairs under two titles, with a legend of the classes' colours.
+    """Pairs of pictures in two columns with titles and a legend of the class colors.
 
     Args:
         rows: pairs of (H, W, 3) uint8, of any sizes.
-        titles: what stands above each column.
-        legend: label and name of the classes to explain.
+        titles: of the two columns.
+        legend: label and name of each class.
     """
     widths = [max([200, *(row[i].shape[1] for row in rows)]) for i in (0, 1)]
     size = max(14, min(widths) // 32)
@@ -116,7 +119,7 @@ def side_by_side(
 
 
 def save_image(path: str | os.PathLike[str], array: np.ndarray) -> Path:
-    """Write (H, W, 3) uint8 as PNG or JPEG, by the suffix, whole or not at all."""
+    """Write (H, W, 3) uint8 as PNG or JPEG, by the suffix, atomically."""
     path = Path(path)
     if path.suffix.lower() not in _FORMATS:
         raise ValueError(f"save_image: path must end in {', '.join(_FORMATS)}; got {path.name!r}")
@@ -126,14 +129,21 @@ def save_image(path: str | os.PathLike[str], array: np.ndarray) -> Path:
     return path
 
 
+def save_figure(path: str | os.PathLike[str], figure: Figure) -> Path:
+    """Write a figure of matplotlib as `save_image` does."""
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    return save_image(path, np.asarray(canvas.buffer_rgba())[..., :3])
+
+
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib and has more scripts than Pillow's own font."""
+    """DejaVu Sans, which matplotlib includes; it covers more scripts than Pillow's own font."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", name), size)
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """The text as one line of what a font can draw, cut until it is at most `width` wide."""
+    """The text as one line, truncated to at most `width` pixels."""
     short = text if len(text) < 80 else text[:79] + "…"
     short = "".join(c if c.isprintable() else " " for c in short)
     while short and font.getlength(short) > width:
@@ -142,41 +152,40 @@ def _fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
 
 
 def _contrast(colour: str) -> str:
-    """Black or white, whichever is farther from the colour."""
+    """Black or white, whichever differs more from the color."""
     red, green, blue = bytes.fromhex(colour[1:])
     return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 100 else "#ffffff"
 
 
 def _pixels(box: np.ndarray, width: int, height: int) -> _Box:
-    """The box in whole pixels of the picture, one at least, the right and lower end exclusive."""
+    """The box in whole pixels of the picture, at least one; x2 and y2 are exclusive."""
     x1, y1, x2, y2 = np.rint(np.clip(box, 0, [width, height, width, height])).astype(int).tolist()
     x1, y1 = min(x1, width - 1), min(y1, height - 1)
     return x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)
 
 
 def _frame(draw: ImageDraw.ImageDraw, box: _Box, line: int, colour: str, halo: int) -> None:
-    """An outline along the inside of the box, or its halo, which is wider to both sides."""
+    """An outline inside the box, or its halo, which is wider on both sides."""
     x1, y1, x2, y2 = box
     side = min(x2 - x1, y2 - y1)
-    # Beyond half of the box Pillow would draw the line out on the other side.
+    # Pillow would draw a line of more than half the box's width beyond its other side.
     line = min(min(line, max(1, side // 4)) + 2 * halo, (side + 1) // 2 + halo)
     outer = x1 - halo, y1 - halo, x2 - 1 + halo, y2 - 1 + halo
     draw.rectangle(outer, outline=_contrast(colour) if halo else colour, width=line)
 
 
 def _place(box: _Box, size: tuple[int, int], canvas: tuple[int, int], taken: list[_Box]) -> _Box:
-    """Where a tag goes: at a corner of its box, inside the picture, best not on other tags."""
+    """The place of a tag: at a corner of its box, inside the picture, avoiding other tags."""
     (x1, y1, x2, y2), (width, height) = box, size
     corners = [(x1, y1 - height), (x2 - width, y1 - height), (x1, y2), (x2 - width, y2)]
     corners.insert(1 if y2 - y1 > 3 * height else 4, (x1, y1))  # it would hide a small object
-    best = math.inf, box
+    found: list[tuple[int, _Box]] = []
     for x, y in corners:
         left, top = min(max(x, 0), canvas[0] - width), min(max(y, 0), canvas[1] - height)
         place = left, top, left + width, top + height
-        cost = 10 * (abs(left - x) + abs(top - y)) + sum(_shared(place, tag) for tag in taken)
-        if cost < best[0]:
-            best = cost, place
-    return best[1]
+        moved = abs(left - x) + abs(top - y)
+        found.append((10 * moved + sum(_shared(place, tag) for tag in taken), place))
+    return min(found, key=lambda item: item[0])[1]
 
 
 def _shared(a: _Box, b: _Box) -> int:
@@ -187,7 +196,7 @@ def _shared(a: _Box, b: _Box) -> int:
 def _flow(
     legend: Sequence[tuple[int, str]], font: ImageFont.FreeTypeFont, size: int, width: int
 ) -> list[tuple[int, int, int, str]]:
-    """Names set one after another like words in lines: x, y, label and text of each."""
+    """Names in lines, wrapped like words: x, y, label and text of each."""
     places, x, y = [], size // 2, 0
     for label, name in legend:
         name = _fit(name, font, width - 2 * size)

@@ -1,4 +1,4 @@
-"""What a training run looks like: its detections, and one HTML page with everything."""
+"""The report of a training run: a picture of detections, and one HTML page with everything."""
 
 from __future__ import annotations
 
@@ -56,19 +56,19 @@ def detections_picture(
     limit: int = 4,
     threshold: float = 0.3,
 ) -> Path:
-    """Draw ground truth beside detections, an image per row.
+    """Draw ground truth and detections side by side, one image per row.
 
     Args:
         examples: images with their objects.
-        predictions: for each, its `boxes` (n, 4), `scores` and `labels` (n,), in its pixels.
+        predictions: per image, `boxes` (n, 4) in its pixels, `scores` and `labels` (n,).
         classes: name of each class.
         out: the picture, PNG or JPEG.
-        limit: the most rows.
-        threshold: detections of lower score are not shown.
+        limit: the largest number of rows.
+        threshold: detections with a lower score are not shown.
     """
-    rows, seen = [], set()
+    rows, seen = [], set[int]()
     for example, found in islice(zip(examples, predictions, strict=True), limit):
-        # Small images are enlarged until names can be read, huge ones reduced to fit a page.
+        # Small images are enlarged until names are legible, large ones reduced to fit a page.
         scale = float(np.clip(1, *np.array([512, 640]) / max(example.image.shape[:2])))
         scores, labels = np.asarray(found["scores"]), np.asarray(found["labels"])
         shown = np.flatnonzero(scores >= threshold)
@@ -82,16 +82,16 @@ def detections_picture(
 
 
 def write_report(run: Path) -> Path:
-    """Write `report.html` into a run's folder: one file that needs no other, and no network.
+    """Write `report.html` into a run's folder: one self-contained file.
 
-    What the folder lacks (`config.json`, `metrics.jsonl`, `loss.png`, `detections.png`) is a
-    sentence in the page.
+    Where `config.json`, `metrics.jsonl`, `loss.png` or `detections.png` is missing, the page says
+    so.
     """
     run = Path(run)
     try:
         config = json.loads((run / "config.json").read_bytes())
     except (OSError, ValueError):
-        config = None
+        config = {}
     config = config if isinstance(config, dict) else {}
     train, evals = read_metrics(run / "metrics.jsonl")
     title = _text(f"RetinaNet on {config.get('data', 'unknown data')}")
@@ -129,7 +129,7 @@ def write_report(run: Path) -> Path:
 
 
 def _facts(config: dict[str, Any], train: Lines) -> list[tuple[str, Any]]:
-    """The first things to know of a run; what is not known is left out."""
+    """The summary of a run, as far as it is known."""
     parameters, seconds = number(config, "parameters"), number(config, "seconds")
     speeds = curve(train, "images_per_second")[1]
     facts = {key: config.get(key) for key in ("data", "backend", "device", "started")}
@@ -146,7 +146,7 @@ def _facts(config: dict[str, Any], train: Lines) -> list[tuple[str, Any]]:
 
 
 def _accuracy(finals: dict[str, dict[str, Any]]) -> str:
-    """Tables of the last evaluation of each split: overall, and of each class."""
+    """Tables of the last evaluation of each split: overall and by class."""
     if not finals:
         return "<p>This run has not been evaluated yet.</p>"
     cell = '<td class="number">{}</td>'.format
@@ -182,7 +182,7 @@ def _table(rows: Iterable[tuple[str, Any]]) -> str:
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """The leaves of nested dicts under dotted names."""
+    """The leaves of nested dicts by dotted names."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
@@ -191,7 +191,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
 
 
 def _text(value: Any) -> str:
-    """Anything as text that HTML takes for nothing else."""
+    """Anything as escaped text."""
     return html.escape(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
