@@ -1,9 +1,9 @@
-"""The figures of the paper, and some of our own, each drawn from this library's functions.
+"""The figures of the paper and additional ones, drawn with this library's functions.
 
 python -m benchmarks.figures --out docs/pictures/figures --weights weights.safetensors --data DATA
 
-Lin et al. 2017, arXiv:1708.02002. A function `..._figure` draws one; what it draws comes from
-functions without a picture, so that the numbers can be tested.
+Lin et al. 2017, arXiv:1708.02002. Each `..._figure` function draws one figure. The numbers come
+from separate functions, so that they can be tested.
 """
 
 from __future__ import annotations
@@ -305,47 +305,49 @@ def _cumulative_caption(positives: np.ndarray, negatives: np.ndarray, name: str)
             held[kind, gamma] = 1 - cumulative_share(losses, 101)[1][100 - hardest]
     return (
         f"The paper's figure 4, from {len(positives):,} logits of positives and "
-        f"{len(negatives):,} of negatives of a detector on {name}: sorted by loss, the share of "
-        f"the whole loss that the easiest hold. The hardest fifth of the positives holds "
-        f"{held['p', 0.0]:.0%} of it at gamma 0 and {held['p', 2.0]:.0%} at gamma 2; the hardest "
-        f"hundredth of the negatives {held['n', 0.0]:.0%} and {held['n', 2.0]:.0%}: gamma takes "
-        "the easy background out of the loss."
+        f"{len(negatives):,} of negatives of a detector on {name}: examples sorted by loss, and "
+        "the share of the total loss in the easiest of them. The hardest fifth of the positives "
+        f"has {held['p', 0.0]:.0%} of the loss at gamma 0 and {held['p', 2.0]:.0%} at gamma 2; the "
+        f"hardest hundredth of the negatives {held['n', 0.0]:.0%} and {held['n', 2.0]:.0%}: gamma "
+        "suppresses the easy background."
     )
 
 
 FIGURES: Mapping[str, Figure] = {
     "loss": Figure(
         loss_figure,
-        "The paper's figure 1: the greater gamma, the less a well classified example counts. At "
-        "gamma 2 one with $p_t$ = 0.9 has a hundredth of its cross entropy.",
+        "The paper's figure 1: the larger gamma, the less a well-classified example contributes. "
+        "At gamma 2 and $p_t$ = 0.9 the loss is a hundredth of the cross entropy.",
     ),
     "loss_star": Figure(
         star_figure,
-        "The paper's figure 5: FL and the two FL* of its table 3 over the signed logit. Other "
-        "formulas, the same idea: less loss for $x_t > 0$.",
+        "The paper's figure 5: FL and the two FL* of its table 3 against the signed logit. Both "
+        "reduce the loss for $x_t > 0$.",
     ),
     "derivatives": Figure(
         derivative_figure,
-        "The paper's figure 6: the derivatives. All reach 0 for confident right answers, the "
-        "focal ones sooner. FL passes -1, down to -1.13, before it returns there.",
+        "The paper's figure 6: the derivatives. All approach 0 for confident, correct "
+        "predictions, those of focal loss sooner. The derivative of FL falls to -1.13 before it "
+        "returns to -1.",
     ),
     "ulp": Figure(
         ulp_figure,
-        "Errors in float32 at gamma 2, in units in the last place (a point below 0.05 is drawn "
-        "there). The textbook's `(1 - p_t) ** gamma` loses digits with every logit and has none "
-        "left at 17; this library stays within a few units everywhere.",
+        "Errors in float32 at gamma 2, in units in the last place (points below 0.05 are drawn "
+        "there). The error of the textbook formula, with `(1 - p_t) ** gamma`, grows with the "
+        "logit; from 17 on no digit is correct. This library stays within a few units everywhere.",
     ),
     "saturation": Figure(
         saturation_figure,
-        "The gradient of a well classified positive in float32. Where the sigmoid rounds to 1 the "
-        "textbook's gradient is 0 or, for gamma below 1, NaN, which spoils every weight; the true "
-        "one falls on as $(1 + \\gamma)\\,e^{-(1 + \\gamma) x}$.",
+        "The gradient of a well-classified positive in float32. Where the sigmoid rounds to 1, "
+        "the gradient of the textbook formula is 0 or, for gamma below 1, NaN. The true gradient "
+        "decays as $(1 + \\gamma)\\,e^{-(1 + \\gamma) x}$.",
     ),
     "initial_loss": Figure(
         initial_loss_figure,
-        "The first classification loss by `focal.expected_initial_loss` (80 classes, 50 "
-        "positives). Without the prior it is thousands, all of it background, and grows with the "
-        "anchors. With $\\pi$ = 0.01 focal loss starts near 1, about as low as any prior makes it.",
+        "The initial classification loss by `focal.expected_initial_loss` (80 classes, 50 "
+        "positives). Without the prior it is in the thousands, almost all from background, and "
+        "grows with the number of anchors. With $\\pi$ = 0.01 focal loss starts near 1, about the "
+        "minimum over all priors.",
     ),
 }
 

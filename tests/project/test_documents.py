@@ -55,10 +55,10 @@ def test_what_a_block_prints_is_shown_in_its_words(capsys):
     assert shown > 0
 
 
-def test_the_map_of_the_readme_is_the_folder():
-    """Every file and folder of `focal` that is in the map exists; none of the first level lacks."""
+def test_the_layout_in_the_readme_is_the_folder():
+    """Every file and folder of `focal` in the layout exists; none of the first level is missing."""
     text = (ROOT / "README.md").read_text()
-    (lines,) = re.findall(r"^## The map of the house\n\n```\n(.*?)^```$", text, re.S | re.M)
+    (lines,) = re.findall(r"^## Repository layout\n\n```\n(.*?)^```$", text, re.S | re.M)
     named, folder = set(), ROOT
     for line in lines.splitlines():
         paths = re.match(r"\s*((?:[\w/]+(?:/|\.py)\s)+)", f"{line} ")[1].split()
