@@ -1,4 +1,4 @@
-"""The ablations of the focal loss paper in miniature, on a CPU: prior, alpha, gamma, OHEM, FL*.
+"""The ablations of the focal loss paper at small scale, on a CPU: prior, alpha, gamma, OHEM, FL*.
 
     python -m benchmarks.ablations --out runs/ablations --seeds 3 --bccd path/to/bccd
 

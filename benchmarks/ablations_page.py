@@ -105,9 +105,9 @@ def tables(results: Mapping[str, Any]) -> dict[str, str]:
         "gamma": [("gamma", "paper, COCO (alpha)", "alpha .25", "alpha .50", "alpha .75")],
         "ohem": [("loss", paper, "AP", "AP50")],
         "star": [("loss", paper, "AP", "AP50")],
-        "scales": [("scales x ratios", paper, "AP", "AP50", "positives an image")],
+        "scales": [("scales x ratios", paper, "AP", "AP50", "positives per image")],
         "longer": [("loss", "500 steps", "2,000 steps")],
-        "prior": [("set", "loss", "with the prior", "without", "first loss with", "without")],
+        "prior": [("set", "loss", "AP with prior", "AP without", "initial loss with", "without")],
     }
     for alpha, published, name in ALPHA:
         row = (alpha, f"{published:.1f}", shown(shapes, name), shown(shapes, name, "AP50"))

@@ -89,7 +89,8 @@ def memory_table(cases: Cases) -> str:
 def step_table(settings: Cases) -> str:
     """The parts of a training step."""
     names = ("forward", "backward", "optimiser", "the rest", "step")
-    rows = [("preset", *names, "share of the rest")]
+    shown = ("forward", "backward", "optimizer", "the rest", "step")
+    rows = [("preset", *shown, "share of the rest")]
     for setting, parts in settings.items():
         share = f"{parts['share_of_the_rest']:.1%}"
         rows.append((setting, *(_cell(parts[name]) for name in names), share))
