@@ -64,6 +64,59 @@ def compare(sides: Mapping[str, Case]) -> dict[str, Any]:
     return {**times, "ratio_of_medians": round(other["median_ms"] / ours["median_ms"], 2)}
 
 
+def compare_cases(
+    x: Any,
+    cases: Mapping[str, tuple[Any, Any, Any]],
+    phases: Mapping[str, Callable[[Any, Any, Any], Case]],
+    *,
+    gradient: Callable[[Any], Any],
+    least: Mapping[str, Case],
+    other: str = "other",
+    memory: Callable[[Case], int] | None = None,
+) -> dict[str, Any]:
+    """Forward, backward and both of each case, both sides.
+
+    Args:
+        x: The logits.
+        cases: By name: our loss, the other, and their targets.
+        phases: By name: what is timed of a loss, its logits and its targets.
+        gradient: The gradient in the result of the phase "both".
+        least: By case: the least that any loss needs, timed beside it.
+        other: Name of the other side.
+        memory: Peak memory of a case in bytes.
+    """
+    nbytes = np.asarray(x).nbytes
+    bandwidth = copy_bandwidth(nbytes)
+    found: dict[str, Any] = {"copy_gb_per_s": round(bandwidth / 1e9, 1)}
+    for phase, timed in phases.items():
+        found[phase] = {}
+        for name, (own, theirs, t) in cases.items():
+            sides = {"focal": timed(own, x, t), other: timed(theirs, x, t)}
+            case: dict[str, Any]
+            if phase != "both":
+                case = compare(sides)
+            else:
+                slopes = (np.asarray(gradient(run())) for run in sides.values())
+                np.testing.assert_allclose(*slopes, rtol=1e-3, atol=1e-6)
+                if name in least:
+                    sides["exp and log1p alone"] = least[name]
+                case = compare(sides)
+                # One pass could do: logits and targets are read, the gradient is written.
+                add_share_of_copy(case, 2 * nbytes + np.asarray(t).nbytes, bandwidth)
+                if memory is not None:
+                    peaks = {side: round(memory(run) / nbytes, 2) for side, run in sides.items()}
+                    case["peak_memory_in_logits"] = peaks
+            found[phase][name] = case
+    return found
+
+
+def print_losses(title: str, losses: Mapping[str, Any]) -> None:
+    """The times of each phase."""
+    print(f"{title}, {SETTING}; median (least) in ms\n")
+    for phase in PHASES:
+        print(f"{phase}\n{times_table(losses[phase])}\n")
+
+
 def losses_in_fresh_processes(module: str) -> dict[str, Any]:
     """What `compare_losses` of a module finds: for each case the process of the median ratio.
 

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Plot
 
 import focal
+from benchmarks.pages import save_plot
 from focal.cli.options import add_backend, open_dataset
 from focal.files import write_atomically
 from focal.numpy import anchors as make_anchors
@@ -32,7 +32,7 @@ from focal.numpy import (
 )
 from focal.retinanet.data import Dataset, eval_batches
 from focal.retinanet.detector import backend_module, load
-from focal.retinanet.report.draw import PALETTE, save_image
+from focal.retinanet.report.draw import PALETTE
 
 GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)
 COLOURS = (PALETTE[0], PALETTE[6], PALETTE[1], PALETTE[3], PALETTE[2])
@@ -73,9 +73,7 @@ def write_figures(out: Path, model: Any = None, dataset: Dataset | None = None) 
     page = ["# Figures of the focal loss", ""]
     for name, figure in figures.items():
         file = f"{name}.png"
-        canvas = FigureCanvasAgg(figure.draw())
-        canvas.draw()
-        save_image(out / file, np.asarray(canvas.buffer_rgba())[..., :3])
+        save_plot(out / file, figure.draw())
         captions[file] = figure.caption
         page += [f"![{name}]({file})", "", figure.caption, ""]
     write_atomically(out / "figures.md", "\n".join(page).encode())
