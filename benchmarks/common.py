@@ -1,4 +1,4 @@
-"""The example, timing two sides fairly, and describing the machine that was measured."""
+"""The example, the comparison of two sides, and the record with machine and versions."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def example() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def compare(sides: Mapping[str, Case]) -> dict[str, Any]:
-    """Times of all sides, ours first, and how many times as long the second takes."""
+    """Times of all sides, ours first, and the ratio of the second to ours."""
     times = interleaved(sides)
     ours, other, *_ = times.values()
     return {**times, "ratio_of_medians": round(other["median_ms"] / ours["median_ms"], 2)}
@@ -120,8 +120,8 @@ def print_losses(title: str, losses: Mapping[str, Any]) -> None:
 def losses_in_fresh_processes(module: str) -> dict[str, Any]:
     """What `compare_losses` of a module finds: for each case the process of the median ratio.
 
-    Within a process all repetitions share what malloc happens to have kept mapped, which decides
-    over a factor of two.
+    All repetitions in one process share the memory that malloc has kept mapped, which can change
+    times by a factor of two.
     """
     program = (
         f"import json; from {module} import compare_losses; print(json.dumps(compare_losses()))"
@@ -156,7 +156,7 @@ def copy_bandwidth(nbytes: int) -> float:
 
 
 def add_share_of_copy(case: dict[str, Any], nbytes: int, bandwidth: float) -> None:
-    """Note how near each side comes to the time a copy would need for that many bytes."""
+    """Add the ratio of the time of a copy of so many bytes to the time of each side."""
     for side in sides_of(case):
         side["share_of_copy"] = round(nbytes / bandwidth * 1e3 / side["median_ms"], 3)
 
@@ -181,8 +181,8 @@ def interleaved(
 ) -> dict[str, Summary]:
     """Wall-clock milliseconds of each side.
 
-    The sides take turns, so that a busy machine slows all of them, and never run twice in a row:
-    the second run would find its memory still mapped, which in a training step it is not.
+    The sides take turns, so that other load slows all of them. No side runs twice in a row: the
+    second run would find its memory still mapped, which is not so in a training step.
     """
     for _ in range(warm_up):
         for run in sides.values():
@@ -196,7 +196,7 @@ def interleaved(
             start = time.perf_counter()
             result = run()
             times[name].append((time.perf_counter() - start) * 1e3)
-            del result  # to give its memory back is nobody's forward or backward
+            del result  # outside the measured time
     return {name: summary(values) for name, values in times.items()}
 
 
@@ -210,7 +210,7 @@ def summary(milliseconds: list[float]) -> Summary:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory and how busy it was when the measurement began."""
+    """Processor, cores, memory and the load before the measurement."""
     return {
         "processor": _cpu_name(),
         "architecture": platform.machine(),

@@ -1,9 +1,9 @@
-"""The figures of the paper, and some of our own, each drawn from this library's functions.
+"""The figures of docs/figures.md: those of the paper, and others, from this library's functions.
 
 python -m benchmarks.figures --out docs/pictures/figures --weights weights.safetensors --data DATA
 
-Lin et al. 2017, arXiv:1708.02002. A function `..._figure` draws one; what it draws comes from
-functions without a picture, so that the numbers can be tested.
+Lin et al. 2017, arXiv:1708.02002. The functions `..._figure` draw; the numbers come from
+other functions, which can be tested.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)
 COLOURS = (PALETTE[0], PALETTE[6], PALETTE[1], PALETTE[3], PALETTE[2])
 OURS, OTHER = PALETTE[0], PALETTE[6]
 SATURATED = 16.64
-"""From this logit on, the float32 sigmoid is 1 and `1 - p_t` has no digits."""
+"""From this logit on, the float32 sigmoid is 1 and `1 - p_t` is 0."""
 X_T = np.linspace(-5, 5, 501)
 ANCHORS, POSITIVES, CLASSES = 100_000, 50, 80
 
 
 class Figure(NamedTuple):
-    """How to draw a figure, and what to see in it."""
+    """A figure and its caption."""
 
     draw: Callable[[], Plot]
     caption: str
@@ -118,11 +118,11 @@ def cumulative_share(losses: np.ndarray, points: int = 1001) -> tuple[np.ndarray
 
 
 def anchor_logits(model: Any, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """What a detector says of every anchor of a dataset, as the loss sees it.
+    """The logits of a detector for all anchors of a dataset.
 
     Returns:
-        The logits of the right class of positive anchors, and all the other logits of anchors
-        that are not ignored.
+        The logits of the true class of positive anchors, and all other logits of anchors that
+        are not ignored.
     """
     config = model.config
     grid = make_anchors(config.canvas, config.anchors).astype(np.float32)
@@ -167,7 +167,7 @@ def loss_figure() -> Plot:
 
 
 def _variants() -> list[tuple[str, str, np.ndarray, np.ndarray]]:
-    """Name, colour, loss and derivative in x_t of figures 5 and 6, over `X_T`."""
+    """Name, color, loss and derivative in x_t of figures 5 and 6, over `X_T`."""
     y = np.ones_like(X_T)
     found = []
     for name, gamma, colour in (("CE", 0.0, COLOURS[0]), (r"FL, $\gamma$ = 2", 2.0, COLOURS[3])):
@@ -258,7 +258,7 @@ def saturation_figure() -> Plot:
 
 
 def initial_loss_figure() -> Plot:
-    """The first classification loss, with and without the prior."""
+    """The initial classification loss, with and without the prior."""
     plot, axes = blank(2)
     cases = (("CE", 0.5, 0.0, COLOURS[0]), (r"FL, $\gamma$ = 2", 0.25, 2.0, COLOURS[3]))
     counts = np.logspace(3, 5.5, 60)
@@ -295,7 +295,7 @@ def blank(columns: int = 1) -> tuple[Plot, Sequence[Axes]]:
 
 
 def _cumulative_caption(positives: np.ndarray, negatives: np.ndarray, name: str) -> str:
-    """What figure 4 shows, in numbers: what the hardest of each kind hold at gamma 0 and 2."""
+    """The share of the loss in the hardest examples of each kind, at gamma 0 and 2."""
     held = {}
     for kind, logits, y, hardest in (("p", positives, 1.0, 20), ("n", negatives, 0.0, 1)):
         for gamma in (0.0, 2.0):
@@ -306,8 +306,8 @@ def _cumulative_caption(positives: np.ndarray, negatives: np.ndarray, name: str)
         f"{len(negatives):,} of negatives of a detector on {name}: sorted by loss, the share of "
         f"the whole loss that the easiest hold. The hardest fifth of the positives holds "
         f"{held['p', 0.0]:.0%} of it at gamma 0 and {held['p', 2.0]:.0%} at gamma 2; the hardest "
-        f"hundredth of the negatives {held['n', 0.0]:.0%} and {held['n', 2.0]:.0%}: gamma takes "
-        "the easy background out of the loss."
+        f"hundredth of the negatives {held['n', 0.0]:.0%} and {held['n', 2.0]:.0%}: gamma "
+        "removes the easy background from the loss."
     )
 
 
@@ -319,31 +319,33 @@ FIGURES: Mapping[str, Figure] = {
     ),
     "loss_star": Figure(
         star_figure,
-        "The paper's figure 5: FL and the two FL* of its table 3 over the signed logit. Other "
-        "formulas, the same idea: less loss for $x_t > 0$.",
+        "The paper's figure 5: FL and the two FL* of its table 3 over the signed logit. Like FL, "
+        "they reduce the loss for $x_t > 0$.",
     ),
     "derivatives": Figure(
         derivative_figure,
-        "The paper's figure 6: the derivatives. All reach 0 for confident right answers, the "
-        "focal ones sooner. FL passes -1, down to -1.13, before it returns there.",
+        "The paper's figure 6: the derivatives. All approach 0 for confident correct predictions,"
+        " those of focal loss sooner. That of FL falls below -1, to -1.13, before it returns to "
+        "-1.",
     ),
     "ulp": Figure(
         ulp_figure,
-        "Errors in float32 at gamma 2, in units in the last place (a point below 0.05 is drawn "
-        "there). The textbook's `(1 - p_t) ** gamma` loses digits with every logit and has none "
-        "left at 17; this library stays within a few units everywhere.",
+        "Errors in float32 at gamma 2, in units in the last place (those below 0.05 are drawn at "
+        "0.05). The textbook's `(1 - p_t) ** gamma` loses precision as the logit grows and has no"
+        " correct digit from 17 on; the errors of this library are a few units everywhere.",
     ),
     "saturation": Figure(
         saturation_figure,
-        "The gradient of a well classified positive in float32. Where the sigmoid rounds to 1 the "
-        "textbook's gradient is 0 or, for gamma below 1, NaN, which spoils every weight; the true "
-        "one falls on as $(1 + \\gamma)\\,e^{-(1 + \\gamma) x}$.",
+        "The gradient of a well classified positive in float32. Where the sigmoid rounds to 1, "
+        "the textbook's gradient is 0 or, for gamma below 1, NaN, which makes every weight NaN; "
+        "the true gradient decays as $(1 + \\gamma)\\,e^{-(1 + \\gamma) x}$.",
     ),
     "initial_loss": Figure(
         initial_loss_figure,
         "The first classification loss by `focal.expected_initial_loss` (80 classes, 50 "
-        "positives). Without the prior it is thousands, all of it background, and grows with the "
-        "anchors. With $\\pi$ = 0.01 focal loss starts near 1, about as low as any prior makes it.",
+        "positives). Without the prior it is in the thousands, all of it from background, and "
+        "grows with the number of anchors. With $\\pi$ = 0.01 focal loss starts near 1, close to "
+        "the minimum over all priors.",
     ),
 }
 
