@@ -2,11 +2,11 @@
 
     python -m benchmarks.ablations --out runs/ablations --seeds 3 --bccd path/to/bccd
 
-A cell is one setting with one seed: a small RetinaNet, trained by the paper's optimiser (SGD with
+A cell is one setting with one seed: a small RetinaNet, trained by the paper's optimizer (SGD with
 momentum, warm-up, steps down, no clipping) and measured on the test split. A finished cell is a
-line of OUT/cells.jsonl and is not run again, unless its settings changed; a stopped command goes on
-when it is started again. With `--results docs/results/ablations.json` at the end, and then
-`python -m benchmarks.ablations_page`, docs/reproduction.md shows what was found.
+line of OUT/cells.jsonl and is not run again unless its settings changed, so a command that was
+stopped resumes when it is started again. With `--results docs/results/ablations.json` at the end,
+and then `python -m benchmarks.ablations_page`, docs/reproduction.md shows the results.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def cell_anchors(scales: int, ratios: int) -> Changes:
     return {**focal(2.0, 0.25), "anchors": own}
 
 
-# The most telling first, since a command may be stopped.
+# The most informative first, since a command may be stopped.
 SHAPES_CELLS: Mapping[str, Changes] = {
     "CE .5, no prior": focal(0.0, 0.5, prior=0.5),
     "CE .5": focal(0.0, 0.5),

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from benchmarks.figures import blank
-from benchmarks.pages import fill, markdown
-from focal.files import write_atomically
-from focal.retinanet.report.draw import PALETTE, save_image
+from benchmarks.pages import markdown, save_plot, write_tables
+from focal.retinanet.report.draw import PALETTE
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 RESULTS = DOCS / "results" / "ablations.json"
@@ -153,8 +151,7 @@ def picture(results: Mapping[str, Any], out: Path) -> None:
         rows.append((i, label, published, max(known, key=_mean(cells))))
     _series(axes[1], cells, rows, "gamma, the best alpha of each")
     axes[0].set_ylabel("AP on shapes, percent")
-    FigureCanvasAgg(plot).draw()
-    save_image(out, np.asarray(plot.canvas.buffer_rgba())[..., :3])
+    save_plot(out, plot)
 
 
 def _series(
@@ -184,8 +181,7 @@ def _mean(cells: Cells) -> Any:
 def main() -> None:
     """Write tables and picture."""
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    page = fill(PAGE.read_text(encoding="utf-8"), tables(results))
-    write_atomically(PAGE, page.encode())
+    write_tables(PAGE, tables(results))
     picture(results, PICTURE)
 
 

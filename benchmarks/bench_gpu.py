@@ -1,4 +1,4 @@
-"""The losses on a GPU: forward and backward, memory, and how near they come to a plain copy.
+"""The losses on a GPU: forward and backward, memory, and the time relative to a plain copy.
 
 A batch of 16 images with 100,000 anchors and 80 classes. `make bench-gpu` writes
 results/gpu.json; it has no result in this repository until it has run on a GPU.
@@ -56,7 +56,7 @@ def torchvision_loss(x: Tensor, y: Tensor) -> Tensor:
 
 
 def until_done(run: Case, device: str) -> Case:
-    """The case with the wait for its kernels, which is otherwise left to whoever reads."""
+    """The case, with a wait until its kernels have run."""
 
     def waiting() -> object:
         result = run()

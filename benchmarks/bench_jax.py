@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 
@@ -15,16 +14,13 @@ from benchmarks.common import (
     ALPHA,
     CLASSES,
     GAMMA,
-    PHASES,
     SETTING,
     Case,
-    add_share_of_copy,
-    compare,
-    copy_bandwidth,
+    compare_cases,
     example,
     losses_in_fresh_processes,
+    print_losses,
     record,
-    times_table,
 )
 from focal.jax import sigmoid_focal_loss, sparse_sigmoid_focal_loss
 
@@ -71,31 +67,24 @@ def compare_losses() -> dict[str, Any]:
         "sparse, sum": (sparse, optax_from_labels, labels),
         "sparse against our dense": (sparse, dense_from_labels, labels),
     }
-    bandwidth = copy_bandwidth(x.nbytes)
-    losses: dict[str, Any] = {"copy_gb_per_s": round(bandwidth / 1e9, 1)}
-    phases = {"both": jax.value_and_grad, "forward": lambda loss: loss, "backward": jax.grad}
-    for phase, timed in phases.items():
-        losses[phase] = {}
-        for name, (own, other, t) in pairs.items():
-            sides = {"focal": jitted(timed(own), x, t), "other": jitted(timed(other), x, t)}
-            if phase == "both":
-                slopes = [np.asarray(run()[1]) for run in sides.values()]  # type: ignore[index]
-                np.testing.assert_allclose(*slopes, rtol=1e-3, atol=1e-6)
-            if name == "dense, sum" and phase == "both":
-                sides["exp and log1p alone"] = jitted(one_pass, x, t)
-            losses[phase][name] = compare(sides)
-            if phase == "both":
-                add_share_of_copy(losses[phase][name], 2 * x.nbytes + t.nbytes, bandwidth)
-    return losses
+    return compare_cases(
+        x,
+        pairs,
+        {
+            "both": forward_backward,
+            "forward": jitted,
+            "backward": lambda loss, x, t: jitted(jax.grad(loss), x, t),
+        },
+        gradient=lambda result: result[1],
+        least={"dense, sum": jitted(one_pass, x, y)},
+    )
 
 
 def main() -> None:
     """Measure, write, print."""
     losses = losses_in_fresh_processes("benchmarks.bench_jax")
     record("jax_cpu", "python -m benchmarks", setting=SETTING, losses=losses)
-    print(f"JAX and optax, {SETTING}; jitted, median (least) in ms\n")
-    for phase in PHASES:
-        print(f"{phase}\n{times_table(losses[phase])}\n")
+    print_losses("JAX and optax, jitted", losses)
 
 
 if __name__ == "__main__":

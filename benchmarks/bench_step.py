@@ -17,14 +17,14 @@ from focal.retinanet.torch import trainer as backend_torch
 
 
 class SplitTrainer(backend_torch.Trainer):
-    """A trainer whose network and optimiser note when they run."""
+    """A trainer whose network and optimizer record their times."""
 
     def watch(self) -> dict[str, float]:
-        """Start measuring; the seconds of network forward and optimiser add up in the result.
+        """Start measuring; the seconds of network forward and optimizer are added up in the result.
 
-        Autograd takes the latest operations first, so both losses are through when the gradient
+        Autograd takes the latest operations first, so both losses are done when the gradient
         reaches the first of the network's outputs; from there to the end of `backward`, where
-        the optimiser's part begins, it is the network's.
+        the optimizer's part begins, the time is the network's.
         """
         spent = dict.fromkeys(("forward", "backward", "optimiser"), 0.0)
         marks: dict[str, float] = {}

@@ -6,23 +6,19 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from benchmarks.common import (
     ALPHA,
     CLASSES,
     GAMMA,
-    PHASES,
     SETTING,
     Case,
-    add_share_of_copy,
-    compare,
-    copy_bandwidth,
+    compare_cases,
     example,
     losses_in_fresh_processes,
+    print_losses,
     record,
-    times_table,
 )
 from focal.tensorflow import sigmoid_focal_loss, sparse_sigmoid_focal_loss
 
@@ -85,27 +81,23 @@ def compare_losses() -> dict[str, Any]:
         "sparse, sum": (sparse, keras_from_labels, labels),
         "sparse against our dense": (sparse, dense_from_labels, labels),
     }
-    bandwidth = copy_bandwidth(x.numpy().nbytes)
-    losses: dict[str, Any] = {"copy_gb_per_s": round(bandwidth / 1e9, 1)}
-    phases = {"both": value_and_grad, "forward": lambda loss: loss, "backward": grad}
-    for phase, timed in phases.items():
-        losses[phase] = {}
-        for compiled in (False, True):
-            for name, (own, other, t) in pairs.items():
-                sides = {
-                    "focal": in_graph(timed(own), x, t, compiled),
-                    "other": in_graph(timed(other), x, t, compiled),
-                }
-                if phase == "both":
-                    slopes = [run()[1] for run in sides.values()]  # type: ignore[index]
-                    np.testing.assert_allclose(*slopes, rtol=1e-3, atol=1e-6)
-                if name == "dense, sum" and phase == "both":
-                    sides["exp and log1p alone"] = in_graph(one_pass, x, t, compiled)
-                case = compare(sides)
-                if phase == "both":
-                    nbytes = 2 * x.numpy().nbytes + t.numpy().nbytes
-                    add_share_of_copy(case, nbytes, bandwidth)
-                losses[phase][name + (", jit_compile" if compiled else "")] = case
+    timed = {"both": value_and_grad, "forward": lambda loss: loss, "backward": grad}
+
+    def measured(compiled: bool) -> dict[str, Any]:
+        def phase(change: Callable[[Loss], Loss]) -> Callable[..., Case]:
+            return lambda loss, x, t: in_graph(change(loss), x, t, compiled)
+
+        return compare_cases(
+            x,
+            pairs,
+            {name: phase(change) for name, change in timed.items()},
+            gradient=lambda result: result[1],
+            least={"dense, sum": in_graph(one_pass, x, y, compiled)},
+        )
+
+    losses, compiled = measured(False), measured(True)
+    for name in timed:
+        losses[name] |= {f"{case}, jit_compile": found for case, found in compiled[name].items()}
     return losses
 
 
@@ -113,9 +105,7 @@ def main() -> None:
     """Measure, write, print."""
     losses = losses_in_fresh_processes("benchmarks.bench_tensorflow")
     record("tensorflow_cpu", "python -m benchmarks", setting=SETTING, losses=losses)
-    print(f"TensorFlow and Keras, {SETTING}; tf.function, median (least) in ms\n")
-    for phase in PHASES:
-        print(f"{phase}\n{times_table(losses[phase])}\n")
+    print_losses("TensorFlow and Keras, tf.function", losses)
 
 
 if __name__ == "__main__":

@@ -16,19 +16,16 @@ from benchmarks.common import (
     ALPHA,
     CLASSES,
     GAMMA,
-    PHASES,
     SETTING,
     Case,
     Staged,
-    add_share_of_copy,
-    compare,
-    copy_bandwidth,
+    compare_cases,
     example,
     losses_in_fresh_processes,
+    print_losses,
     record,
     summary,
     table,
-    times_table,
 )
 from focal.torch import sigmoid_focal_loss, sparse_sigmoid_focal_loss
 
@@ -103,25 +100,15 @@ def compare_losses() -> dict[str, Any]:
             labels,
         ),
     }
-    bandwidth = copy_bandwidth(x.nbytes)
-    result: dict[str, Any] = {"copy_gb_per_s": round(bandwidth / 1e9, 1)}
-    phases = {"both": forward_backward, "forward": forward, "backward": backward}
-    for phase, timed in phases.items():
-        result[phase] = {}
-        for name, (own, other, t) in cases.items():
-            sides = {"focal": timed(own, x, t), "textbook": timed(other, x, t)}
-            if phase == "both":
-                torch.testing.assert_close(*(run() for run in sides.values()), rtol=1e-3, atol=1e-6)
-            if name == "dense, sum, compiled" and phase == "both":
-                sides["exp and log1p alone"] = forward(torch.compile(one_pass), x, t)
-            case = compare(sides)
-            if phase == "both":
-                # One pass could do: logits and targets are read, the gradient is written.
-                add_share_of_copy(case, 2 * x.nbytes + t.nbytes, bandwidth)
-                memory = {side: peak_memory(run) / x.nbytes for side, run in sides.items()}
-                case["peak_memory_in_logits"] = {k: round(v, 2) for k, v in memory.items()}
-            result[phase][name] = case
-    return result
+    return compare_cases(
+        x,
+        cases,
+        {"both": forward_backward, "forward": forward, "backward": backward},
+        gradient=lambda gradient: gradient,
+        least={"dense, sum, compiled": forward(torch.compile(one_pass), x, y)},
+        other="textbook",
+        memory=peak_memory,
+    )
 
 
 def peak_memory(run: Case) -> int:
@@ -178,9 +165,7 @@ def main() -> None:
         losses=losses_in_fresh_processes("benchmarks.bench_torch"),
         training_step=training_steps(),
     )
-    print(f"PyTorch, {SETTING}; median (least) in ms\n")
-    for phase in PHASES:
-        print(f"{phase}\n{times_table(report['losses'][phase])}\n")
+    print_losses("PyTorch", report["losses"])
     memory = [("peak memory in logits", "focal", "textbook")]
     for name, case in report["losses"]["both"].items():
         both = list(case["peak_memory_in_logits"].values())[:2]

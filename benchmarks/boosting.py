@@ -25,8 +25,7 @@ from sklearn.model_selection import train_test_split
 
 import focal
 from benchmarks.common import record
-from benchmarks.pages import fill, markdown
-from focal.files import write_atomically
+from benchmarks.pages import markdown, write_tables
 from focal.numpy import sigmoid_focal_loss, sigmoid_focal_loss_grad, sigmoid_focal_loss_hess
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "boosting.md"
@@ -330,7 +329,7 @@ def main() -> None:
         tables=compared,
         curvature={k: measure(rare, f, curvatures, rare.runs) for k, f in CURVATURE_FITS.items()},
     )
-    write_atomically(PAGE, fill(PAGE.read_text(encoding="utf-8"), tables(report)).encode())
+    write_tables(PAGE, tables(report))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The example, timing two sides fairly, and describing the machine that was measured."""
+"""The example, the comparison of two sides, and the record with machine and versions."""
 
 from __future__ import annotations
 
@@ -58,17 +58,70 @@ def example() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def compare(sides: Mapping[str, Case]) -> dict[str, Any]:
-    """Times of all sides, ours first, and how many times as long the second takes."""
+    """Times of all sides, ours first, and the ratio of the second to ours."""
     times = interleaved(sides)
     ours, other, *_ = times.values()
     return {**times, "ratio_of_medians": round(other["median_ms"] / ours["median_ms"], 2)}
 
 
+def compare_cases(
+    x: Any,
+    cases: Mapping[str, tuple[Any, Any, Any]],
+    phases: Mapping[str, Callable[[Any, Any, Any], Case]],
+    *,
+    gradient: Callable[[Any], Any],
+    least: Mapping[str, Case],
+    other: str = "other",
+    memory: Callable[[Case], int] | None = None,
+) -> dict[str, Any]:
+    """Forward, backward and both of each case, both sides.
+
+    Args:
+        x: The logits.
+        cases: By name: our loss, the other, and their targets.
+        phases: By name: what is timed of a loss, its logits and its targets.
+        gradient: The gradient in the result of the phase "both".
+        least: By case: the least that any loss needs, timed beside it.
+        other: Name of the other side.
+        memory: Peak memory of a case in bytes.
+    """
+    nbytes = np.asarray(x).nbytes
+    bandwidth = copy_bandwidth(nbytes)
+    found: dict[str, Any] = {"copy_gb_per_s": round(bandwidth / 1e9, 1)}
+    for phase, timed in phases.items():
+        found[phase] = {}
+        for name, (own, theirs, t) in cases.items():
+            sides = {"focal": timed(own, x, t), other: timed(theirs, x, t)}
+            case: dict[str, Any]
+            if phase != "both":
+                case = compare(sides)
+            else:
+                slopes = (np.asarray(gradient(run())) for run in sides.values())
+                np.testing.assert_allclose(*slopes, rtol=1e-3, atol=1e-6)
+                if name in least:
+                    sides["exp and log1p alone"] = least[name]
+                case = compare(sides)
+                # One pass could do: logits and targets are read, the gradient is written.
+                add_share_of_copy(case, 2 * nbytes + np.asarray(t).nbytes, bandwidth)
+                if memory is not None:
+                    peaks = {side: round(memory(run) / nbytes, 2) for side, run in sides.items()}
+                    case["peak_memory_in_logits"] = peaks
+            found[phase][name] = case
+    return found
+
+
+def print_losses(title: str, losses: Mapping[str, Any]) -> None:
+    """The times of each phase."""
+    print(f"{title}, {SETTING}; median (least) in ms\n")
+    for phase in PHASES:
+        print(f"{phase}\n{times_table(losses[phase])}\n")
+
+
 def losses_in_fresh_processes(module: str) -> dict[str, Any]:
     """What `compare_losses` of a module finds: for each case the process of the median ratio.
 
-    Within a process all repetitions share what malloc happens to have kept mapped, which decides
-    over a factor of two.
+    All repetitions in one process share the memory that malloc has kept mapped, which can change
+    times by a factor of two.
     """
     program = (
         f"import json; from {module} import compare_losses; print(json.dumps(compare_losses()))"
@@ -103,7 +156,7 @@ def copy_bandwidth(nbytes: int) -> float:
 
 
 def add_share_of_copy(case: dict[str, Any], nbytes: int, bandwidth: float) -> None:
-    """Note how near each side comes to the time a copy would need for that many bytes."""
+    """Add the ratio of the time of a copy of so many bytes to the time of each side."""
     for side in sides_of(case):
         side["share_of_copy"] = round(nbytes / bandwidth * 1e3 / side["median_ms"], 3)
 
@@ -128,8 +181,8 @@ def interleaved(
 ) -> dict[str, Summary]:
     """Wall-clock milliseconds of each side.
 
-    The sides take turns, so that a busy machine slows all of them, and never run twice in a row:
-    the second run would find its memory still mapped, which in a training step it is not.
+    The sides take turns, so that other load slows all of them. No side runs twice in a row: the
+    second run would find its memory still mapped, which is not so in a training step.
     """
     for _ in range(warm_up):
         for run in sides.values():
@@ -143,7 +196,7 @@ def interleaved(
             start = time.perf_counter()
             result = run()
             times[name].append((time.perf_counter() - start) * 1e3)
-            del result  # to give its memory back is nobody's forward or backward
+            del result  # outside the measured time
     return {name: summary(values) for name, values in times.items()}
 
 
@@ -157,7 +210,7 @@ def summary(milliseconds: list[float]) -> Summary:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory and how busy it was when the measurement began."""
+    """Processor, cores, memory and the load before the measurement."""
     return {
         "processor": _cpu_name(),
         "architecture": platform.machine(),

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Plot
 
 import focal
+from benchmarks.pages import save_plot
 from focal.cli.options import add_backend, open_dataset
 from focal.files import write_atomically
 from focal.numpy import anchors as make_anchors
@@ -32,19 +32,19 @@ from focal.numpy import (
 )
 from focal.retinanet.data import Dataset, eval_batches
 from focal.retinanet.detector import backend_module, load
-from focal.retinanet.report.draw import PALETTE, save_image
+from focal.retinanet.report.draw import PALETTE
 
 GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)
 COLOURS = (PALETTE[0], PALETTE[6], PALETTE[1], PALETTE[3], PALETTE[2])
 OURS, OTHER = PALETTE[0], PALETTE[6]
 SATURATED = 16.64
-"""From this logit on, the float32 sigmoid is 1 and `1 - p_t` has no digits."""
+"""From this logit on, the float32 sigmoid is 1 and `1 - p_t` is 0."""
 X_T = np.linspace(-5, 5, 501)
 ANCHORS, POSITIVES, CLASSES = 100_000, 50, 80
 
 
 class Figure(NamedTuple):
-    """How to draw a figure, and what to see in it."""
+    """A figure and its caption."""
 
     draw: Callable[[], Plot]
     caption: str
@@ -73,9 +73,7 @@ def write_figures(out: Path, model: Any = None, dataset: Dataset | None = None) 
     page = ["# Figures of the focal loss", ""]
     for name, figure in figures.items():
         file = f"{name}.png"
-        canvas = FigureCanvasAgg(figure.draw())
-        canvas.draw()
-        save_image(out / file, np.asarray(canvas.buffer_rgba())[..., :3])
+        save_plot(out / file, figure.draw())
         captions[file] = figure.caption
         page += [f"![{name}]({file})", "", figure.caption, ""]
     write_atomically(out / "figures.md", "\n".join(page).encode())
@@ -120,11 +118,11 @@ def cumulative_share(losses: np.ndarray, points: int = 1001) -> tuple[np.ndarray
 
 
 def anchor_logits(model: Any, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """What a detector says of every anchor of a dataset, as the loss sees it.
+    """The logits of a detector for all anchors of a dataset.
 
     Returns:
-        The logits of the right class of positive anchors, and all the other logits of anchors
-        that are not ignored.
+        The logits of the true class of positive anchors, and all other logits of anchors that
+        are not ignored.
     """
     config = model.config
     grid = make_anchors(config.canvas, config.anchors).astype(np.float32)
@@ -169,7 +167,7 @@ def loss_figure() -> Plot:
 
 
 def _variants() -> list[tuple[str, str, np.ndarray, np.ndarray]]:
-    """Name, colour, loss and derivative in x_t of figures 5 and 6, over `X_T`."""
+    """Name, color, loss and derivative in x_t of figures 5 and 6, over `X_T`."""
     y = np.ones_like(X_T)
     found = []
     for name, gamma, colour in (("CE", 0.0, COLOURS[0]), (r"FL, $\gamma$ = 2", 2.0, COLOURS[3])):
@@ -260,7 +258,7 @@ def saturation_figure() -> Plot:
 
 
 def initial_loss_figure() -> Plot:
-    """The first classification loss, with and without the prior."""
+    """The initial classification loss, with and without the prior."""
     plot, axes = blank(2)
     cases = (("CE", 0.5, 0.0, COLOURS[0]), (r"FL, $\gamma$ = 2", 0.25, 2.0, COLOURS[3]))
     counts = np.logspace(3, 5.5, 60)
@@ -297,7 +295,7 @@ def blank(columns: int = 1) -> tuple[Plot, Sequence[Axes]]:
 
 
 def _cumulative_caption(positives: np.ndarray, negatives: np.ndarray, name: str) -> str:
-    """What figure 4 shows, in numbers: what the hardest of each kind hold at gamma 0 and 2."""
+    """The share of the loss in the hardest examples of each kind, at gamma 0 and 2."""
     held = {}
     for kind, logits, y, hardest in (("p", positives, 1.0, 20), ("n", negatives, 0.0, 1)):
         for gamma in (0.0, 2.0):

@@ -15,11 +15,11 @@ from benchmarks.bench_torch import forward_backward, ours
 from benchmarks.common import SETTING, Case, example, record, table
 
 REPETITIONS = 20
-DEAR = ("sigmoid", "log1p")
+SLOW = ("sigmoid", "log1p")
 
 
 def operations(run: Case) -> dict[str, dict[str, float]]:
-    """Milliseconds and calls of one run, by operation, the dearest first."""
+    """Milliseconds and calls of one run, by operation, the slowest first."""
     for _ in range(4):
         run()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -40,7 +40,7 @@ def operations(run: Case) -> dict[str, dict[str, float]]:
 
 
 def transcendentals() -> dict[str, int]:
-    """How often exponential and logarithm stand in what XLA makes of loss and gradient."""
+    """Number of exponentials and logarithms in the compiled program of loss and gradient."""
     x, _, y = map(jax.numpy.asarray, example())
     compiled = jax.jit(jax.value_and_grad(bench_jax.dense)).lower(x, y).compile()
     text = compiled.as_text()
@@ -52,7 +52,7 @@ def main() -> None:
     """Measure, write, print."""
     x, _, y = map(torch.from_numpy, example())
     eager = operations(forward_backward(ours, x, y))
-    dear = sum(eager[name]["ms"] for name in DEAR)
+    slow = sum(eager[name]["ms"] for name in SLOW)
     whole = sum(entry["ms"] for entry in eager.values())
     xla = transcendentals()
     record(
@@ -60,13 +60,13 @@ def main() -> None:
         "python -m benchmarks.profile_cpu",
         setting=f"dense, sum, forward and backward; {SETTING}",
         torch_eager=eager,
-        share_of_sigmoid_and_log1p=round(dear / whole, 3),
+        share_of_sigmoid_and_log1p=round(slow / whole, 3),
         xla=xla,
     )
     rows = [("operation", "ms", "calls")]
     rows += [(name, f"{e['ms']:.2f}", f"{e['calls']:.0f}") for name, e in eager.items()]
     print(table(rows))
-    print(f"\nsigmoid and log1p: {dear / whole:.0%} of {whole:.1f} ms; in XLA: {xla}")
+    print(f"\nsigmoid and log1p: {slow / whole:.0%} of {whole:.1f} ms; in XLA: {xla}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ Both = Callable[[Any, Any], tuple[Any, Any]]
 
 
 class Settings(NamedTuple):
-    """What is swept."""
+    """The loss, the framework and the logits of a sweep."""
 
     backend: str
     dtype: str
@@ -44,18 +44,18 @@ class Settings(NamedTuple):
 
 @dataclass
 class Tally:
-    """What was seen of a result, the loss or the gradient, at one gamma.
+    """Errors of the loss, or of the gradient, at one gamma.
 
     Attributes:
         ulp: Largest error of a result that is a normal number (in float16: any).
-        logit: Where.
-        target: Where, 0 or 1.
-        beyond: Results below the smallest normal number that are off by more than it.
-        flushed: Results below it that came as zero, and are not zero when rounded.
+        logit: The logit of that result.
+        target: Its target, 0 or 1.
+        beyond: Results below the smallest normal number with an error larger than it.
+        flushed: Results below it that are flushed to zero.
         not_finite: Results that are NaN or infinite at a finite logit.
         nan_lost: Results that are not NaN at a NaN logit.
-        limit_missed: Results at an infinite logit that are not the limit; for an infinite limit
-            the greatest finite number will do.
+        limit_missed: Results at an infinite logit that are not the limit; where the limit is
+            infinite, the largest finite number is accepted.
     """
 
     ulp: float = 0.0
@@ -68,20 +68,20 @@ class Tally:
     limit_missed: int = 0
 
     def add(self, other: Tally) -> None:
-        """Count what was seen elsewhere too."""
+        """Add the errors of other logits."""
         if (other.ulp, other.logit, other.target) > (self.ulp, self.logit, self.target):
             self.ulp, self.logit, self.target = other.ulp, other.logit, other.target
         for count in ("beyond", "flushed", "not_finite", "nan_lost", "limit_missed"):
             setattr(self, count, getattr(self, count) + getattr(other, count))
 
     def passed(self, bound: float) -> bool:
-        """Whether no result is beyond the bound or wrong in another way."""
+        """Whether all results are within the bound, and finite or NaN where they should be."""
         wrong = self.beyond + self.not_finite + self.nan_lost + self.limit_missed
         return self.ulp <= bound and wrong == 0
 
 
 def patterns(settings: Settings) -> int:
-    """How many bit patterns a sweep takes."""
+    """Number of bit patterns in a sweep."""
     bits = 32 if settings.dtype == "float32" else 16
     return -(-(1 << bits) // settings.stride)
 

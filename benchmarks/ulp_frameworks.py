@@ -9,19 +9,17 @@ the textbook's formula written with the framework's own operations, beside float
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import focal.numpy
 from benchmarks.figures import ulp_errors
-from focal.files import write_atomically
-from focal.retinanet.report.draw import PALETTE, save_image
+from benchmarks.pages import markdown, save_plot, write_tables
+from focal.retinanet.report.draw import PALETTE
 from focal.testing.frameworks import FRAMEWORKS
 from focal.testing.ulp import allowed_ulp
 
@@ -103,25 +101,19 @@ def figure(found: dict[str, Errors]) -> Figure:
 
 def table(found: dict[str, Errors]) -> str:
     """The largest errors, a row for each framework."""
-    rows = ["| | textbook, loss | gradient | focal, loss | gradient |", "|---|---|---|---|---|"]
+    rows = [("", "textbook, loss", "gradient", "focal, loss", "gradient")]
     for backend, title in NAMES.items():
         there = (f"{error.max():,.0f}" for error in found[backend]["textbook"])
         here = (f"{error.max():.2f}" for error in found[backend]["focal"])
-        rows.append(f"| {' | '.join((title, *there, *here))} |")
-    return "\n".join(rows)
+        rows.append((title, *there, *here))
+    return markdown(rows)
 
 
 def main() -> None:
     """Measure, draw, write the table."""
     found = {backend: errors(backend, X) for backend in NAMES}
-    canvas = FigureCanvasAgg(figure(found))
-    canvas.draw()
-    save_image(PICTURE, np.asarray(canvas.buffer_rgba())[..., :3])
-    text = PAGE.read_text(encoding="utf-8")
-    place = re.compile(r"(<!-- ulp -->\n).*?(<!-- end -->)", re.S)
-    text, count = place.subn(lambda m: f"{m[1]}\n{table(found)}\n\n{m[2]}", text)
-    assert count == 1, f"{PAGE}: needs one place for the table ulp, has {count}"
-    write_atomically(PAGE, text.encode())
+    save_plot(PICTURE, figure(found))
+    write_tables(PAGE, {"ulp": table(found)})
     print(PICTURE, PAGE)
 
 

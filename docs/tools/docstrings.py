@@ -1,7 +1,7 @@
-"""An extension of griffe: shows the docstrings as the site's Markdown has things.
+"""An extension of griffe: docstrings in the Markdown of the site.
 
-In the sources formulas and references are written as Sphinx has them, which editors know, and the
-functions of the core take the array namespace `xp` first, which each adapter fills in.
+In the sources, formulas and references are in Sphinx syntax, which editors know. The functions of
+the core take the array namespace `xp` first, which each adapter binds.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import griffe
 
 
 class Docstrings(griffe.Extension):
-    """Docstrings in Markdown, and the signatures that users see."""
+    """Docstrings in Markdown, and signatures without `xp`."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Rewrite the docstring of any object."""
+        """Convert the docstring of an object."""
         if obj.docstring is not None:
             obj.docstring.value = markdown(obj.docstring.value)
 
     def on_function_instance(self, *, func: griffe.Function, **_: Any) -> None:
-        """Take `xp` from a function of the core, as `focal.core.bind` does."""
+        """Remove `xp` from a function of the core, as `focal.core.bind` does."""
         if func.path.startswith("focal.core.") and "xp" in func.parameters:
             del func.parameters["xp"]
 
@@ -36,7 +36,7 @@ def markdown(text: str) -> str:
     )
     text = re.sub(r":math:`([^`]+)`", r"$\1$", text)
     text = re.sub(r":(?:func|class|meth|mod):`~?([^`]+)`", r"`\1`", text)
-    # Types come from the signature: what stands before a colon is no type, but text.
+    # Types come from the signature: the words before a colon are text, not a type.
     text = re.sub(
         r"^Returns:\n(?:(?: .*)?\n)+",
         lambda m: "Returns:" + re.sub(r":(?= )", "&#58;", m[0][len("Returns:") :]),

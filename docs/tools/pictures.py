@@ -1,10 +1,10 @@
-"""Looks at the pages of the built site in Chromium, at the width of a desktop and of a phone.
+"""Screenshots of the built site in Chromium, at the width of a desktop and of a phone.
 
     make docs
     python docs/tools/pictures.py build/site docs/pictures/pages index numerics reproduction
 
-writes NAME-desktop.png and NAME-phone.png, from the top of each page down to `--height`, and says
-of every page how tall it is and whether anything in it is wider than the screen. Without names it
+writes NAME-desktop.png and NAME-phone.png, from the top of each page down to `--height`, and prints
+the height of each page and whether anything in it is wider than the screen. Without names it
 takes all pages. It needs Chromium (`--browser`) and Pillow; no network.
 """
 
@@ -36,11 +36,11 @@ addEventListener("load", () => {{
 }});
 </script>
 """
-"""A window of Chromium is at least 500 pixels wide, so a phone is a frame inside one."""
+"""A window of Chromium is at least 500 pixels wide, so a phone is a frame inside it."""
 
 
 def look(browser: str, page: Path, width: int, height: int, picture: Path | None = None) -> str:
-    """One visit to a page: what the frame measured, and a picture if a path is given."""
+    """Load a page; returns its measures in the frame, and takes a picture if a path is given."""
     with tempfile.TemporaryDirectory() as folder:
         frame = Path(folder) / "frame.html"
         source = html.escape(page.resolve().as_uri())
@@ -59,7 +59,7 @@ def look(browser: str, page: Path, width: int, height: int, picture: Path | None
 
 
 def main() -> int:
-    """Look at the pages; the exit status is 1 if one is wider than its screen."""
+    """Take the pictures; the exit status is 1 if a page is wider than its screen."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("site", type=Path, help="the built site")
     parser.add_argument("out", type=Path, help="folder for the pictures")

@@ -133,7 +133,8 @@ class TensorFlow(Framework):
 
     def asarray(self, value: Any, dtype: str | None = None) -> Any:
         if dtype is not None:  # converted in NumPy, because tf.cast may flush subnormal numbers
-            value = np.asarray(value).astype(self.tf.as_dtype(dtype).as_numpy_dtype)
+            with np.errstate(invalid="ignore"):  # NaN to bfloat16
+                value = np.asarray(value).astype(self.tf.as_dtype(dtype).as_numpy_dtype)
         return self.tf.convert_to_tensor(value)
 
     def numpy(self, array: Any) -> NDArray[Any]:

@@ -1,8 +1,8 @@
-"""The inputs and targets that a loss is tried on.
+"""The inputs and targets that a loss is checked at.
 
-An axis is cut into equal parts, and every edge and a random point of every part is taken: no
-band as wide as a part is left out, and the random points keep a loss from being right at round
-numbers only. Logits are cut three times, finely near 0 and coarsely far out.
+An axis is divided into equal parts. The grid has each edge and a random point in each part, so an
+error in any interval as wide as a part is found, also one that is absent at round numbers. For
+logits there are three such divisions, finer near 0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Wide = NDArray[np.float64]
 RANGES = ((8.0, 4096), (128.0, 8192), (4096.0, 4096))
 """Logits in [-size, size], and the number of parts."""
 PARTS = 4096
-"""Parts of the targets' [0, 1]."""
+"""Parts of [0, 1] that soft targets are drawn from."""
 EXTREMES = (1.0, 17.0, 20.0, 88.0, 100.0, 1000.0)
 HUNDREDTHS = np.arange(1, 100) / 100
 POWERS = 2.0 ** -np.arange(3, 25, 3)
@@ -29,7 +29,7 @@ POWERS = 2.0 ** -np.arange(3, 25, 3)
 ROWS = (-1000.0, -100.0, -20.0, -1.0, 0.0, 17.0, 88.0, 1000.0)
 CLASSES = 3
 LARGEST = {"float16": 14}
-"""The largest logits are 2^64, or 2 to this power: no loss needs to overflow there."""
+"""Exponent of the largest logits, by default 64: no loss needs to overflow there."""
 CORNERS = {
     "the same": (0, 0, 1, 1),
     "shared edges": (0, 0, 2, 1),
@@ -39,14 +39,14 @@ CORNERS = {
     "no width": (0.5, 0.25, 0.5, 0.75),
     "no area": (0.5, 0.5, 0.5, 0.5),
 }
-"""Boxes beside (0, 0, 1, 1)."""
+"""Boxes that are paired with (0, 0, 1, 1)."""
 
 
 class Grid(NamedTuple):
-    """What a loss is given, and what of it is reported together.
+    """Inputs, targets, and the kinds of targets that are reported separately.
 
-    `target_of_logit` has the target in [0, 1] of each logit where there are such. `kinds` are
-    masks of the first axis, by name.
+    `target_of_logit` is the target in [0, 1] of each logit, where there is one. `kinds` are masks
+    of the first axis, by name.
     """
 
     inputs: Wide
@@ -103,7 +103,7 @@ def softmax_grid(dtype: str, seed: int) -> Grid:
 
 
 def difference_grid(dtype: str, seed: int) -> Grid:
-    """Inputs with target 0, and with a target of their own size."""
+    """Inputs with target 0, and with a target of similar magnitude."""
     random = np.random.default_rng(seed)
     parts = [_extremes(dtype), _powers(dtype, random), *_ranges(random)]
     x = rounded(np.concatenate(parts), dtype)
@@ -114,7 +114,7 @@ def difference_grid(dtype: str, seed: int) -> Grid:
 
 
 def boxes_grid(dtype: str, seed: int) -> Grid:
-    """Pairs of boxes: of all sizes, apart, overlapping and nested; then special ones."""
+    """Pairs of boxes of all sizes, disjoint, overlapping and nested; then special cases."""
     random = np.random.default_rng(seed)
 
     def axis(low: float, high: float) -> Wide:
@@ -145,19 +145,19 @@ def _ranges(random: np.random.Generator) -> list[Wide]:
 
 
 def _soft(count: int, random: np.random.Generator) -> Wide:
-    """Targets from all parts of [0, 1], in random order."""
+    """Targets in all parts of [0, 1], in random order."""
     return random.permutation(np.resize(_strata(0, 1, PARTS, random)[1:-1], count))
 
 
 def _extremes(dtype: str) -> Wide:
-    """0, the smallest numbers, and where losses break."""
+    """0, the smallest numbers, and the logits where losses break."""
     epsilon, tiny, _ = LIMITS[dtype]
     sizes = np.array([tiny * epsilon, tiny / 2, tiny, epsilon**2, epsilon, *EXTREMES])
     return np.concatenate([-sizes, [0.0], sizes])
 
 
 def _powers(dtype: str, random: np.random.Generator) -> Wide:
-    """A random number between any two powers of two, of both signs."""
+    """A random number between any two consecutive powers of two, of both signs."""
     exponents = np.arange(np.log2(LIMITS[dtype].tiny), LARGEST.get(dtype, 64))
     return np.concatenate([s * 2.0 ** (exponents + random.random(len(exponents))) for s in (-1, 1)])
 

@@ -20,8 +20,8 @@ __all__ = ["Bound", "measure"]
 Numbers = NDArray[Any]
 Loss = Callable[[Any, Any], Any]
 FLUSHED = 64
-"""Results below this multiple of the smallest normal number may be zero: a framework that flushes
-subnormal numbers may flush one of their factors."""
+"""Results below this multiple of the smallest normal number may be zero, because a framework may
+flush a subnormal factor of them."""
 SECOND_TOLERANCE = {
     "float16": 2.0**-7,
     "bfloat16": 2.0**-4,
@@ -33,7 +33,7 @@ types, which round it twice, it is 8 ULP."""
 
 
 class Bound(NamedTuple):
-    """What errors are allowed in the results of one setting of the parameters."""
+    """The errors allowed at one setting of the parameters."""
 
     dtype: str
     ulp: float
@@ -44,7 +44,10 @@ class Bound(NamedTuple):
 def measure(
     loss: Loss, framework: Framework, grid: Grid, exact: Exact, bound: Bound, without: bool
 ) -> dict[str, Findings]:
-    """The errors for each kind of targets; `without`: those of a value without a gradient, too."""
+    """The errors for each kind of targets.
+
+    `without` asks for the value without a gradient, too: a loss may compute it in another way.
+    """
     integers = grid.targets.dtype.kind == "i"
     x = framework.asarray(grid.inputs, bound.dtype)
     t = framework.asarray(grid.targets, None if integers else bound.dtype)
@@ -69,7 +72,7 @@ def measure(
             slope if isinstance(slope, str) else _errors(slope, exact.gradient, grid, mask, bound)
         )
         found[kind] = Findings(Errors.merged(value_errors), gradient)
-    # The derivative of a wrong gradient tells nothing.
+    # The derivative of a wrong gradient is not worth checking.
     right = all(isinstance(f.gradient, Errors) and f.gradient.passed for f in found.values())
     if exact.second is None or not right:
         return found
@@ -90,12 +93,12 @@ def measure(
 
 
 def _message(error: Exception) -> str:
-    """What a framework says where there is no derivative."""
+    """Why a framework has no derivative."""
     first = (str(error).splitlines() or [""])[0]
     return f"not available: {type(error).__name__}: {first}"
 
 
-@np.errstate(over="ignore")  # an error beside the smallest number
+@np.errstate(over="ignore")  # errors in units of the smallest number
 def _errors(
     got: Numbers, result: Result, grid: Grid, mask: NDArray[np.bool_], bound: Bound
 ) -> Errors:

@@ -1,4 +1,4 @@
-"""What a check has measured, and how it prints."""
+"""The report of a check, and how it prints."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ HEADER = ("targets", "what", "ULP", "allowed", "relative", "beyond", "NaN", "inf
 PASSED = "passed"
 NO_AUTODIFF = "not available: NumPy has no autodiff"
 PLACES = 3
-"""How many of the worst places are kept."""
+"""Number of the worst places that are reported."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A result beside the exact one.
+    """One result, compared with the exact one.
 
     Attributes:
         inputs: The logit; for losses of a row all its logits, for boxes the box. None for a
@@ -26,9 +26,9 @@ class Place:
         column: Which of the inputs a gradient belongs to; None where there is one.
         params: The parameters of the reference there.
         expected: The exact result.
-        got: What came.
+        got: The result of the loss that is checked.
         ulp: The error in units in the last place.
-        allowed: What is allowed there: the bound, and what comes on top of it.
+        allowed: The largest error allowed there, in the same unit.
     """
 
     inputs: float | tuple[float, ...] | None
@@ -42,7 +42,7 @@ class Place:
 
     @property
     def badness(self) -> float:
-        """The error beside what is allowed; infinite for a result that is not finite."""
+        """The error divided by what is allowed; infinite for a result that is not finite."""
         return self.ulp / max(self.allowed, 1e-300)
 
     def __str__(self) -> str:
@@ -59,14 +59,13 @@ class Errors:
     """The errors of the values, or of the gradients, over the grid and all parameters.
 
     Attributes:
-        ulp: Largest error in units in the last place, at the place where it is largest beside
-            what is allowed there.
-        allowed: What is allowed at that place: the bound, `atol`, and what the rounding of a
-            margin or a smoothed label explains.
+        ulp: Largest error in units in the last place, relative to what is allowed at its place.
+        allowed: What is allowed at that place: the bound, `atol`, and the rounding error of a
+            margin or a smoothed label.
         relative: Largest relative error of results that are normal numbers.
-        beyond: How many results are beyond what is allowed.
-        nan: How many of them are NaN.
-        infinite: How many of them are infinite.
+        beyond: Number of results with a larger error than allowed, NaN and infinity included.
+        nan: Number of NaN results.
+        infinite: Number of infinite results.
         places: The worst places, the worst first.
     """
 
@@ -85,7 +84,7 @@ class Errors:
 
     @classmethod
     def merged(cls, parts: Sequence[Errors]) -> Errors:
-        """Those of several parameters in one."""
+        """The errors at several settings of the parameters, as one."""
         worst = max(parts, key=lambda e: e.ulp / max(e.allowed, 1e-300))
         places = sorted((p for e in parts for p in e.places), key=lambda p: -p.badness)
         return cls(
@@ -104,7 +103,7 @@ class Findings(NamedTuple):
 
     value: Errors
     gradient: Errors | str
-    """Or why there is none."""
+    """Where there is none, the reason."""
     second: str = "not checked"
 
 

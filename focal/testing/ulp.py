@@ -11,7 +11,7 @@ __all__ = ["LIMITS", "Limits", "allowed_ulp", "power_of_two", "rounded"]
 
 
 class Limits(NamedTuple):
-    """What bounds the numbers of a floating-point type."""
+    """Constants of a floating-point type."""
 
     epsilon: float
     """Distance from 1 to the next number."""

@@ -8,13 +8,7 @@ from typing import Any
 import numpy as np
 from folders import TESTS
 
-# dtype: distance from 1 to the next number, smallest normal number
-LIMITS = {
-    "float16": (2.0**-10, 2.0**-14),
-    "bfloat16": (2.0**-7, 2.0**-126),
-    "float32": (2.0**-23, 2.0**-126),
-    "float64": (2.0**-52, 2.0**-1022),
-}
+from focal.testing.ulp import LIMITS
 
 
 def golden(name: str) -> Any:
@@ -23,21 +17,21 @@ def golden(name: str) -> Any:
 
 
 def promised_ulps(gamma: float) -> float:
-    """The library's bound on the error of a loss and of its gradient."""
+    """The documented bound on the error of a loss and of its gradient."""
     return 6 + 4 * gamma
 
 
 def worst_ulps(got: Any, reference: Any, dtype: str, size: Any = None) -> float:
     """Greatest error of `got` in ULP of `size`, by default of the reference itself.
 
-    A sum whose terms cancel can only be exact to a few ULP of the terms; `size` is then their
-    sum without signs. Below the smallest normal number a framework may flush to zero, so there
-    an error is only held to that number.
+    A sum whose terms cancel is accurate to a few ULP of the terms only; `size` is then the sum of
+    their absolute values. Below the smallest normal number a framework may flush to zero, so an
+    error as large as that number is allowed there.
     """
     got, reference = np.asarray(got, np.float64), np.asarray(reference, np.float64)
     assert got.shape == reference.shape
     assert np.isfinite(got).all()
-    epsilon, tiny = LIMITS[dtype]
+    epsilon, tiny, _ = LIMITS[dtype]
     size = np.abs(reference) if size is None else np.asarray(size, np.float64)
     _, exponent = np.frexp(np.maximum(size, tiny))
     error = np.abs(got - reference)

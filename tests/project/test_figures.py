@@ -1,4 +1,4 @@
-"""The figures of the paper: the numbers behind the curves, and the command that draws them."""
+"""The figures of docs/figures.md: the numbers behind the curves, and the command."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def test_the_textbook_fails_at_saturated_logits():
     assert textbook(x, 1.0, 2.0)[1][1] == 0
 
 
-def test_an_ulp_is_the_distance_of_neighbours():
+def test_an_ulp_is_the_distance_of_neighbors():
     x = np.array([1.0, 1.5, 3e-20], np.float32)
     above = np.nextafter(x, np.float32(np.inf))
     np.testing.assert_array_equal(ulp_errors(above, x.astype(np.float64)), [1, 1, 1])

@@ -143,7 +143,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exhaustive, "PIECE", 10_000)
 
 
-def test_a_killed_sweep_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_killed_sweep_resumes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     small_pieces(monkeypatch)
     settings = Settings("numpy", "float16", (0.5, 2.0), 0.25, 1)
     expected = exhaustive.exhaustive(settings, 1, None, "")

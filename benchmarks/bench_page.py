@@ -7,12 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.common import PHASES, RESULTS, sides_of
-from benchmarks.pages import fill, markdown
-from focal.files import write_atomically
+from benchmarks.pages import markdown, save_plot, write_tables
 from focal.retinanet.report.draw import PALETTE
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
@@ -35,8 +33,8 @@ def main() -> None:
         "targets": times_table(found["targets"]["times"]),
         "step": step_table(found["torch"]["training_step"]),
     }
-    write_atomically(PAGE, fill(PAGE.read_text(encoding="utf-8"), tables).encode())
-    plot(found).savefig(PLOT)
+    write_tables(PAGE, tables)
+    save_plot(PLOT, plot(found))
 
 
 def provenance(found: Cases) -> str:
@@ -102,7 +100,6 @@ def plot(found: Cases) -> Figure:
     cases = {name: found[name]["losses"]["both"] for name in FRAMEWORKS}
     heights = [len(c) for c in cases.values()]
     figure = Figure(figsize=(8, 1.2 + 0.42 * sum(heights)), layout="constrained", dpi=110)
-    FigureCanvasAgg(figure)
     panels = figure.subplots(len(cases), 1, sharex=True, height_ratios=heights)
     for axes, (framework, losses) in zip(panels, cases.items(), strict=True):
         places = range(len(losses))
