@@ -206,6 +206,7 @@ def first_loss(prior):
     run = TrainConfig(batch_size=4, workers=0, flips="none")
     batch = next(train_batches(data, config, run))
     logits, deltas = raw_outputs(build(config, device="cpu"), batch.images)
+    assert np.abs(deltas).max() < 0.5
     anchors = F.anchors(config.canvas, config.anchors)
     target = targets(xp, anchors, batch.boxes, batch.labels, config)
     found = objective(xp, logits, deltas, anchors, target, config)
