@@ -175,7 +175,7 @@ def test_order_is_level_row_column_anchor(memory_format):
     config = SMALL.replace(head_depth=0, anchors=AnchorConfig(scales=(1.0,), ratios=(0.5, 2.0)))
     head = build_network(config, seed=0).head
     # A head that adds to each output channel a code of its own: the channels of one anchor are
-    # neighbours. The maps hold a code of level, row and column.
+    # neighbors. The maps hold a code of level, row and column.
     for last in (head.classification_head.cls_logits, head.regression_head.bbox_reg):
         torch.nn.init.zeros_(last.weight)
         last.weight.data[:, 0, 1, 1] = 1
