@@ -24,8 +24,15 @@ from backends import (
 )
 from hypothesis import HealthCheck, settings
 
-LONG = ("test_replicas", "test_keras", "test_survival", "test_cli", "torch/test_export")
-"""Files of few tests that run whole programs."""
+LONG = (
+    "test_replicas",
+    "test_keras",
+    "test_survival",
+    "test_cli",
+    "torch/test_export",
+    "retinanet/test_network",
+)
+"""Files that take minutes: they run whole programs, or compile much."""
 
 settings.register_profile(
     "ci",

@@ -152,7 +152,7 @@ def test_mmdetection_relatives() -> None:
     heatmap += np.where(SOFT < 1, (1 - SOFT) ** 4 * P**2 * -np.log(1 - P), 0)
     assert_allclose(heatmap_focal_loss(X, SOFT), heatmap, **RIGHT)
     count = heatmap_focal_loss(X, SOFT, reduction="positives")
-    assert_allclose(count, heatmap.sum() / 2, **RIGHT)  # CenterNet's normaliser
+    assert_allclose(count, heatmap.sum() / 2, **RIGHT)  # CenterNet's normalizer
     factors = np.where(SOFT == 1, 2.0, 0.5)
     assert_allclose(heatmap_focal_loss(X, SOFT, weight=factors), factors * heatmap, **RIGHT)
 
@@ -185,7 +185,7 @@ def test_sam3_kernel(gamma: float) -> None:
         assert_allclose(exact, [-0.5 / (1 + np.exp(18.0)), 0.5 / (1 + np.exp(18.0))], rtol=1e-12)
 
 
-def test_sam3_normalisers() -> None:
+def test_sam3_normalizers() -> None:
     x, y, boxes = np.stack([X, -X]), np.stack([HARD, HARD]), 3  # (N, Q, K)
     p = 1 / (1 + np.exp(-x))
     p_t = np.where(y == 1, p, 1 - p)

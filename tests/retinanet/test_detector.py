@@ -205,6 +205,7 @@ def first_loss(prior):
     run = TrainConfig(batch_size=4, workers=0, flips="none")
     batch = next(train_batches(data, config, run))
     logits, deltas = raw_outputs(build(config, device="cpu"), batch.images)
+    assert np.abs(deltas).max() < 0.5
     anchors = F.anchors(config.canvas, config.anchors)
     target = targets(F, anchors, batch.boxes, batch.labels, config)
     found = losses(F, logits, deltas, anchors, target, config, F.num_positives(target.labels))

@@ -161,13 +161,13 @@ def test_deltas_lead_from_the_anchor_to_its_box(library, seed):
 
 @pytest.mark.parametrize("normaliser", [1.0, 2.5, 37.5])
 @pytest.mark.parametrize("word", ["batch", "ema"])
-def test_a_normaliser_of_the_callers(library, normaliser, word):
+def test_a_normalizer_of_the_callers(library, normaliser, word):
     batch = make_batch()
     _, found = run(library, batch, CONFIG.replace(normaliser=word), normaliser)
     assert found == pytest.approx(naive(batch, CONFIG, normaliser), rel=1e-5)
 
 
-def test_replicas_with_the_common_normaliser_add_up_to_the_whole_batch(library):
+def test_replicas_with_the_common_normalizer_add_up_to_the_whole_batch(library):
     batch = make_batch(counts=(5, 1, 0, 2))
     _, whole = run(library, batch, CONFIG)
     halves = [

@@ -25,6 +25,11 @@ SIZES = np.array([[64, 48], [40, 48], [64, 1]])
 NAMESPACES = ("numpy", "torch")
 
 
+@pytest.fixture(params=NAMESPACES)
+def name(request):
+    return request.param
+
+
 def run(name, logits, deltas, sizes, config=CONFIG, anchors=ANCHORS):
     pytest.importorskip(name)
     library = importlib.import_module(f"focal.{name}")
@@ -88,7 +93,6 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("name", NAMESPACES)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_it_is_what_plain_loops_give(name, config):
     logits, deltas = outputs(0)
@@ -96,7 +100,6 @@ def test_it_is_what_plain_loops_give(name, config):
     check(found, logits, deltas, SIZES, config)
 
 
-@pytest.mark.parametrize("name", NAMESPACES)
 def test_many_classes(name):
     logits, deltas = outputs(1, classes=80)
     config = CONFIG.replace(classes=tuple(map(str, range(80))), candidates=300, max_detections=100)
@@ -105,7 +108,6 @@ def test_many_classes(name):
     check(found, logits, deltas, SIZES, config)
 
 
-@pytest.mark.parametrize("name", NAMESPACES)
 def test_one_class_and_one_image(name):
     logits, deltas = outputs(2, classes=1, batch=1)
     found = run(name, logits, deltas, SIZES[:1], CONFIG.replace(classes=("a",)))
@@ -145,7 +147,6 @@ def found_by_hand(name, logits, deltas=None, size=(8, 32), config=FOUR):
     return list(zip(found.labels[0][real], found.boxes[0][real].tolist(), strict=True))
 
 
-@pytest.mark.parametrize("name", NAMESPACES)
 def test_best_first_with_their_classes(name):
     logits = [[-9, 2], [-9, -9], [3, -9], [1, -9]]
     assert found_by_hand(name, logits) == [
@@ -155,13 +156,11 @@ def test_best_first_with_their_classes(name):
     ]
 
 
-@pytest.mark.parametrize("name", NAMESPACES)
 def test_an_anchor_may_be_two_classes(name):
     logits = [[2, 3], [-9, -9], [-9, -9], [-9, -9]]
     assert found_by_hand(name, logits) == [(1, [0, 0, 8, 8]), (0, [0, 0, 8, 8])]
 
 
-@pytest.mark.parametrize("name", NAMESPACES)
 def test_the_weaker_of_two_that_overlap_goes_unless_of_another_class(name):
     to_the_left = [[0, 0, 0, 0], [-1, 0, 0, 0], [-1, 0, 0, 0], [0, 0, 0, 0]]
     same = [[2, -9], [3, -9], [1, -9], [-9, -9]]
@@ -174,14 +173,12 @@ def test_the_weaker_of_two_that_overlap_goes_unless_of_another_class(name):
     ]
 
 
-@pytest.mark.parametrize("name", NAMESPACES)
 def test_what_only_a_rejected_box_overlaps_stays(name):
     chain = [[0, 0, 0, 0], [-0.75, 0, 0, 0], [-1.5, 0, 0, 0], [0, 0, 0, 0]]  # 0 to 8, 2 to 10, ...
     logits = [[3, -9], [2, -9], [1, -9], [-9, -9]]
     assert found_by_hand(name, logits, chain) == [(0, [0, 0, 8, 8]), (0, [4, 0, 12, 8])]
 
 
-@pytest.mark.parametrize("name", NAMESPACES)
 def test_boxes_end_where_the_image_does(name):
     larger = [[0, 0, np.log(2), np.log(2)]] * 4
     logits = [[3, -9], [-9, -9], [-9, 2], [-9, -9]]
@@ -191,20 +188,17 @@ def test_boxes_end_where_the_image_does(name):
     ]
 
 
-@pytest.mark.parametrize("name", NAMESPACES)
 def test_nothing_above_the_threshold(name):
     assert found_by_hand(name, np.full((4, 2), -1.0)) == []
     assert found_by_hand(name, np.zeros((4, 2))) == []  # 0.5 is not above 0.5
 
 
-@pytest.mark.parametrize("name", NAMESPACES)
 def test_no_more_than_the_limit(name):
     logits = [[4, -9], [3, -9], [-9, 2], [-9, 1]]
     config = FOUR.replace(max_detections=3)
     assert [label for label, _ in found_by_hand(name, logits, config=config)] == [0, 0, 1]
 
 
-@pytest.mark.parametrize("name", NAMESPACES)
 def test_extreme_outputs(name):
     logits = [[1e4, -1e4], [-1e4, 1e4], [-1e4, -1e4], [-1e4, -1e4]]
     wild = [[1e4, -1e4, 50, 50], [-1e4, 1e4, -50, -50], [0, 0, 0, 0], [0, 0, 0, 0]]
@@ -214,7 +208,6 @@ def test_extreme_outputs(name):
         assert 0 <= x1 <= x2 <= 32 and 0 <= y1 <= y2 <= 8
 
 
-@pytest.mark.parametrize("name", NAMESPACES)
 def test_an_empty_batch(name):
     logits, deltas = np.zeros((0, 4, 2), np.float32), np.zeros((0, 4, 4), np.float32)
     found = run(name, logits, deltas, np.zeros((0, 2), np.int64), FOUR, CELLS)

@@ -105,7 +105,7 @@ def test_the_gradient_of_the_loss_is_that_of_the_whole_batch(framework, case):
         close(slope, expected)
 
 
-def test_a_local_normaliser_gives_another_gradient():
+def test_a_local_normalizer_gives_another_gradient():
     """The test above could fail."""
     labels = LABELS["unequal"]
     halves = np.split(labels, REPLICAS)

@@ -10,7 +10,7 @@ from backends import RETINANETS
 torch = pytest.importorskip("torch")
 
 from focal.core.anchors import AnchorConfig  # noqa: E402
-from focal.retinanet import RetinaNetConfig, load_torchvision, raw_outputs  # noqa: E402
+from focal.retinanet import RetinaNetConfig, load_torchvision  # noqa: E402
 from focal.retinanet.detector import backend_module  # noqa: E402
 from focal.retinanet.presets import CONVENTIONS  # noqa: E402
 from focal.retinanet.torch.network import (  # noqa: E402
@@ -76,9 +76,6 @@ def test_a_published_state_dict_loads_into_every_backend(published, backend, ver
     assert tensors.keys() == expected.keys()
     for name, x in expected.items():
         np.testing.assert_array_equal(tensors[name], x, err_msg=name)
-    image = np.random.default_rng(0).integers(0, 256, (*CANVAS, 3), dtype=np.uint8)
-    for got, wanted in zip(raw_outputs(model, [image]), raw_outputs(network, [image]), strict=True):
-        np.testing.assert_allclose(got, wanted, atol=1e-4 * np.abs(wanted).max(), rtol=0)
 
 
 def test_published_v1_weights_were_trained_without_epsilon(published):

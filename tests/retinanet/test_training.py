@@ -13,14 +13,13 @@ import threading
 import numpy as np
 import pytest
 from backends import RETINANETS
+from detectors import CONFIG, assert_same
 
 pytest.importorskip("torch")
 pytest.importorskip("pycocotools")
 import torch
 
-from focal.core.anchors import AnchorConfig
 from focal.retinanet import (
-    PRESETS,
     RetinaNetConfig,
     TrainConfig,
     build,
@@ -38,13 +37,6 @@ from focal.retinanet.training.run_folder import RunFolder, read_checkpoint
 from focal.retinanet.training.stopping import Stopped
 from focal.retinanet.weights import load_weights
 
-CONFIG = PRESETS["tiny"].detector.replace(
-    classes=("circle", "square", "triangle"),
-    canvas=(64, 64),
-    channels=16,
-    head_depth=1,
-    anchors=AnchorConfig(strides=(8, 16, 32), sizes=(12.0, 24.0, 48.0)),
-)
 RUN = TrainConfig(
     steps=6,
     batch_size=2,
@@ -88,13 +80,6 @@ def weights_of(trainer):
     return {k: v.detach().clone() for k, v in trainer.model.named_parameters()}
 
 
-def assert_same(found, expected):
-    """Equal bit for bit, all of them."""
-    assert found.keys() == expected.keys()
-    for name, x in expected.items():
-        np.testing.assert_array_equal(found[name], x, err_msg=name)
-
-
 # Learning
 
 
@@ -115,20 +100,11 @@ def test_it_learns_eight_images_by_heart(tmp_path):
     assert evaluation["AP50"] >= 0.9
 
 
-@pytest.mark.parametrize(
-    "run",
-    [
-        RUN.replace(optimizer="sgd", learning_rate=0.02),
-        RUN.replace(optimizer="adamw"),
-        RUN.replace(precision="bfloat16"),
-    ],
-    ids=["sgd", "adamw", "bfloat16"],
-)
-def test_steps_go_downhill(run):
+def test_steps_of_sgd_go_downhill():
+    run = RUN.replace(optimizer="sgd", learning_rate=0.02)
     trainer, batch = trainer_and_batch(run)
     losses = [float(trainer.step(i, batch, run.learning_rate)["loss"]) for i in range(6)]
     assert losses[-1] < 0.9 * losses[0]
-    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -341,13 +317,6 @@ def test_the_last_checkpoints_are_kept(tmp_path, keep, expected):
     assert checkpoints(tmp_path) == expected
 
 
-def test_the_same_run_writes_the_same_bytes(tmp_path):
-    for name in "ab":
-        fit(tmp_path / name, RUN.replace(steps=1))
-    first, second = ((tmp_path / name / "weights.safetensors").read_bytes() for name in "ab")
-    assert first == second
-
-
 # Going on
 
 
@@ -504,18 +473,13 @@ def test_what_a_killed_process_was_writing_is_removed(tmp_path, resume):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_checkpoint_of_another_network(tmp_path):
-    fit(tmp_path, RUN.replace(steps=1))
-    with pytest.raises(ValueError, match="weights are not those of this network"):
-        fit(tmp_path, config=CONFIG.replace(channels=8), resume=True)
-
-
 @pytest.mark.parametrize(
     ("change", "config", "message"),
     [
         ({"optimizer": "sgd"}, CONFIG, "another optimizer; expected sgd, found adamw"),
         ({"ema": None}, CONFIG, "another ema; expected off, found on"),
         ({}, CONFIG.replace(classes=("a", "b", "c")), "another classes"),
+        ({}, CONFIG.replace(channels=8), "weights are not those of this network"),
         ({"seed": 1}, CONFIG, "another seed; expected 1, found 0"),
     ],
 )
@@ -692,9 +656,8 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, call):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("clip_norm", [None, 1.0])
-def test_a_step_that_is_not_finite_changes_nothing(optimizer, clip_norm):
-    run = RUN.replace(optimizer=optimizer, clip_norm=clip_norm, ema=0.9)
+def test_a_step_that_is_not_finite_changes_nothing(optimizer):
+    run = RUN.replace(optimizer=optimizer, ema=0.9)
     trainer, batch = trainer_and_batch(run, CONFIG.replace(normaliser="ema"))
     parts = trainer.step(0, batch, 1e-3)
     assert trainer.healthy and 0 < parts["gradient_norm"] < math.inf

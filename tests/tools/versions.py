@@ -39,10 +39,11 @@ FILES = {
         "torch/test_[!t]*.py",  # Triton has versions of its own
         "retinanet/test_torchvision.py",
         "retinanet/test_detector.py",
+        "retinanet/test_network.py",
         "retinanet/test_training.py",
     ),
-    "jax": (*COMMON, "jax/test_*.py"),
-    "tensorflow": (*COMMON, "tensorflow/test_*.py"),
+    "jax": (*COMMON, "jax/test_*.py", "retinanet/test_network.py"),
+    "tensorflow": (*COMMON, "tensorflow/test_*.py", "retinanet/test_network.py"),
     "keras": ("keras/test_*.py",),  # it has a process for each backend of Keras
 }
 """What each process runs. Of the tests that run over all backends it takes those of its own."""
