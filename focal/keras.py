@@ -289,11 +289,11 @@ class SoftmaxFocalLoss(_LabelLoss):
     ) -> None:
         super().__init__(reduction, name, dtype)
         own = type(self).__name__
+        self.alpha: float | list[float] | None = None
         if checks.is_sequence(alpha):
             self.alpha = _per_class(own, alpha)
-        else:
-            off = alpha is None or alpha == -1
-            self.alpha = None if off else checks.check_number(own, "alpha", alpha, low=0)
+        elif alpha is not None and alpha != -1:
+            self.alpha = checks.check_number(own, "alpha", alpha, low=0)
         self.gamma = checks.check_gamma(own, gamma)
         self.ignore_index = checks.check_integer(own, "ignore_index", ignore_index, -(2**31))
         self.axis = checks.check_integer(own, "axis", axis, -(2**31))
@@ -627,19 +627,25 @@ def _adapter(name: str) -> ModuleType:
     """`focal.torch` where Keras runs on PyTorch, and so on; `name` is for the message."""
     backend = keras.backend.backend()
     if backend == "tensorflow":
-        import focal.tensorflow as adapter
-    elif backend == "jax":
-        import focal.jax as adapter
-    elif backend == "torch":
-        import focal.torch as adapter
-    elif backend == "numpy":
-        import focal.numpy as adapter
-    else:
-        raise ValueError(
-            f"{name}: Keras must run on tensorflow, jax, torch or numpy (KERAS_BACKEND); it runs "
-            f"on {backend}. To predict alone, load a model with compile=False."
-        )
-    return adapter
+        import focal.tensorflow
+
+        return focal.tensorflow
+    if backend == "jax":
+        import focal.jax
+
+        return focal.jax
+    if backend == "torch":
+        import focal.torch
+
+        return focal.torch
+    if backend == "numpy":
+        import focal.numpy
+
+        return focal.numpy
+    raise ValueError(
+        f"{name}: Keras must run on tensorflow, jax, torch or numpy (KERAS_BACKEND); it runs on "
+        f"{backend}. To predict alone, load a model with compile=False."
+    )
 
 
 def _alpha(name: str, alpha: Any) -> float | list[float] | None:

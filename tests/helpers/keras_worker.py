@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import copy
 import doctest
+import inspect
 import json
 import pickle
 import sys
+import typing
 import unittest.mock
 import warnings
 from collections.abc import Callable
@@ -437,6 +439,18 @@ def errors() -> list[str]:
     return [told_by(lambda wrong=wrong: wrong(focal.keras)) for wrong in WRONG.values()]
 
 
+def hints() -> dict[str, bool]:
+    """Whether the type hints of each constructor resolve, and name every parameter."""
+    import focal.keras
+
+    found = {}
+    for name in focal.keras.__all__:
+        public = getattr(focal.keras, name)
+        parameters = inspect.signature(public).parameters
+        found[name] = set(typing.get_type_hints(public.__init__)) == {*parameters, "return"}
+    return found
+
+
 def told_by(function: Callable[[], Any]) -> str:
     """The error of a call."""
     try:
@@ -474,6 +488,7 @@ def evaluate(folder: Path) -> dict[str, Any]:
         "outside": outside(),
         "bias": biases(),
         "errors": errors(),
+        "hints": hints(),
         "loaded": loaded(folder),
     }
     backend = keras.backend.backend()

@@ -287,6 +287,12 @@ def test_wrong_arguments_get_a_clear_error(found: Found, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_type_hints_of_every_class(found: Found, backend: str) -> None:
+    hints = found("evaluate", backend)["hints"]
+    assert len(hints) == 10 and all(hints.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_examples_run_on_every_backend(found: Found, backend: str) -> None:
     attempted, failed = found("evaluate", backend)["examples"]
     assert attempted > 30 and failed == 0
