@@ -1,7 +1,7 @@
-"""The public losses: check, pick the formula, reduce. Every adapter binds these functions.
+"""The public losses: check the arguments, choose the formula, reduce.
 
-They take the array namespace `xp` first; `focal.numpy`, `focal.torch` and the rest bind it, so
-that users see only what follows it.
+Every function takes the array namespace `xp` first. `focal.numpy`, `focal.torch` and the other
+adapters bind it, so users see the signature without it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from focal.core import checks
-from focal.core.formulas import SigmoidFocal, SigmoidFocalStar, Sparse, balance
+from focal.core.formulas import SigmoidFocal, SigmoidFocalStar, Sparse, alpha_t
 from focal.core.namespace import Array, Formula, Namespace, Reduction, SparseReduction
 
 __all__ = [
@@ -196,7 +196,7 @@ def sparse_sigmoid_focal_loss(
             background (all K targets are 0), -2 or below for ignored (no loss, no gradient, not
             counted).
             K and above is an error in eager code on a CPU, and ignored in compiled code and on
-            a GPU, where looking at the labels would wait for them.
+            a GPU, where checking the values would synchronize.
         alpha: Weight of positives, `1 - alpha` for negatives, in [0, 1]: a number, or one per
             class. None or -1 turns it off. Default 0.25.
         gamma: Focusing parameter, finite, >= 0. Default 2. May be an array, as in
@@ -259,9 +259,9 @@ def sparse_sigmoid_focal_loss(
     if alphas is not None:
         at = xp.maximum(labels, 0)
         y_at = formula.smoothed(xp.astype(labels >= 0, wide)[..., None])
-        others = balance(along_last_axis(xp, alphas, inputs), formula.smoothed(0.0))
+        others = alpha_t(along_last_axis(xp, alphas, inputs), formula.smoothed(0.0))
         background = xp.zeros_like(xp.astype(inputs, wide)) + others
-        own = balance(of_each(xp, alphas, at)[..., None], y_at)
+        own = alpha_t(of_each(xp, alphas, at)[..., None], y_at)
         factors = xp.put_along_axis(background, at[..., None], own)
     losses = reduced(xp, Sparse(formula), inputs, labels, reduction, weight, factors, count)
     return xp.moveaxis(losses, last, axis) if reduction == "none" and axis != last else losses
@@ -402,7 +402,7 @@ def dense_formula(
     if alphas is None:
         return formula, None
     y = formula.smoothed(xp.astype(targets, alphas.dtype))
-    return formula, balance(along_last_axis(xp, alphas, inputs), y)
+    return formula, alpha_t(along_last_axis(xp, alphas, inputs), y)
 
 
 def along_last_axis(xp: Namespace, alphas: Array, inputs: Array) -> Array:

@@ -1,4 +1,4 @@
-"""The relatives of focal loss that detectors and taggers are trained with."""
+"""Variants of focal loss, for detectors and multi-label classifiers."""
 
 from __future__ import annotations
 

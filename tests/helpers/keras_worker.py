@@ -203,7 +203,7 @@ def values(kind: str) -> dict[str, Any]:
     for reduction in REDUCTIONS if kind in TARGETS else REDUCTIONS[:1]:
         function = loss(kind, reduction=reduction)
         found[f"{reduction}"] = plain(function(target, LOGITS))
-        found[f"{reduction}, weighed"] = plain(function(target, LOGITS, SAMPLE_WEIGHT))
+        found[f"{reduction}, weighted"] = plain(function(target, LOGITS, SAMPLE_WEIGHT))
     return found
 
 
@@ -307,7 +307,7 @@ def mask() -> dict[str, Any]:
     for reduction in REDUCTIONS:
         function = loss("sparse", reduction=reduction)
         found[f"{reduction}"] = plain(function(SEQUENCE_LABELS, logits))
-        found[f"{reduction}, weighed"] = plain(function(SEQUENCE_LABELS, logits, SEQUENCE_WEIGHT))
+        found[f"{reduction}, weighted"] = plain(function(SEQUENCE_LABELS, logits, SEQUENCE_WEIGHT))
     return found
 
 
@@ -433,7 +433,7 @@ def on_another_backend(make: Callable[[], Any]) -> None:
 
 
 def errors() -> list[str]:
-    """What wrong arguments are told, in the order of `WRONG`."""
+    """The errors of the wrong arguments, in the order of `WRONG`."""
     import focal.keras
 
     return [told_by(lambda wrong=wrong: wrong(focal.keras)) for wrong in WRONG.values()]
