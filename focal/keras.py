@@ -5,6 +5,9 @@ calls the function of the same kind in `focal.tensorflow`, `focal.jax`, `focal.t
 `focal.numpy`, so that value and gradient are those of the framework's own functions. Models saved
 on one backend load on the others.
 
+The constructor of a loss raises TypeError for a parameter of the wrong type, and ValueError for a
+number out of range or where Keras runs on a backend without an adapter.
+
     >>> import keras
     >>> from focal.keras import PriorBias, SigmoidFocalLoss
     >>> head = keras.layers.Dense(3, bias_initializer=PriorBias(0.01))
@@ -137,10 +140,6 @@ class SigmoidFocalLoss(_Loss):
     Shape:
         y_true and y_pred: the same; y_true may lack a last axis of length 1.
 
-    Raises:
-        TypeError: a parameter has the wrong type.
-        ValueError: a number is out of range, or Keras runs on a backend without an adapter.
-
     Example:
         >>> import numpy as np
         >>> from focal.keras import SigmoidFocalLoss
@@ -193,10 +192,6 @@ class SparseSigmoidFocalLoss(_LabelLoss):
         y_pred with K classes on `axis`; y_true the same without `axis` or with 1 there, whole
         numbers in [-2, K). K and above is an error in eager code on a CPU, and ignored in
         compiled code and on a GPU.
-
-    Raises:
-        TypeError: a parameter has the wrong type.
-        ValueError: a number is out of range, or Keras runs on a backend without an adapter.
 
     Example:
         >>> import numpy as np
@@ -259,10 +254,6 @@ class SoftmaxFocalLoss(_LabelLoss):
         numbers in [0, K) or `ignore_index`. Others are an error in eager code on a CPU, and
         ignored in compiled code and on a GPU.
 
-    Raises:
-        TypeError: a parameter has the wrong type.
-        ValueError: a number is out of range, or Keras runs on a backend without an adapter.
-
     Example:
         >>> import numpy as np
         >>> from focal.keras import SoftmaxFocalLoss
@@ -324,10 +315,6 @@ class SigmoidFocalLossStar(_Loss):
     Shape:
         y_true and y_pred: the same; y_true may lack a last axis of length 1.
 
-    Raises:
-        TypeError: a parameter has the wrong type.
-        ValueError: a number is out of range, or Keras runs on a backend without an adapter.
-
     Example:
         >>> import numpy as np
         >>> from focal.keras import SigmoidFocalLossStar
@@ -369,10 +356,6 @@ class BalancedCrossEntropyLoss(_Loss):
     Shape:
         y_true and y_pred: the same; y_true may lack a last axis of length 1.
 
-    Raises:
-        TypeError: a parameter has the wrong type.
-        ValueError: a number is out of range, or Keras runs on a backend without an adapter.
-
     Example:
         >>> import numpy as np
         >>> from focal.keras import BalancedCrossEntropyLoss
@@ -408,10 +391,6 @@ class QualityFocalLoss(_Loss):
 
     Shape:
         y_true and y_pred: the same; y_true may lack a last axis of length 1.
-
-    Raises:
-        TypeError: a parameter has the wrong type.
-        ValueError: a number is out of range, or Keras runs on a backend without an adapter.
 
     Example:
         >>> import numpy as np
@@ -449,10 +428,6 @@ class VarifocalLoss(_Loss):
 
     Shape:
         y_true and y_pred: the same; y_true may lack a last axis of length 1.
-
-    Raises:
-        TypeError: a parameter has the wrong type.
-        ValueError: a number is out of range, or Keras runs on a backend without an adapter.
 
     Example:
         >>> import numpy as np
@@ -497,10 +472,6 @@ class HeatmapFocalLoss(_Loss):
     Shape:
         y_true and y_pred: the same; y_true may lack a last axis of length 1.
 
-    Raises:
-        TypeError: a parameter has the wrong type.
-        ValueError: a number is out of range, or Keras runs on a backend without an adapter.
-
     Example:
         >>> import numpy as np
         >>> from focal.keras import HeatmapFocalLoss
@@ -542,10 +513,6 @@ class AsymmetricLoss(_Loss):
 
     Shape:
         y_true and y_pred: the same; y_true may lack a last axis of length 1.
-
-    Raises:
-        TypeError: a parameter has the wrong type.
-        ValueError: a number is out of range, or Keras runs on a backend without an adapter.
 
     Example:
         >>> import numpy as np

@@ -150,10 +150,7 @@ def _suppress(xp: Namespace, boxes: Array, classes: Array | None, threshold: flo
 
 
 def _sweep(
-    xp: Namespace,
-    drop: Callable[[Rows, Rows], Array],
-    settle: Callable[[Rows], Array],
-    rows: Rows,
+    xp: Namespace, drop: Callable[[Rows, Rows], Array], settle: Callable[[Rows], Array], rows: Rows
 ) -> Array:
     """The areas after a plain loop over the blocks."""
     areas: list[Array] = []
