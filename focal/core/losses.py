@@ -76,7 +76,8 @@ def sigmoid_focal_loss(
     """
     name = "sigmoid_focal_loss"
     inputs, targets = dense_arguments(xp, name, inputs, targets)
-    formula, factors = dense_formula(xp, name, alpha, gamma, label_smoothing, inputs, targets)
+    formula, alphas = focal_formula(xp, name, alpha, gamma, label_smoothing, inputs)
+    factors = dense_factors(xp, formula, alphas, inputs, targets)
     return dense_loss(xp, name, formula, inputs, targets, reduction, weight, factors)
 
 
@@ -334,22 +335,24 @@ def reduced(
         return reduce(xp, losses, reduction, inputs.dtype, count)
     if reduction == "none":
         return xp.pointwise(formula, inputs, targets)
-    total = xp.pointwise_sum(formula, inputs, targets)
-    return total if reduction == "sum" else mean(xp, total, inputs, count)
+    return sum_or_mean(xp, xp.pointwise_sum(formula, inputs, targets), inputs, reduction, count)
 
 
 def reduce(
     xp: Namespace, losses: Array, reduction: str, dtype: object, count: Array | None = None
 ) -> Array:
-    """Losses in a wide type reduced; unreduced in `dtype`; `count` as in `mean`."""
+    """Losses in a wide type, reduced as in `sum_or_mean`, or unreduced in `dtype`."""
     if reduction == "none":
         return xp.astype(losses, dtype)
-    total = xp.sum(losses)
-    return total if reduction == "sum" else mean(xp, total, losses, count)
+    return sum_or_mean(xp, xp.sum(losses), losses, reduction, count)
 
 
-def mean(xp: Namespace, total: Array, elements: Array, count: Array | None) -> Array:
-    """`total` over `count`, or over the number of elements, at least 1."""
+def sum_or_mean(
+    xp: Namespace, total: Array, elements: Array, reduction: str, count: Array | None
+) -> Array:
+    """`total`, or that over `count`: by default the number of elements, at least 1."""
+    if reduction == "sum":
+        return total
     return total / (checks.count(xp, elements, total.dtype) if count is None else count)
 
 
@@ -388,21 +391,14 @@ def focal_formula(
     return SigmoidFocal(None, exponent, smoothing), alphas
 
 
-def dense_formula(
-    xp: Namespace,
-    name: str,
-    alpha: object,
-    gamma: object,
-    label_smoothing: object,
-    inputs: Array,
-    targets: Array,
-) -> tuple[SigmoidFocal, Array | None]:
-    """The formula, and the factor a of every element where alpha is one per class."""
-    formula, alphas = focal_formula(xp, name, alpha, gamma, label_smoothing, inputs)
+def dense_factors(
+    xp: Namespace, formula: SigmoidFocal, alphas: Array | None, inputs: Array, targets: Array
+) -> Array | None:
+    """The factor a of every element where alpha is one per class."""
     if alphas is None:
-        return formula, None
+        return None
     y = formula.smoothed(xp.astype(targets, alphas.dtype))
-    return formula, alpha_t(along_last_axis(xp, alphas, inputs), y)
+    return alpha_t(along_last_axis(xp, alphas, inputs), y)
 
 
 def along_last_axis(xp: Namespace, alphas: Array, inputs: Array) -> Array:
