@@ -5,6 +5,9 @@ calls the function of the same kind in `focal.tensorflow`, `focal.jax`, `focal.t
 `focal.numpy`, so that value and gradient are those of the framework's own functions. Models saved
 on one backend load on the others.
 
+The constructor of a loss raises TypeError for a parameter of the wrong type, and ValueError for a
+number out of range or where Keras runs on a backend without an adapter.
+
     >>> import keras
     >>> from focal.keras import PriorBias, SigmoidFocalLoss
     >>> head = keras.layers.Dense(3, bias_initializer=PriorBias(0.01))
@@ -137,10 +140,6 @@ class SigmoidFocalLoss(_Loss):
     Shape:
         y_true and y_pred: the same; y_true may lack a last axis of length 1.
 
-    Raises:
-        TypeError: a parameter has the wrong type.
-        ValueError: a number is out of range, or Keras runs on a backend without an adapter.
-
     Example:
         >>> import numpy as np
         >>> from focal.keras import SigmoidFocalLoss
@@ -193,10 +192,6 @@ class SparseSigmoidFocalLoss(_LabelLoss):
         y_pred with K classes on `axis`; y_true the same without `axis` or with 1 there, whole
         numbers in [-2, K). K and above is an error in eager code on a CPU, and ignored in
         compiled code and on a GPU.
-
-    Raises:
-        TypeError: a parameter has the wrong type.
-        ValueError: a number is out of range, or Keras runs on a backend without an adapter.
 
     Example:
         >>> import numpy as np
@@ -259,10 +254,6 @@ class SoftmaxFocalLoss(_LabelLoss):
         numbers in [0, K) or `ignore_index`. Others are an error in eager code on a CPU, and
         ignored in compiled code and on a GPU.
 
-    Raises:
-        TypeError: a parameter has the wrong type.
-        ValueError: a number is out of range, or Keras runs on a backend without an adapter.
-
     Example:
         >>> import numpy as np
         >>> from focal.keras import SoftmaxFocalLoss
@@ -289,11 +280,11 @@ class SoftmaxFocalLoss(_LabelLoss):
     ) -> None:
         super().__init__(reduction, name, dtype)
         own = type(self).__name__
+        self.alpha: float | list[float] | None = None
         if checks.is_sequence(alpha):
             self.alpha = _per_class(own, alpha)
-        else:
-            off = alpha is None or alpha == -1
-            self.alpha = None if off else checks.check_number(own, "alpha", alpha, low=0)
+        elif alpha is not None and alpha != -1:
+            self.alpha = checks.check_number(own, "alpha", alpha, low=0)
         self.gamma = checks.check_gamma(own, gamma)
         self.ignore_index = checks.check_integer(own, "ignore_index", ignore_index, -(2**31))
         self.axis = checks.check_integer(own, "axis", axis, -(2**31))
@@ -323,10 +314,6 @@ class SigmoidFocalLossStar(_Loss):
 
     Shape:
         y_true and y_pred: the same; y_true may lack a last axis of length 1.
-
-    Raises:
-        TypeError: a parameter has the wrong type.
-        ValueError: a number is out of range, or Keras runs on a backend without an adapter.
 
     Example:
         >>> import numpy as np
@@ -369,10 +356,6 @@ class BalancedCrossEntropyLoss(_Loss):
     Shape:
         y_true and y_pred: the same; y_true may lack a last axis of length 1.
 
-    Raises:
-        TypeError: a parameter has the wrong type.
-        ValueError: a number is out of range, or Keras runs on a backend without an adapter.
-
     Example:
         >>> import numpy as np
         >>> from focal.keras import BalancedCrossEntropyLoss
@@ -408,10 +391,6 @@ class QualityFocalLoss(_Loss):
 
     Shape:
         y_true and y_pred: the same; y_true may lack a last axis of length 1.
-
-    Raises:
-        TypeError: a parameter has the wrong type.
-        ValueError: a number is out of range, or Keras runs on a backend without an adapter.
 
     Example:
         >>> import numpy as np
@@ -449,10 +428,6 @@ class VarifocalLoss(_Loss):
 
     Shape:
         y_true and y_pred: the same; y_true may lack a last axis of length 1.
-
-    Raises:
-        TypeError: a parameter has the wrong type.
-        ValueError: a number is out of range, or Keras runs on a backend without an adapter.
 
     Example:
         >>> import numpy as np
@@ -497,10 +472,6 @@ class HeatmapFocalLoss(_Loss):
     Shape:
         y_true and y_pred: the same; y_true may lack a last axis of length 1.
 
-    Raises:
-        TypeError: a parameter has the wrong type.
-        ValueError: a number is out of range, or Keras runs on a backend without an adapter.
-
     Example:
         >>> import numpy as np
         >>> from focal.keras import HeatmapFocalLoss
@@ -542,10 +513,6 @@ class AsymmetricLoss(_Loss):
 
     Shape:
         y_true and y_pred: the same; y_true may lack a last axis of length 1.
-
-    Raises:
-        TypeError: a parameter has the wrong type.
-        ValueError: a number is out of range, or Keras runs on a backend without an adapter.
 
     Example:
         >>> import numpy as np
@@ -627,19 +594,25 @@ def _adapter(name: str) -> ModuleType:
     """`focal.torch` where Keras runs on PyTorch, and so on; `name` is for the message."""
     backend = keras.backend.backend()
     if backend == "tensorflow":
-        import focal.tensorflow as adapter
-    elif backend == "jax":
-        import focal.jax as adapter
-    elif backend == "torch":
-        import focal.torch as adapter
-    elif backend == "numpy":
-        import focal.numpy as adapter
-    else:
-        raise ValueError(
-            f"{name}: Keras must run on tensorflow, jax, torch or numpy (KERAS_BACKEND); it runs "
-            f"on {backend}. To predict alone, load a model with compile=False."
-        )
-    return adapter
+        import focal.tensorflow
+
+        return focal.tensorflow
+    if backend == "jax":
+        import focal.jax
+
+        return focal.jax
+    if backend == "torch":
+        import focal.torch
+
+        return focal.torch
+    if backend == "numpy":
+        import focal.numpy
+
+        return focal.numpy
+    raise ValueError(
+        f"{name}: Keras must run on tensorflow, jax, torch or numpy (KERAS_BACKEND); it runs on "
+        f"{backend}. To predict alone, load a model with compile=False."
+    )
 
 
 def _alpha(name: str, alpha: Any) -> float | list[float] | None:

@@ -1,4 +1,4 @@
-"""Anchor boxes, computed with NumPy: they depend on shapes alone, never on data."""
+"""Anchor boxes, computed with NumPy: they depend on shapes only, not on data."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class AnchorConfig:
     """The anchors of a feature pyramid; the paper's by default.
 
     Attributes:
-        strides: Pixels between neighbouring cells of each level, P3 to P7.
+        strides: Pixels between neighboring cells of each level, P3 to P7.
         sizes: Side in pixels of the square anchor at scale 1, one per level.
         scales: Multipliers of the size, in every cell.
         ratios: Height / width, in every cell; the area does not change with the ratio.
-        offset: Where in its cell an anchor is centred, as a fraction of the stride.
+        offset: Where in its cell an anchor is centered, as a fraction of the stride.
         rounded: Truncate the sizes and round the half-sides to whole pixels, as torchvision
             does.
 
@@ -78,7 +78,7 @@ def anchors(
 
     .. math:: w = S k / \sqrt{r}, \qquad h = S k \sqrt{r}
 
-    and its centre `offset` of a stride into the cell.
+    and its center `offset` of a stride into the cell.
 
     Args:
         image_size: (height, width) in whole pixels, each >= 1.
@@ -110,8 +110,8 @@ def anchors(
     ):
         y = (np.arange(rows) + config.offset) * stride
         x = (np.arange(columns) + config.offset) * stride
-        centres = np.stack(np.meshgrid(x, y, indexing="xy") * 2, axis=-1)
-        boxes = centres[:, :, None, :] + _cell(size, config)
+        centers = np.stack(np.meshgrid(x, y, indexing="xy") * 2, axis=-1)
+        boxes = centers[:, :, None, :] + _cell(size, config)
         levels.append(boxes.reshape(-1, 4))
     return xp.constant(np.concatenate(levels).astype(np.float32), None)
 

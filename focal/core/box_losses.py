@@ -43,11 +43,7 @@ def giou_loss(xp: Namespace, boxes1: Array, boxes2: Array, reduction: Reduction 
 
 
 def smooth_l1_loss(
-    xp: Namespace,
-    inputs: Array,
-    targets: Array,
-    beta: float = 1.0,
-    reduction: Reduction = "none",
+    xp: Namespace, inputs: Array, targets: Array, beta: float = 1.0, reduction: Reduction = "none"
 ) -> Array:
     r"""Smooth L1 loss: square below `beta`, linear above.
 

@@ -1,8 +1,8 @@
-"""Every check of an argument and its wording.
+"""All argument checks and their messages.
 
-Only static facts are looked at (types, shapes, Python numbers), never values on a device, so
-nothing here waits for one or breaks a trace. Each message names the function, the parameter,
-what was expected and what came.
+Only static facts are checked (types, shapes, Python numbers), never values on a device: nothing
+here synchronizes with one or breaks a trace. Each message names the function, the parameter, what
+was expected and what came.
 """
 
 from __future__ import annotations

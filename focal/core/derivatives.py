@@ -9,7 +9,13 @@ from collections.abc import Sequence
 from typing import Literal
 
 from focal.core import checks
-from focal.core.losses import checked_weight, dense_arguments, dense_formula, star_formula
+from focal.core.losses import (
+    checked_weight,
+    dense_arguments,
+    dense_factors,
+    focal_formula,
+    star_formula,
+)
 from focal.core.namespace import Array, Formula, Namespace
 
 __all__ = ["sigmoid_focal_loss_grad", "sigmoid_focal_loss_hess", "sigmoid_focal_loss_star_grad"]
@@ -55,7 +61,8 @@ def sigmoid_focal_loss_grad(
     """
     name = "sigmoid_focal_loss_grad"
     inputs, targets = dense_arguments(xp, name, inputs, targets)
-    formula, factors = dense_formula(xp, name, alpha, gamma, label_smoothing, inputs, targets)
+    formula, alphas = focal_formula(xp, name, alpha, gamma, label_smoothing, inputs)
+    factors = dense_factors(xp, formula, alphas, inputs, targets)
     return _derivative(xp, name, formula, 1, inputs, targets, weight, factors)
 
 
@@ -104,7 +111,8 @@ def sigmoid_focal_loss_hess(
     """
     name = "sigmoid_focal_loss_hess"
     inputs, targets = dense_arguments(xp, name, inputs, targets)
-    formula, factors = dense_formula(xp, name, alpha, gamma, label_smoothing, inputs, targets)
+    formula, alphas = focal_formula(xp, name, alpha, gamma, label_smoothing, inputs)
+    factors = dense_factors(xp, formula, alphas, inputs, targets)
     return _derivative(xp, name, formula, 2, inputs, targets, weight, factors)
 
 

@@ -26,15 +26,7 @@ from typing import NamedTuple
 from focal.core.namespace import Array, Namespace
 from focal.core.parameters import is_number
 
-__all__ = [
-    "Positive",
-    "SigmoidFocal",
-    "SigmoidFocalStar",
-    "Sparse",
-    "balance",
-    "curvature",
-    "power",
-]
+__all__ = ["Positive", "SigmoidFocal", "SigmoidFocalStar", "Sparse", "curvature", "power"]
 
 Parameter = float | Array
 """A Python number, or an array without axes (`focal.core.parameters`)."""
@@ -217,7 +209,7 @@ class Sparse(NamedTuple):
         return xp.keep_rows(xp.put_along_axis(background, at, labelled), labels >= -1)
 
 
-def balance(alpha: Array, y: Array | float) -> Array:
+def alpha_t(alpha: Array, y: Array | float) -> Array:
     """The factor a for an array of alphas, which broadcasts."""
     return alpha * y + (1 - alpha) * (1 - y)
 
@@ -283,7 +275,7 @@ def _alpha_factor(xp: Namespace, alpha: Parameter | None, y: Array) -> Array | N
     if alpha is None:
         return None
     if not is_number(alpha):
-        return balance(alpha, y)
+        return alpha_t(alpha, y)
     if alpha < 0.25:  # 1 - alpha + (2 alpha - 1) would lose the digits of a small alpha
         return xp.addcmul(alpha, 1 - y, 1 - 2 * alpha)
     return xp.addcmul(1 - alpha, y, 2 * alpha - 1)

@@ -1,7 +1,7 @@
-"""The public losses: check, pick the formula, reduce. Every adapter binds these functions.
+"""The public losses: check the arguments, choose the formula, reduce.
 
-They take the array namespace `xp` first; `focal.numpy`, `focal.torch` and the rest bind it, so
-that users see only what follows it.
+Every function takes the array namespace `xp` first. `focal.numpy`, `focal.torch` and the other
+adapters bind it, so users see the signature without it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from focal.core import checks
-from focal.core.formulas import SigmoidFocal, SigmoidFocalStar, Sparse, balance
+from focal.core.formulas import SigmoidFocal, SigmoidFocalStar, Sparse, alpha_t
 from focal.core.namespace import Array, Formula, Namespace, Reduction, SparseReduction
 
 __all__ = [
@@ -76,7 +76,8 @@ def sigmoid_focal_loss(
     """
     name = "sigmoid_focal_loss"
     inputs, targets = dense_arguments(xp, name, inputs, targets)
-    formula, factors = dense_formula(xp, name, alpha, gamma, label_smoothing, inputs, targets)
+    formula, alphas = focal_formula(xp, name, alpha, gamma, label_smoothing, inputs)
+    factors = dense_factors(xp, formula, alphas, inputs, targets)
     return dense_loss(xp, name, formula, inputs, targets, reduction, weight, factors)
 
 
@@ -196,7 +197,7 @@ def sparse_sigmoid_focal_loss(
             background (all K targets are 0), -2 or below for ignored (no loss, no gradient, not
             counted).
             K and above is an error in eager code on a CPU, and ignored in compiled code and on
-            a GPU, where looking at the labels would wait for them.
+            a GPU, where checking the values would synchronize.
         alpha: Weight of positives, `1 - alpha` for negatives, in [0, 1]: a number, or one per
             class. None or -1 turns it off. Default 0.25.
         gamma: Focusing parameter, finite, >= 0. Default 2. May be an array, as in
@@ -259,9 +260,9 @@ def sparse_sigmoid_focal_loss(
     if alphas is not None:
         at = xp.maximum(labels, 0)
         y_at = formula.smoothed(xp.astype(labels >= 0, wide)[..., None])
-        others = balance(along_last_axis(xp, alphas, inputs), formula.smoothed(0.0))
+        others = alpha_t(along_last_axis(xp, alphas, inputs), formula.smoothed(0.0))
         background = xp.zeros_like(xp.astype(inputs, wide)) + others
-        own = balance(of_each(xp, alphas, at)[..., None], y_at)
+        own = alpha_t(of_each(xp, alphas, at)[..., None], y_at)
         factors = xp.put_along_axis(background, at[..., None], own)
     losses = reduced(xp, Sparse(formula), inputs, labels, reduction, weight, factors, count)
     return xp.moveaxis(losses, last, axis) if reduction == "none" and axis != last else losses
@@ -334,22 +335,24 @@ def reduced(
         return reduce(xp, losses, reduction, inputs.dtype, count)
     if reduction == "none":
         return xp.pointwise(formula, inputs, targets)
-    total = xp.pointwise_sum(formula, inputs, targets)
-    return total if reduction == "sum" else mean(xp, total, inputs, count)
+    return sum_or_mean(xp, xp.pointwise_sum(formula, inputs, targets), inputs, reduction, count)
 
 
 def reduce(
     xp: Namespace, losses: Array, reduction: str, dtype: object, count: Array | None = None
 ) -> Array:
-    """Losses in a wide type reduced; unreduced in `dtype`; `count` as in `mean`."""
+    """Losses in a wide type, reduced as in `sum_or_mean`, or unreduced in `dtype`."""
     if reduction == "none":
         return xp.astype(losses, dtype)
-    total = xp.sum(losses)
-    return total if reduction == "sum" else mean(xp, total, losses, count)
+    return sum_or_mean(xp, xp.sum(losses), losses, reduction, count)
 
 
-def mean(xp: Namespace, total: Array, elements: Array, count: Array | None) -> Array:
-    """`total` over `count`, or over the number of elements, at least 1."""
+def sum_or_mean(
+    xp: Namespace, total: Array, elements: Array, reduction: str, count: Array | None
+) -> Array:
+    """`total`, or that over `count`: by default the number of elements, at least 1."""
+    if reduction == "sum":
+        return total
     return total / (checks.count(xp, elements, total.dtype) if count is None else count)
 
 
@@ -388,21 +391,14 @@ def focal_formula(
     return SigmoidFocal(None, exponent, smoothing), alphas
 
 
-def dense_formula(
-    xp: Namespace,
-    name: str,
-    alpha: object,
-    gamma: object,
-    label_smoothing: object,
-    inputs: Array,
-    targets: Array,
-) -> tuple[SigmoidFocal, Array | None]:
-    """The formula, and the factor a of every element where alpha is one per class."""
-    formula, alphas = focal_formula(xp, name, alpha, gamma, label_smoothing, inputs)
+def dense_factors(
+    xp: Namespace, formula: SigmoidFocal, alphas: Array | None, inputs: Array, targets: Array
+) -> Array | None:
+    """The factor a of every element where alpha is one per class."""
     if alphas is None:
-        return formula, None
+        return None
     y = formula.smoothed(xp.astype(targets, alphas.dtype))
-    return formula, balance(along_last_axis(xp, alphas, inputs), y)
+    return alpha_t(along_last_axis(xp, alphas, inputs), y)
 
 
 def along_last_axis(xp: Namespace, alphas: Array, inputs: Array) -> Array:

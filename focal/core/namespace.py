@@ -1,9 +1,9 @@
 """What the core asks of a framework.
 
 The core is written against `xp`, a module (or any object) that offers the functions below.
-Most are those of the array API standard under its own names; the rest exist because a
-framework has a better way to say them than a composition (a fused operation, a registered
-derivative, a loop that can be traced). Each adapter binds them once, in `_namespace.py`.
+Most are those of the array API standard. The rest exist because a framework does them better than
+a composition would: a fused operation, a registered derivative, a loop that can be traced. Each
+adapter binds them once, in `_namespace.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 __all__ = ["Array", "Formula", "Namespace", "Reduction", "SparseReduction"]
 
 Array = Any
-"""An array of whichever framework is bound; the core never asks which."""
+"""An array of the bound framework, whichever it is."""
 
 
 Reduction = Literal["none", "mean", "sum"]
@@ -82,10 +82,10 @@ class Namespace(Protocol):
         """`x.shape`, with a scalar array for a size that is not known while tracing."""
 
     def to_numpy(self, x: Array) -> Any | None:
-        """As a NumPy array, or None where x is traced or on a device that one would wait for."""
+        """As a NumPy array, or None where x is traced or reading it would synchronize a device."""
 
     def stop_gradient(self, x: Array) -> Array:
-        """A constant in the eyes of autodiff."""
+        """The array as a constant for autodiff."""
 
     # Stable primitives, differentiable by the framework
     def sigmoid(self, x: Array) -> Array:
@@ -155,7 +155,7 @@ class Namespace(Protocol):
         """
 
     def random(self, like: Array) -> Array | None:
-        """Uniform numbers in [0, 1) of the shape of `like`, others at every call.
+        """Uniform numbers in [0, 1) of the shape of `like`, new at every call.
 
         None where a trace would make them constants.
         """

@@ -15,10 +15,10 @@ from focal.core.namespace import Array, Namespace
 __all__ = ["batched_nms", "nms", "suppress"]
 
 BLOCK = 256
-"""Boxes resolved at once; no more rounds than that are needed."""
+"""Boxes resolved at once, in at most as many rounds."""
 
 CHUNK = 1024
-"""Kept boxes that a block is compared with at once: BLOCK x CHUNK overlaps stay in a cache."""
+"""Kept boxes that a block is compared with at once: BLOCK x CHUNK overlaps fit the cache."""
 
 Rows = Sequence[Array]
 """Areas, x1, y1, x2, y2 and perhaps classes, each (..., N); the area of what is dropped is inf."""
@@ -83,8 +83,8 @@ def batched_nms(
         >>> batched_nms(boxes, np.array([0.8, 0.9, 0.5]), np.array([0, 0, 1]), 0.5)
         array([1, 2])
 
-    Source: `torchvision.ops.batched_nms`; classes are compared, not shifted apart, so that no
-    coordinate loses digits.
+    Source: `torchvision.ops.batched_nms`; classes are compared rather than offset, so that no
+    coordinate loses precision.
     """
     name = "batched_nms"
     boxes, scores, threshold = _arguments(xp, name, boxes, scores, iou_threshold)
@@ -106,7 +106,7 @@ def _kept(
 def suppress(xp: Namespace, boxes: Array, classes: Array | None, threshold: float) -> Array:
     """Which of the boxes (..., N, 4), sorted by falling score, greedy NMS keeps: (..., N).
 
-    None that has NaN, and boxes of unlike `classes` (..., N) do not see one another.
+    A box with NaN is dropped. Boxes of different `classes` (..., N) do not suppress one another.
     """
     if boxes.shape[-2] is None:
         raise ValueError("non-maximum suppression: the number of boxes must be known when traced")
@@ -114,11 +114,11 @@ def suppress(xp: Namespace, boxes: Array, classes: Array | None, threshold: floa
 
 
 def _suppress(xp: Namespace, boxes: Array, classes: Array | None, threshold: float) -> Array:
-    """Block by block: first what earlier blocks kept drops boxes of a block, then its own do.
+    """Block by block: boxes kept in earlier blocks suppress those of a block, then its own do.
 
-    Within a block the greedy answer is a fixed point: a box stays unless a box before it stays and
-    overlaps it. From all that are left it is reached in as many rounds as the longest chain of
-    overlaps has boxes.
+    Within a block the greedy result is a fixed point: a box stays unless an earlier box stays and
+    overlaps it. The iteration starts from all remaining boxes and takes at most as many rounds as
+    the longest chain of overlaps has boxes.
     """
     place = np.arange(BLOCK).reshape((1,) * (len(boxes.shape) - 2) + (BLOCK,))
     before = xp.constant(place[..., :, None] < place[..., None, :], boxes)
@@ -150,10 +150,7 @@ def _suppress(xp: Namespace, boxes: Array, classes: Array | None, threshold: flo
 
 
 def _sweep(
-    xp: Namespace,
-    drop: Callable[[Rows, Rows], Array],
-    settle: Callable[[Rows], Array],
-    rows: Rows,
+    xp: Namespace, drop: Callable[[Rows, Rows], Array], settle: Callable[[Rows], Array], rows: Rows
 ) -> Array:
     """The areas after a plain loop over the blocks."""
     areas: list[Array] = []

@@ -1,8 +1,7 @@
 """Parameters of a formula that are arrays, such as a gamma that is traced or learned.
 
-A formula is a named tuple of its parameters. Most are Python numbers, which an adapter treats as
-constants of the formula. Arrays it must pass to its registered derivative as operands, so that
-they can be traced and differentiated.
+A formula is a named tuple of its parameters. Python numbers are constants of the formula. Arrays
+must be operands of the registered derivative, so that they can be traced and differentiated.
 """
 
 from __future__ import annotations
@@ -15,18 +14,18 @@ __all__ = ["fill", "is_number", "split"]
 
 
 class _Slot(NamedTuple):
-    """The place of an array in a formula."""
+    """The placeholder of an array in a formula."""
 
     number: int
 
 
 def is_number(value: Any) -> bool:
-    """Whether a parameter is a Python number, whose value may be looked at."""
+    """Whether a parameter is a Python number, whose value is known."""
     return isinstance(value, (int, float))
 
 
 def split(formula: Formula) -> tuple[Formula, tuple[Array, ...]]:
-    """The formula with a place instead of each array, and the arrays."""
+    """The formula with a placeholder for each array, and the arrays."""
     arrays: list[Array] = []
 
     def without_arrays(value: Any) -> Any:

@@ -18,8 +18,8 @@ def prior_bias(pi: ArrayLike = 0.01) -> Any:
 
     .. math:: b = -\log\frac{1 - \pi}{\pi}, \qquad \sigma(b) = \pi
 
-    With it the loss of the many background anchors starts small instead of drowning the few
-    objects; without it plain cross entropy diverged in the paper's experiments.
+    With it the many background anchors start with a small loss and do not dominate the few objects.
+    Without it plain cross entropy diverged in the paper's experiments.
 
     Args:
         pi: The prior probability of the rare class, in (0, 1). A number, or an array-like of
@@ -97,15 +97,15 @@ def expected_initial_loss(
     alpha: float | None = 0.25,
     gamma: float = 2.0,
 ) -> float:
-    r"""The classification loss of the first step, normalised by the positives.
+    r"""The classification loss of the first step, normalized by the positives.
 
     With every score equal to `pi`, K classes, N anchors and P positives,
 
     .. math:: \frac{P\,\alpha (1-\pi)^\gamma (-\log \pi)
               + (N K - P)(1-\alpha)\, \pi^\gamma (-\log(1-\pi))}{\max(1, P)}
 
-    A first loss far from it tells that the prior bias is missing, that alpha is on the wrong
-    side, or that the normaliser is not the number of positives.
+    If the first loss is far from it, the prior bias is missing, alpha and 1 - alpha are swapped, or
+    the normalizer is not the number of positives.
 
     Args:
         num_anchors: N >= 0, anchors that are not ignored, of the whole batch.

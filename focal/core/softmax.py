@@ -40,14 +40,14 @@ def softmax_focal_loss(
               p = \mathrm{softmax}(x)
 
     Computed as the sigmoid focal loss of the margin
-    :math:`z = x_c - \log\sum_{j \ne c} e^{x_j}`, so that nothing is lost where
+    :math:`z = x_c - \log\sum_{j \ne c} e^{x_j}`, which keeps full precision where
     :math:`p_c` is near 1.
 
     Args:
         inputs: Logits of any floating-point type, with the K classes on `axis`.
         labels: Integers of the shape of `inputs` without `axis`: the class in [0, K), or
             `ignore_index`. Other values are an error in eager code on a CPU, and ignored in
-            compiled code and on a GPU, where looking at them would wait for the labels.
+            compiled code and on a GPU, where checking the values would synchronize.
         alpha: None or -1 (off; None is the default), a number >= 0 that multiplies every loss,
             or K such numbers, one per class: a sequence or an array.
         gamma: Focusing parameter, finite, >= 0; 0 is cross entropy. Default 2. Like `alpha` and

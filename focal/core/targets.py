@@ -1,4 +1,4 @@
-"""Which anchor learns what: matching, target assignment, and the sampling baselines."""
+"""Matching, target assignment, and the sampling baselines."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def assign_targets(
     allow_low_quality: bool | float = False,
     weights: Weights = (1.0, 1.0, 1.0, 1.0),
 ) -> tuple[Array, Array]:
-    """What each anchor is to learn: a label, and deltas to the box it matched.
+    """The training targets of each anchor: a label, and deltas to the box it matched.
 
     Args:
         anchors: (N, 4) as (x1, y1, x2, y2) in pixels, of a real type.
@@ -190,19 +190,18 @@ def subsample(
 ) -> Array:
     """A random minibatch of anchors with a bounded share of positives; the rest is ignored.
 
-    This is how two-stage detectors meet the imbalance that focal loss meets by itself: at most
-    `positive_fraction * num_samples` positives, filled up with background.
+    Two-stage detectors handle class imbalance this way: at most `positive_fraction * num_samples`
+    positives, the rest background.
 
     Args:
         labels: (..., N) integers: class >= 0, -1 background, -2 ignored.
         num_samples: Size of the minibatch, >= 0.
         positive_fraction: Greatest share of positives, in [0, 1]. Default 0.25, that is 1:3.
-        noise: Random numbers of the shape of `labels`, floating-point; where they are smallest
-            is taken, in every framework alike. Default: new numbers at every call, in PyTorch
-            and TensorFlow from their own generators (`torch.manual_seed`, `tf.random.set_seed`),
-            also in compiled graphs. NumPy and JAX have no such generator: there the operating
-            system gives the seed, and under `jax.jit` or `jax.vmap` noise must be given, such as
-            `jax.random.uniform(key, labels.shape)`.
+        noise: Random numbers of the shape of `labels`, floating-point; the smallest are taken.
+            Default: new numbers at every call, also in compiled graphs. PyTorch and TensorFlow
+            draw them from their own generators (`torch.manual_seed`, `tf.random.set_seed`), NumPy
+            and JAX from one seeded by the operating system. Under `jax.jit` or `jax.vmap` noise
+            must be given, such as `jax.random.uniform(key, labels.shape)`.
 
     Returns:
         (..., N) labels with -2 where not sampled.
@@ -252,9 +251,9 @@ def hard_example_mask(
 ) -> Array:
     """Online hard example mining: the examples with the greatest losses.
 
-    With `boxes` and `iou_threshold`, greedy NMS by loss first leaves one example of each heap.
-    With `positive` and `negative_ratio`, positives and negatives are then taken, hardest
-    first, in the proportion 1 : negative_ratio (the SSD variant; 3 in the paper).
+    With `boxes` and `iou_threshold`, NMS by loss first removes overlapping examples. With
+    `positive` and `negative_ratio`, positives and negatives are then taken, hardest first, at a
+    ratio of 1 : negative_ratio (the SSD variant; 3 in the paper).
 
     Args:
         losses: (N,) loss of each example, floating-point.
@@ -313,7 +312,7 @@ def hard_example_mask(
     if limit is not None:
         most = math.floor(limit / (1 + proportion))
         hard_positive = hard_positive & (_rank(xp, hard_positive, -losses) < most)
-    # Counts are compared in float32: a half type has too few digits for them.
+    # Counts are compared in float32: half types cannot represent them exactly.
     quota = xp.astype(_count(xp, hard_positive), xp.float32) * proportion
     hard_negative = candidates & ~is_positive
     rank = xp.astype(_rank(xp, hard_negative, -losses), xp.float32)

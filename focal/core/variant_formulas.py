@@ -1,7 +1,7 @@
-r"""The relatives of focal loss, elementwise: value, first and second derivative.
+r"""Variants of focal loss, elementwise: value, first and second derivative.
 
-Notation as in `focal.core.formulas`. All are made of cross entropy and of focal loss for a
-negative, `p^gamma softplus(x)`, which at -x is that for a positive.
+Notation as in `focal.core.formulas`. All are built from cross entropy and the focal loss of a
+negative, `p^gamma softplus(x)`; that of a positive is the same function of -x.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The relatives of focal loss that detectors and taggers are trained with."""
+"""Variants of focal loss, for detectors and multi-label classifiers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,7 @@ from focal.core.losses import checked_weight, count_true, dense_arguments, dense
 from focal.core.namespace import Array, Namespace, Reduction, SparseReduction
 from focal.core.variant_formulas import Asymmetric, HeatmapFocal, QualityFocal, Varifocal
 
-__all__ = [
-    "asymmetric_loss",
-    "heatmap_focal_loss",
-    "quality_focal_loss",
-    "varifocal_loss",
-]
+__all__ = ["asymmetric_loss", "heatmap_focal_loss", "quality_focal_loss", "varifocal_loss"]
 
 
 def quality_focal_loss(

@@ -16,7 +16,7 @@ from focal import AnchorConfig
 STRIDES = (8, 16, 32, 64, 128)
 
 
-def centres_and_sides(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def centers_and_sides(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
 
 
@@ -45,7 +45,7 @@ def test_order_is_levels_rows_columns_ratios_scales(backend: Backend) -> None:
 
 def test_sizes_are_those_of_the_paper(backend: Backend) -> None:
     """Areas of 32^2 to 512^2 times the scales, height / width 1:2, 1:1, 2:1; 32 to 813 px."""
-    _, sides = centres_and_sides(backend("anchors", (64, 64)).astype(float))
+    _, sides = centers_and_sides(backend("anchors", (64, 64)).astype(float))
     root_area = np.sqrt(sides.prod(1))
     assert root_area.min() == pytest.approx(32, rel=1e-6)
     assert root_area.max() == pytest.approx(812.75, rel=1e-5)
@@ -57,12 +57,12 @@ def test_sizes_are_those_of_the_paper(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize(("offset", "first"), [(0.5, 4.0), (0.0, 0.0)])
-def test_offset_places_the_centre(backend: Backend, offset: float, first: float) -> None:
+def test_offset_places_the_center(backend: Backend, offset: float, first: float) -> None:
     config = AnchorConfig(strides=(8,), sizes=(32,), offset=offset)
-    centres, _ = centres_and_sides(backend("anchors", (16, 24), config))
-    assert_allclose(centres[0], [first, first], atol=1e-5)
-    assert_allclose(centres[9], [first + 8, first], atol=1e-5)  # the next column
-    assert_allclose(centres[27], [first, first + 8], atol=1e-5)  # the next row
+    centers, _ = centers_and_sides(backend("anchors", (16, 24), config))
+    assert_allclose(centers[0], [first, first], atol=1e-5)
+    assert_allclose(centers[9], [first + 8, first], atol=1e-5)  # the next column
+    assert_allclose(centers[27], [first, first + 8], atol=1e-5)  # the next row
 
 
 def test_own_config(backend: Backend) -> None:

@@ -50,7 +50,7 @@ def namespace(backend: Backend) -> Any:
 
 
 def crowd(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Heaps of boxes, a third of them duplicates, with many equal scores."""
+    """Clusters of boxes, a third of them duplicates, with many equal scores."""
     random = np.random.default_rng(0)
     corner, side = random.uniform(0, 300, (n, 2)), random.uniform(10, 60, (n, 2))
     boxes = np.concatenate([corner, corner + side], axis=1)
@@ -84,7 +84,7 @@ def test_crowd_per_class(backend: Backend) -> None:
 
 
 def test_chain_across_blocks(backend: Backend) -> None:
-    """Each box overlaps only its neighbours in the chain: every second one survives."""
+    """Each box overlaps only its neighbors in the chain: every second one survives."""
     n, start, stop = BLOCK + TAIL, BLOCK - 41, BLOCK + TAIL
     x = 100.0 * np.arange(n)
     x[start:stop] = 2.0 * np.arange(stop - start) - 1000

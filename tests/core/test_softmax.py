@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from backends import Backend
+from backends import AUTODIFF, Backend
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
@@ -157,22 +157,16 @@ def test_one_alpha_multiplies_every_loss(backend: Backend) -> None:
 def test_reductions(backend: Backend, example: Rows) -> None:
     x, labels = example
     options = {"ignore_index": -1}
-    losses = backend(NAME, x, labels, **options)
+    losses, slope = backend(NAME, x, labels, **options), backend.slope(NAME, x, labels, **options)
     assert_array_equal(losses[labels == -1], 0)
-    total = backend(NAME, x, labels, reduction="sum", **options)
-    assert_allclose(total, losses.sum(), rtol=1e-14)
-    mean = backend(NAME, x, labels, reduction="mean", **options)
-    assert_allclose(mean, losses.sum() / max(1, (labels >= 0).sum()), rtol=1e-14)
-    assert total.shape == mean.shape == ()
-
-
-@given(rows(lowest_label=-1, dtype="float64"))
-def test_gradients_of_reductions(autodiff: Backend, example: Rows) -> None:
-    x, labels = example
-    slope = autodiff.slope(NAME, x, labels, ignore_index=-1)
-    for reduction, divisor in (("sum", 1), ("mean", max(1, (labels >= 0).sum()))):
-        got = autodiff.slope(NAME, x, labels, ignore_index=-1, reduction=reduction)
-        assert_allclose(got, slope / divisor, rtol=1e-13, atol=1e-307)
+    for reduction, count in (("sum", 1), ("mean", max(1, (labels >= 0).sum()))):
+        options["reduction"] = reduction
+        total = backend(NAME, x, labels, **options)
+        assert_allclose(total, losses.sum() / count, rtol=1e-14)
+        assert total.shape == ()
+        if backend.name in AUTODIFF:
+            got = backend.slope(NAME, x, labels, **options)
+            assert_allclose(got, slope / count, rtol=1e-13, atol=1e-307)
 
 
 @pytest.mark.parametrize("ignore_index", [-100, -1, 0, 255])
@@ -195,19 +189,12 @@ def test_ignored_labels_leave_no_trace(backend: Backend, ignore_index: int) -> N
 @pytest.mark.parametrize("labels", [np.full(3, IGNORED), np.zeros(0, np.int64)])
 def test_nothing_to_learn(backend: Backend, labels: np.ndarray) -> None:
     x = np.full((len(labels), 2), np.nan, np.float32)
+    assert_array_equal(backend.slope(NAME, x, labels), np.zeros_like(x))
     for reduction in ("mean", "sum"):
         assert backend(NAME, x, labels, reduction=reduction) == 0
-    assert_array_equal(backend.slope(NAME, x, labels), np.zeros_like(x))
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("labels", [np.full(3, IGNORED), np.zeros(0, np.int64)])
-def test_nothing_to_learn_has_no_gradient(
-    autodiff: Backend, labels: np.ndarray, reduction: str
-) -> None:
-    x = np.full((len(labels), 2), np.nan, np.float32)
-    grad = autodiff.slope(NAME, x, labels, reduction=reduction)
-    assert_array_equal(grad, np.zeros_like(x))
+        if backend.name in AUTODIFF:
+            slope = backend.slope(NAME, x, labels, reduction=reduction)
+            assert_array_equal(slope, np.zeros_like(x))
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "int32", "int64"])

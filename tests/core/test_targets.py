@@ -283,9 +283,9 @@ def hardest(losses: np.ndarray, candidates: list[int], count: int | None) -> lis
     return sorted(candidates, key=lambda i: (-losses[i], i))[:count]
 
 
-def survivors(losses: np.ndarray, heaps: np.ndarray, threshold: float) -> list[int]:
+def survivors(losses: np.ndarray, crowd: np.ndarray, threshold: float) -> list[int]:
     """Greedy NMS by loss, one box at a time."""
-    iou, kept = reference.box_iou(heaps, heaps), []
+    iou, kept = reference.box_iou(crowd, crowd), []
     for i in hardest(losses, list(range(len(losses))), None):
         if all(iou[i, j] <= threshold for j in kept):
             kept.append(i)
@@ -305,11 +305,11 @@ def test_ohem_is_the_plain_rule(
     backend: Backend, data: st.DataObject, losses: np.ndarray, limit: int | None, threshold: float
 ) -> None:
     n = len(losses)
-    heaps = data.draw(boxes(n, extent=16))
+    crowd = data.draw(boxes(n, extent=16))
     got = backend("hard_example_mask", losses, limit)
     assert_array_equal(got, mask(n, hardest(losses, list(range(n)), limit)))
-    got = backend("hard_example_mask", losses, limit, boxes=heaps, iou_threshold=threshold)
-    kept = survivors(losses, heaps, threshold)
+    got = backend("hard_example_mask", losses, limit, boxes=crowd, iou_threshold=threshold)
+    kept = survivors(losses, crowd, threshold)
     assert_array_equal(got, mask(n, hardest(losses, kept, limit)))
 
 
@@ -333,9 +333,9 @@ def test_losses_that_are_nan_are_never_taken(backend: Backend) -> None:
 
 
 def test_examples_whose_box_is_nan_are_never_taken(backend: Backend) -> None:
-    heaps = np.array([[0.0, 0.0, 4.0, 4.0]] * 3)
-    heaps[0, 3] = np.nan
-    got = backend("hard_example_mask", np.array([3.0, 2.0, 1.0]), boxes=heaps, iou_threshold=0.5)
+    crowd = np.array([[0.0, 0.0, 4.0, 4.0]] * 3)
+    crowd[0, 3] = np.nan
+    got = backend("hard_example_mask", np.array([3.0, 2.0, 1.0]), boxes=crowd, iou_threshold=0.5)
     assert_array_equal(got, [False, True, False])
 
 

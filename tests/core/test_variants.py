@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from backends import Backend
+from backends import AUTODIFF, Backend
 from numpy.testing import assert_allclose, assert_array_equal
 from precision import golden, promised_ulps, worst_ulps
 
@@ -15,19 +15,13 @@ from focal.core import variant_formulas
 from focal.numpy._namespace import xp as numpy_xp
 
 GOLDEN = golden("variants")
-NAMES = ("quality_focal_loss", "varifocal_loss", "heatmap_focal_loss", "asymmetric_loss")
-FORMULAS = dict(
-    zip(
-        NAMES,
-        (
-            variant_formulas.QualityFocal,
-            variant_formulas.Varifocal,
-            variant_formulas.HeatmapFocal,
-            variant_formulas.Asymmetric,
-        ),
-        strict=True,
-    )
-)
+FORMULAS = {
+    "quality_focal_loss": variant_formulas.QualityFocal,
+    "varifocal_loss": variant_formulas.Varifocal,
+    "heatmap_focal_loss": variant_formulas.HeatmapFocal,
+    "asymmetric_loss": variant_formulas.Asymmetric,
+}
+NAMES = tuple(FORMULAS)
 CASES = [(name, i) for name in NAMES for i in range(len(GOLDEN[name]["settings"]))]
 DENSE, SPARSE, SOFTMAX = "sigmoid_focal_loss", "sparse_sigmoid_focal_loss", "softmax_focal_loss"
 EXTREMES = [0.0, 20.0, -20.0, 100.0, -100.0, 1000.0, -1000.0]
@@ -60,19 +54,13 @@ def rows() -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize(("name", "index"), CASES)
-def test_float64_value_is_the_definition(backend: Backend, name: str, index: int) -> None:
+def test_float64_is_the_definition(backend: Backend, name: str, index: int) -> None:
     """Soft targets subtract a score that is near, so the bound is not `promised_ulps`."""
     setting, x, y, exact = case(name, index)
     assert_allclose(backend(name, x, y, *setting), exact["value"], rtol=3e-15)  # measured: 9 ULP
-
-
-@pytest.mark.parametrize(("name", "index"), CASES)
-def test_float64_gradient_is_that_of_the_definition(
-    autodiff: Backend, name: str, index: int
-) -> None:
-    setting, x, y, exact = case(name, index)
-    slope = grad(autodiff, name, x, y, *setting)
-    assert_allclose(slope, exact["grad"], rtol=1e-14)  # measured: 24 ULP where two terms cancel
+    if backend.name in AUTODIFF:
+        slope = grad(backend, name, x, y, *setting)  # measured: 24 ULP where two terms cancel
+        assert_allclose(slope, exact["grad"], rtol=1e-14)
 
 
 @pytest.mark.parametrize(("name", "index"), CASES)
@@ -87,38 +75,24 @@ def test_hess_is_that_of_the_definition(name: str, index: int) -> None:
 def test_float32_is_exact_to_the_promised_ulps(
     backend: Backend, gamma: float, target: float
 ) -> None:
-    """For hard targets. A margin subtracts it from the score, which is another matter."""
+    """For hard targets. A margin is subtracted from the score, which costs digits."""
     x = np.linspace(-110, 110, 4001, dtype=np.float32)
-    y = np.full_like(x, target)
-    for name, setting in (
-        ("quality_focal_loss", [gamma]),
-        ("varifocal_loss", [0.5, gamma]),
-        ("heatmap_focal_loss", [gamma, 4.0]),
-        ("asymmetric_loss", [gamma, gamma, 0.0]),
+    y, wide = np.full_like(x, target), x.astype(float)
+    for name, setting, exponent, factor in (
+        ("quality_focal_loss", [gamma], gamma, 1),
+        ("varifocal_loss", [0.5, gamma], *((0.0, 1) if target else (gamma, 0.5))),
+        ("heatmap_focal_loss", [gamma, 4.0], gamma, 1),
+        ("asymmetric_loss", [gamma, gamma, 0.0], gamma, 1),
     ):
-        exact = getattr(reference, name)(x.astype(float), y.astype(float), *setting)
+        exact = getattr(reference, name)(wide, y.astype(float), *setting)
         got = backend(name, x, y, *setting)
         assert got.dtype == np.float32
         assert worst_ulps(got, exact, "float32") <= promised_ulps(gamma)
-
-
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 5.0])
-@pytest.mark.parametrize("target", [0.0, 1.0])
-def test_float32_gradient_is_exact_to_the_promised_ulps(
-    autodiff: Backend, gamma: float, target: float
-) -> None:
-    x = np.linspace(-110, 110, 4001, dtype=np.float32)
-    y = np.full_like(x, target)
-    for name, setting, exponent in (
-        ("quality_focal_loss", [gamma], gamma),
-        ("varifocal_loss", [1.0, gamma], 0.0 if target else gamma),
-        ("heatmap_focal_loss", [gamma, 4.0], gamma),
-        ("asymmetric_loss", [gamma, gamma, 0.0], gamma),
-    ):
-        exact = reference.sigmoid_focal_loss_grad(x.astype(float), y, None, exponent)
-        got = grad(autodiff, name, x, y, *setting)
-        assert got.dtype == np.float32
-        assert worst_ulps(got, exact, "float32") <= promised_ulps(gamma)
+        if backend.name in AUTODIFF:
+            exact = factor * reference.sigmoid_focal_loss_grad(wide, y, None, exponent)
+            got = grad(backend, name, x, y, *setting)
+            assert got.dtype == np.float32
+            assert worst_ulps(got, exact, "float32") <= promised_ulps(gamma)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 5.0])
@@ -144,12 +118,11 @@ def test_finite_at_extremes(autodiff: Backend, name: str, gamma: float) -> None:
 
 
 def test_quality_is_zero_where_the_score_is_the_target(backend: Backend) -> None:
-    assert_array_equal(backend("quality_focal_loss", np.zeros(2), np.full(2, 0.5)), [0, 0])
-    for beta in (0.5, 1.0, 2.0):
-        slope = {} if backend.name in ("numpy", "array_api_strict") else {"beta": beta}
-        if slope:
-            got = grad(backend, "quality_focal_loss", np.zeros(2), np.full(2, 0.5), **slope)
-            assert_array_equal(got, [0, 0])
+    x, y = np.zeros(2), np.full(2, 0.5)
+    assert_array_equal(backend("quality_focal_loss", x, y), [0, 0])
+    if backend.name in AUTODIFF:
+        for beta in (0.5, 1.0, 2.0):
+            assert_array_equal(grad(backend, "quality_focal_loss", x, y, beta=beta), [0, 0])
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 3.75])
@@ -173,7 +146,7 @@ def test_asymmetric_drops_easy_negatives_and_missing_labels(autodiff: Backend) -
     assert slope[0] == 0 and slope[1] > 0.01 and 0 < slope[2] < 1e-15
 
 
-def test_heatmap_normaliser(backend: Backend) -> None:
+def test_heatmap_normalizer(backend: Backend) -> None:
     x, y = np.linspace(-2, 2, 6), np.array([1.0, 0.9, 0.0, 1.0, 1.0, 0.5])
     for targets in (y, y == 1, (y == 1).astype(np.int64)):
         total = backend("heatmap_focal_loss", x, targets).sum()
@@ -201,15 +174,6 @@ def test_reductions_weights_types_and_nothing(backend: Backend, name: str) -> No
     assert backend(name, nothing, nothing, reduction="mean") == 0
     wrong = backend(name, np.array([np.nan, 0.0, 1.0]), np.array([1.0, np.nan, 1.0]))
     assert_array_equal(np.isnan(wrong), [True, True, False])
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_gradient_in_the_targets(autodiff: Backend, name: str) -> None:
-    x, y, h = np.array([-3.0, -0.5, 0.2, 2.0]), np.array([0.1, 0.3, 0.6, 0.9]), 1e-6
-    loss, inputs = getattr(autodiff.F, name), autodiff.asarray(x)
-    got = autodiff.grad(lambda t: loss(inputs, t), autodiff.asarray(y))
-    up, down = (getattr(reference, name)(x, y + step) for step in (h, -h))
-    assert_allclose(got, (up - down) / (2 * h), rtol=1e-7, atol=1e-9)
 
 
 def test_formulas_of_equal_numbers_stay_apart(autodiff: Backend) -> None:
@@ -265,7 +229,7 @@ def test_labels_are_one_hot_targets(backend: Backend, alpha: Any, smoothing: flo
     for reduction, count in (("sum", 1), ("mean", 3 * keep.sum()), ("positives", 5)):
         got = backend(SPARSE, x, labels, reduction=reduction, **options)
         assert_allclose(got, dense.sum() / count, **close)
-    if backend.name not in ("numpy", "array_api_strict"):
+    if backend.name in AUTODIFF:
         slope = backend.slope(DENSE, x, y, **options) * keep[:, None]
         assert_allclose(grad(backend, SPARSE, x, labels, **options), slope, **close)
         got = grad(backend, SPARSE, x, labels, reduction="positives", **options)
@@ -328,7 +292,7 @@ def test_smoothed_softmax_is_the_mixture_of_all_labels(backend: Backend, classes
     options = {"gamma": table[0]["gamma"], "label_smoothing": table[0]["smoothing"]}
     close = {"rtol": 1e-13, "atol": 1e-300}
     assert_allclose(backend(SOFTMAX, x, labels, **options), value, **close)
-    if backend.name not in ("numpy", "array_api_strict"):
+    if backend.name in AUTODIFF:
         got = grad(backend, SOFTMAX, x, labels, **options)
         assert_allclose(got, slope, rtol=1e-12, atol=1e-15)  # a difference of terms near 1
 

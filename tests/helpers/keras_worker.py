@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import copy
 import doctest
+import inspect
 import json
 import pickle
 import sys
+import typing
 import unittest.mock
 import warnings
 from collections.abc import Callable
@@ -201,7 +203,7 @@ def values(kind: str) -> dict[str, Any]:
     for reduction in REDUCTIONS if kind in TARGETS else REDUCTIONS[:1]:
         function = loss(kind, reduction=reduction)
         found[f"{reduction}"] = plain(function(target, LOGITS))
-        found[f"{reduction}, weighed"] = plain(function(target, LOGITS, SAMPLE_WEIGHT))
+        found[f"{reduction}, weighted"] = plain(function(target, LOGITS, SAMPLE_WEIGHT))
     return found
 
 
@@ -305,7 +307,7 @@ def mask() -> dict[str, Any]:
     for reduction in REDUCTIONS:
         function = loss("sparse", reduction=reduction)
         found[f"{reduction}"] = plain(function(SEQUENCE_LABELS, logits))
-        found[f"{reduction}, weighed"] = plain(function(SEQUENCE_LABELS, logits, SEQUENCE_WEIGHT))
+        found[f"{reduction}, weighted"] = plain(function(SEQUENCE_LABELS, logits, SEQUENCE_WEIGHT))
     return found
 
 
@@ -431,10 +433,22 @@ def on_another_backend(make: Callable[[], Any]) -> None:
 
 
 def errors() -> list[str]:
-    """What wrong arguments are told, in the order of `WRONG`."""
+    """The errors of the wrong arguments, in the order of `WRONG`."""
     import focal.keras
 
     return [told_by(lambda wrong=wrong: wrong(focal.keras)) for wrong in WRONG.values()]
+
+
+def hints() -> dict[str, bool]:
+    """Whether the type hints of each constructor resolve, and name every parameter."""
+    import focal.keras
+
+    found = {}
+    for name in focal.keras.__all__:
+        public = getattr(focal.keras, name)
+        parameters = inspect.signature(public).parameters
+        found[name] = set(typing.get_type_hints(public.__init__)) == {*parameters, "return"}
+    return found
 
 
 def told_by(function: Callable[[], Any]) -> str:
@@ -474,6 +488,7 @@ def evaluate(folder: Path) -> dict[str, Any]:
         "outside": outside(),
         "bias": biases(),
         "errors": errors(),
+        "hints": hints(),
         "loaded": loaded(folder),
     }
     backend = keras.backend.backend()

@@ -1,7 +1,7 @@
 """The core's array namespace on array_api_strict: proof that the core asks for no more.
 
-The standard part is the standard's own; what focal/core/namespace.py adds to it is spelled in
-standard functions. Anything that the core uses beyond these two lists raises.
+The standard part is that of array_api_strict. What focal/core/namespace.py adds is written in
+standard functions. Anything else that the core uses raises an error.
 """
 
 from __future__ import annotations

@@ -187,7 +187,7 @@ def test_values_weights_and_reductions(found: Found, kind: str, backend: str) ->
     for reduction in reductions:
         for key, weight in (
             (f"{reduction}", None),
-            (f"{reduction}, weighed", worker.SAMPLE_WEIGHT),
+            (f"{reduction}, weighted", worker.SAMPLE_WEIGHT),
         ):
             close(values[key], reduced(losses, valid, reduction, weight), 2e-6)
 
@@ -204,7 +204,7 @@ def test_masks_of_keras_and_ignored_labels_together(found: Found, backend: str) 
     for reduction in worker.REDUCTIONS:
         close(values[f"{reduction}"], of_sequences(reduction, None), 2e-6)
         expected = of_sequences(reduction, worker.SEQUENCE_WEIGHT)
-        close(values[f"{reduction}, weighed"], expected, 2e-6)
+        close(values[f"{reduction}, weighted"], expected, 2e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -284,6 +284,12 @@ def test_prior_bias(found: Found, backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_wrong_arguments_get_a_clear_error(found: Found, backend: str) -> None:
     assert found("evaluate", backend)["errors"] == list(worker.WRONG)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_type_hints_of_every_class(found: Found, backend: str) -> None:
+    hints = found("evaluate", backend)["hints"]
+    assert len(hints) == 10 and all(hints.values())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
