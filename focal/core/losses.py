@@ -10,7 +10,16 @@ from collections.abc import Callable, Sequence
 
 from focal.core import checks
 from focal.core.formulas import SigmoidFocal, SigmoidFocalStar, Sparse
-from focal.core.namespace import Array, Formula, Namespace, Reduction, SparseReduction
+from focal.core.namespace import (
+    Array,
+    Formula,
+    Framework,
+    In,
+    Namespace,
+    Out,
+    Reduction,
+    SparseReduction,
+)
 from focal.core.parameters import is_number
 
 __all__ = [
@@ -23,16 +32,16 @@ __all__ = [
 
 
 def sigmoid_focal_loss(
-    xp: Namespace,
-    inputs: Array,
-    targets: Array,
-    alpha: float | Sequence[float] | Array | None = 0.25,
-    gamma: float | Array = 2.0,
+    xp: Framework[In, Out],
+    inputs: In,
+    targets: In,
+    alpha: float | Sequence[float] | In | None = 0.25,
+    gamma: float | In = 2.0,
     reduction: Reduction = "none",
     *,
-    weight: Array | None = None,
-    label_smoothing: float | Array = 0.0,
-) -> Array:
+    weight: In | None = None,
+    label_smoothing: float | In = 0.0,
+) -> Out:
     r"""Focal loss of independent binary classifications, from logits.
 
     .. math::
@@ -86,14 +95,14 @@ def sigmoid_focal_loss(
 
 
 def balanced_cross_entropy(
-    xp: Namespace,
-    inputs: Array,
-    targets: Array,
-    alpha: float | Array | None = 0.75,
+    xp: Framework[In, Out],
+    inputs: In,
+    targets: In,
+    alpha: float | In | None = 0.75,
     reduction: Reduction = "none",
     *,
-    weight: Array | None = None,
-) -> Array:
+    weight: In | None = None,
+) -> Out:
     r"""Alpha-balanced binary cross entropy, from logits: focal loss at gamma 0.
 
     .. math:: \alpha_t\, \mathrm{CE}, \qquad \alpha_t = \alpha y + (1 - \alpha)(1 - y)
@@ -128,16 +137,16 @@ def balanced_cross_entropy(
 
 
 def sigmoid_focal_loss_star(
-    xp: Namespace,
-    inputs: Array,
-    targets: Array,
-    alpha: float | Array | None = 0.25,
-    gamma: float | Array = 2.0,
-    beta: float | Array = 1.0,
+    xp: Framework[In, Out],
+    inputs: In,
+    targets: In,
+    alpha: float | In | None = 0.25,
+    gamma: float | In = 2.0,
+    beta: float | In = 1.0,
     reduction: Reduction = "none",
     *,
-    weight: Array | None = None,
-) -> Array:
+    weight: In | None = None,
+) -> Out:
     r"""FL*, the alternate form of focal loss of the paper's appendix, from logits.
 
     .. math::
@@ -180,17 +189,17 @@ def sigmoid_focal_loss_star(
 
 
 def sparse_sigmoid_focal_loss(
-    xp: Namespace,
-    inputs: Array,
-    labels: Array,
-    alpha: float | Sequence[float] | Array | None = 0.25,
-    gamma: float | Array = 2.0,
+    xp: Framework[In, Out],
+    inputs: In,
+    labels: In,
+    alpha: float | Sequence[float] | In | None = 0.25,
+    gamma: float | In = 2.0,
     reduction: SparseReduction = "none",
     *,
-    weight: Array | None = None,
-    label_smoothing: float | Array = 0.0,
+    weight: In | None = None,
+    label_smoothing: float | In = 0.0,
     axis: int = -1,
-) -> Array:
+) -> Out:
     r"""Sigmoid focal loss with class labels instead of dense targets: a detector's loss.
 
     The same as :func:`sigmoid_focal_loss` with one-hot targets, but no one-hot array is built.
@@ -275,8 +284,8 @@ def sparse_sigmoid_focal_loss(
 
 
 def num_positives(
-    xp: Namespace, labels: Array, *, over_replicas: Callable[[Array], Array] | None = None
-) -> Array:
+    xp: Framework[In, Out], labels: In, *, over_replicas: Callable[[Out], Out] | None = None
+) -> Out:
     """The number of positive labels, but at least 1: what the paper divides a batch's loss by.
 
     In PyTorch, JAX and TensorFlow the function of this name counts on all replicas that share a

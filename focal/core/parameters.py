@@ -7,6 +7,7 @@ they can be traced and differentiated.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from focal.core.namespace import Array, Formula
@@ -40,7 +41,7 @@ def split(formula: Formula) -> tuple[Formula, tuple[Array, ...]]:
     return without_arrays(formula), tuple(arrays)
 
 
-def fill(formula: Formula, arrays: tuple[Array, ...]) -> Formula:
+def fill(formula: Formula, arrays: Sequence[Array]) -> Formula:
     """The inverse of `split`."""
 
     def with_arrays(value: Any) -> Any:

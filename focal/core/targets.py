@@ -7,20 +7,20 @@ import math
 from focal.core import checks
 from focal.core.box_checks import check_boxes
 from focal.core.boxes import Weights, encode_boxes, intersection, solid
-from focal.core.namespace import Array, Namespace
+from focal.core.namespace import Array, Framework, In, Namespace, Out
 from focal.core.nms import suppress
 
 __all__ = ["assign_targets", "hard_example_mask", "match_anchors", "subsample"]
 
 
 def match_anchors(
-    xp: Namespace,
-    anchors: Array,
-    boxes: Array,
+    xp: Framework[In, Out],
+    anchors: In,
+    boxes: In,
     foreground: float = 0.5,
     background: float = 0.4,
     allow_low_quality: bool | float = False,
-) -> Array:
+) -> Out:
     """The box that each anchor is to predict.
 
     An anchor belongs to the box with which its IoU is greatest (the first of equals) if that
@@ -114,15 +114,15 @@ def _match(
 
 
 def assign_targets(
-    xp: Namespace,
-    anchors: Array,
-    boxes: Array,
-    labels: Array,
+    xp: Framework[In, Out],
+    anchors: In,
+    boxes: In,
+    labels: In,
     foreground: float = 0.5,
     background: float = 0.4,
     allow_low_quality: bool | float = False,
     weights: Weights = (1.0, 1.0, 1.0, 1.0),
-) -> tuple[Array, Array]:
+) -> tuple[Out, Out]:
     """What each anchor is to learn: a label, and deltas to the box it matched.
 
     Args:
@@ -172,13 +172,13 @@ def assign_targets(
 
 
 def subsample(
-    xp: Namespace,
-    labels: Array,
+    xp: Framework[In, Out],
+    labels: In,
     num_samples: int,
     positive_fraction: float = 0.25,
     *,
-    noise: Array | None = None,
-) -> Array:
+    noise: In | None = None,
+) -> Out:
     """A random minibatch of anchors with a bounded share of positives; the rest is ignored.
 
     This is how two-stage detectors meet the imbalance that focal loss meets by itself: at most
@@ -232,15 +232,15 @@ def subsample(
 
 
 def hard_example_mask(
-    xp: Namespace,
-    losses: Array,
+    xp: Framework[In, Out],
+    losses: In,
     num_examples: int | None = None,
     *,
-    positive: Array | None = None,
+    positive: In | None = None,
     negative_ratio: float | None = None,
-    boxes: Array | None = None,
+    boxes: In | None = None,
     iou_threshold: float | None = None,
-) -> Array:
+) -> Out:
     """Online hard example mining: the examples with the greatest losses.
 
     With `boxes` and `iou_threshold`, greedy NMS by loss first leaves one example of each heap.

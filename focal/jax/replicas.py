@@ -6,6 +6,7 @@ from collections.abc import Hashable
 
 import jax
 from jax import Array
+from jax.typing import ArrayLike
 
 from focal.core import losses
 from focal.jax._namespace import xp
@@ -13,7 +14,9 @@ from focal.jax._namespace import xp
 __all__ = ["num_positives"]
 
 
-def num_positives(labels: Array, axis_name: Hashable | tuple[Hashable, ...] | None = None) -> Array:
+def num_positives(
+    labels: ArrayLike, axis_name: Hashable | tuple[Hashable, ...] | None = None
+) -> Array:
     """The number of positive labels on all replicas, but at least 1: the paper's normaliser.
 
     A batch's loss is divided by the positives of the whole batch. A replica that divided by its

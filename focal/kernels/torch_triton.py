@@ -92,7 +92,7 @@ def _launch(
     SCALES: bool = False,
 ) -> None:
     sparse = isinstance(formula, Sparse)
-    loss = formula.formula if sparse else formula
+    loss: SigmoidFocal = formula.formula if isinstance(formula, Sparse) else formula
     alpha = loss.alpha or 0.0
     t = t.view(torch.uint8) if t.dtype == torch.bool else t
     with torch.cuda.device_of(x):  # Triton launches on the current device

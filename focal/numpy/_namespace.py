@@ -34,11 +34,13 @@ from numpy import (  # noqa: F401  (the standard part of the namespace)
     zeros_like,
 )
 from numpy import int64 as index_type  # noqa: F401
+from numpy.typing import ArrayLike, NDArray
 
 from focal.core import softmax
-from focal.core.namespace import Array, Formula, Namespace
+from focal.core.namespace import Array, Formula, Framework, Namespace
 
-xp = cast(Namespace, sys.modules[__name__])
+input_type, array_type = ArrayLike, np.ndarray
+xp = cast(Framework[ArrayLike, NDArray[Any]], sys.modules[__name__])
 
 array_name = "array-like"
 

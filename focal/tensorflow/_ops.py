@@ -28,7 +28,7 @@ from tensorflow.math import log, log1p  # noqa: F401
 array_name = "a tf.Tensor or what converts to one"
 
 
-def to_array(value: object) -> Tensor | None:
+def to_array(value: Any) -> Tensor | None:
     """What TensorFlow's functions take: tensors, variables, arrays, numbers and lists of them."""
     if not isinstance(value, Tensor):
         try:
@@ -92,7 +92,7 @@ def isdtype(dtype: tf.DType, kind: str | tuple[str, ...]) -> bool:
 
 def shape(x: Tensor) -> tuple[Any, ...]:
     """Sizes as integers, or as scalar tensors while tracing with a size that is not known."""
-    traced = None if x.shape.is_fully_defined() else tf.shape(x, index_type)
+    traced: Any = None if x.shape.is_fully_defined() else tf.shape(x, index_type)
     return tuple(traced[i] if n is None else n for i, n in enumerate(x.shape))
 
 

@@ -8,7 +8,7 @@ recompute the rest.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import tensorflow as tf
 from tensorflow import Tensor
@@ -20,7 +20,7 @@ from focal.tensorflow import _ops
 __all__ = ["class_margins", "label_margin", "pointwise", "pointwise_sum"]
 
 xp = cast(Namespace, _ops)
-Targets = Tensor | float
+Targets: TypeAlias = Tensor | float
 Function = Callable[[Formula, Tensor, Targets], Tensor]
 
 

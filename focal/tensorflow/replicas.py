@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 from tensorflow import Tensor
+from tensorflow.types.experimental import TensorLike
 
 from focal.core import losses
 from focal.tensorflow._namespace import xp
@@ -11,7 +12,7 @@ from focal.tensorflow._namespace import xp
 __all__ = ["num_positives"]
 
 
-def num_positives(labels: Tensor) -> Tensor:
+def num_positives(labels: TensorLike) -> Tensor:
     """The number of positive labels on all replicas, but at least 1: the paper's normaliser.
 
     A batch's loss is divided by the positives of the whole batch. A replica that divided by its

@@ -19,6 +19,7 @@ __all__ = [
     "by_block",
     "by_rows",
     "narrow",
+    "pushforward",
     "wide",
     "wide_pair",
 ]
@@ -119,13 +120,25 @@ class Layout:
             step *= max(1, self.x.shape[axis])
         return self.x.new_empty_strided(self.x.shape, strides)
 
-    def flat(self, a: Targets) -> Targets:
-        """An operand, or what `new` gave, as one axis or as rows; a view where it can be."""
+    def flat(self, a: Any) -> Any:
+        """An operand, or what `new` gave, as one axis or as rows; a view where it can be.
+
+        A number stays as it is.
+        """
         if not isinstance(a, Tensor):
             return a
         if not self.by_row:
             return a.permute(self.order).reshape(-1)
         return a.reshape(-1, a.shape[-1]) if a.ndim == self.x.ndim else a.reshape(-1)
+
+
+def pushforward(
+    function: Callable[..., Tensor], operands: Sequence[Tensor], tangents: Sequence[Tensor]
+) -> Tensor:
+    """The derivative of function(*operands) along the tangents, by reverse mode alone."""
+    value, pull, *_ = torch.func.vjp(function, *operands)
+    # The pullback is linear, so its own pullback is the derivative itself.
+    return torch.func.vjp(pull, torch.zeros_like(value))[1](tuple(tangents))[0]
 
 
 def by_rows(function: Callable[..., Tensor], x: Tensor, *others: Tensor) -> Tensor:

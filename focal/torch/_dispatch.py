@@ -21,6 +21,7 @@ except ImportError:
         return True
 
 
+WRAPPED: tuple[Any, ...] | None
 try:
     WRAPPED = tuple(
         map(torch._C._dispatch_key_parse, ("Batched", "FuncTorchBatched", "FuncTorchGradWrapper"))
@@ -31,7 +32,7 @@ except (AttributeError, RuntimeError):
 try:
     from torch._C._functorch import TransformType, get_interpreter_stack
 except ImportError:
-    get_interpreter_stack = None
+    get_interpreter_stack = None  # type: ignore[assignment]
 
 __all__ = ["is_plain", "is_wrapped", "nests_forward_mode"]
 
@@ -57,7 +58,7 @@ def is_plain(*operands: Any) -> bool:
     """
     return not (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or is_in_torch_dispatch_mode()
         or any(
             isinstance(a, Tensor) and (type(a) not in (Tensor, Parameter) or is_wrapped(a))

@@ -31,7 +31,16 @@ from focal.core.formulas import Positive, SigmoidFocal, Sparse
 from focal.core.namespace import Formula, Namespace
 from focal.kernels import torch_cpu
 from focal.torch import _ops
-from focal.torch._blocks import Layout, Targets, batch_first, by_block, narrow, wide, wide_pair
+from focal.torch._blocks import (
+    Layout,
+    Targets,
+    batch_first,
+    by_block,
+    narrow,
+    pushforward,
+    wide,
+    wide_pair,
+)
 from focal.torch._dispatch import is_plain, is_wrapped, nests_forward_mode
 
 __all__ = ["pointwise", "pointwise_sum"]
@@ -180,7 +189,7 @@ class _Sum(torch.autograd.Function):
         layout = Layout(x, t)
         if kernels is not None and not with_slope:
             return kernels.total(formula, *map(layout.flat, (x, t))), x.new_empty(0)
-        if kernels is CPU_KERNELS:
+        if kernels is not None:
             slope = layout.new()
             flat = map(layout.flat, (x, t, slope))
             return kernels.total_and_slope(formula, *flat)[0], slope
@@ -320,7 +329,7 @@ def _pull(
     if not any(needed):
         return [None] * len(others)
     chosen = [a for a, wanted in zip(others, needed, strict=True) if wanted]
-    value, pull = torch.func.vjp(_of(function, x, others, needed), *chosen)
+    value, pull, *_ = torch.func.vjp(_of(function, x, others, needed), *chosen)
     gradients = iter(pull(upstream.to(value.dtype).expand_as(value)))
     return [next(gradients) if wanted else None for wanted in needed]
 
@@ -331,10 +340,8 @@ def _push(function: Function, x: Tensor, others: Sequence[Any], tangents: Sequen
     if not any(given):
         return torch.zeros_like(x)
     chosen = [a for a, wanted in zip(others, given, strict=True) if wanted]
-    value, pull = torch.func.vjp(_of(function, x, others, given), *chosen)
-    # The pullback is linear, so its own pullback is the derivative itself.
-    push = torch.func.vjp(pull, torch.zeros_like(value))[1]
-    return push(tuple(a for a in tangents if a is not None))[0]
+    directions = [a for a in tangents if a is not None]
+    return pushforward(_of(function, x, others, given), chosen, directions)
 
 
 def _of(
