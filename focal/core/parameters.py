@@ -1,8 +1,9 @@
-"""Parameters of a formula that are arrays, such as a gamma that is traced or learned.
+"""How an adapter hands operands to a formula.
 
-A formula is a named tuple of its parameters. Most are Python numbers, which an adapter treats as
-constants of the formula. Arrays it must pass to its registered derivative as operands, so that
-they can be traced and differentiated.
+Logits and targets are computed with in float32 or better. A formula is a named tuple of its
+parameters. Most are Python numbers, which an adapter treats as constants of the formula. Arrays,
+such as a gamma that is traced or learned, it must pass to its registered derivative as operands,
+so that they can be traced and differentiated.
 """
 
 from __future__ import annotations
@@ -10,15 +11,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from focal.core.namespace import Array, Formula
+from focal.core import checks
+from focal.core.namespace import Array, Formula, Namespace
 
-__all__ = ["fill", "is_number", "split"]
+__all__ = ["fill", "is_number", "split", "wide_operands"]
 
 
 class _Slot(NamedTuple):
     """The place of an array in a formula."""
 
     number: int
+
+
+def wide_operands(xp: Namespace, x: Array, t: Array) -> tuple[Array, Array]:
+    """Logits and dense targets in the type to compute in; labels and numbers as they are."""
+    x = checks.wide(xp, x)
+    is_dense = checks.is_array(t) and len(t.shape) == len(x.shape)
+    return x, xp.astype(t, x.dtype) if is_dense else t
 
 
 def is_number(value: Any) -> bool:

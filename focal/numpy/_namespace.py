@@ -38,6 +38,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from focal.core import softmax
 from focal.core.namespace import Array, Formula, Framework, Namespace
+from focal.core.parameters import wide_operands
 
 input_type, array_type = ArrayLike, np.ndarray
 xp = cast(Framework[ArrayLike, NDArray[Any]], sys.modules[__name__])
@@ -121,12 +122,12 @@ def keep_rows(x: Array, keep: Array) -> Array:
 
 def pointwise(formula: Formula, x: Array, t: Array) -> Array:
     """NumPy has no autodiff: the value itself."""
-    return np.asarray(_wide_value(formula, x, t)).astype(x.dtype)
+    return np.asarray(formula.value(xp, *wide_operands(xp, x, t))).astype(x.dtype)
 
 
 def pointwise_sum(formula: Formula, x: Array, t: Array) -> Array:
     """The sum of the values, in float32 or better."""
-    return np.sum(_wide_value(formula, x, t))
+    return np.sum(formula.value(xp, *wide_operands(xp, x, t)))
 
 
 def label_margin(x: Array, at: Array, valid: Array) -> Array:
@@ -182,10 +183,3 @@ def select(function: Callable[..., tuple[Array, Array]], xp: Namespace, *arrays:
 def random(like: Array) -> Array:
     """From a generator with a seed of the operating system."""
     return np.random.default_rng().random(like.shape, np.float32)
-
-
-def _wide_value(formula: Formula, x: Array, t: Array) -> Array:
-    wide = np.float32 if np.finfo(x.dtype).bits < 32 else x.dtype
-    if isinstance(t, np.ndarray) and t.shape == x.shape:
-        t = t.astype(wide)
-    return formula.value(xp, x.astype(wide), t)

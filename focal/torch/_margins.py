@@ -69,7 +69,7 @@ class _Margin(torch.autograd.Function):
         if slope is not None and not torch.is_grad_enabled() and is_plain(grad):
             return slope.mul_(grad[..., None]), None, None, None
 
-        # A second pass through the graph, or one that is itself differentiated.
+        # A second backward pass, or one that is itself differentiated.
         def scaled(x: Tensor, at: Tensor, valid: Tensor, grad: Tensor) -> Tensor:
             return _slope(softmax.margin(xp, x, at, valid)[1], at) * grad[..., None]
 

@@ -49,8 +49,10 @@ class Loss(nn.Module):
         if function is None:
             return
 
-        @torch.jit.ignore  # TorchScript compiles `forward`, and calls this as a Python function
-        def loss(self: Loss, a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
+        # TorchScript compiles `forward` and calls this as a Python function; it takes no type of
+        # `self`.
+        @torch.jit.ignore
+        def loss(self, a: Tensor, b: Tensor, weight: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
             options = {name: getattr(self, name) for name in self._names}
             if weight is not None:
                 options["weight"] = weight
@@ -68,7 +70,7 @@ class Loss(nn.Module):
                 setattr(self, name, value)
         self._names = tuple(parameters)
         try:
-            self._loss(*self._example())
+            self._loss(*self._example(), None)
         except (TypeError, ValueError) as error:
             own = str(error).replace(self._function_name, type(self).__name__, 1)
             raise type(error)(own) from None
@@ -152,7 +154,7 @@ class SparseSigmoidFocalLoss(LabelLoss, function=losses.sparse_sigmoid_focal_los
         alpha: Weight of positives, or one per class (a list, or a tensor, which becomes a
             buffer); None or -1 turns it off. Default 0.25.
         gamma: Focusing parameter >= 0. Default 2.
-        reduction: "none", "mean", "sum" or "positives" (default): the paper's normaliser.
+        reduction: "none", "mean", "sum" or "positives" (default): the paper's normalizer.
         label_smoothing: s in [0, 1]: the targets are `1 - s / 2` and `s / 2`. Default 0.
         axis: The class axis. Default -1; image logits (N, K, H, W) have it at 1.
 
@@ -235,7 +237,7 @@ class SoftmaxFocalLoss(LabelLoss, function=softmax.softmax_focal_loss):
 
     def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """The loss of logits `inputs`, with the classes on `axis`, and class indices `labels`."""
-        return self._loss(inputs, labels)
+        return self._loss(inputs, labels, None)
 
 
 class SigmoidFocalLossStar(DenseLoss, function=losses.sigmoid_focal_loss_star):
@@ -288,11 +290,7 @@ class BalancedCrossEntropyLoss(DenseLoss, function=losses.balanced_cross_entropy
     Source: Lin et al. 2017, equation 3.
     """
 
-    def __init__(
-        self,
-        alpha: Number | None = 0.75,
-        reduction: Reduction = "mean",
-    ) -> None:
+    def __init__(self, alpha: Number | None = 0.75, reduction: Reduction = "mean") -> None:
         super().__init__(alpha=alpha, reduction=reduction)
 
 
@@ -319,7 +317,7 @@ class GIoULoss(Loss, function=box_losses.giou_loss):
 
     def forward(self, boxes1: Tensor, boxes2: Tensor) -> Tensor:
         """The loss of paired boxes."""
-        return self._loss(boxes1, boxes2)
+        return self._loss(boxes1, boxes2, None)
 
     def _example(self) -> tuple[Tensor, Tensor]:
         return torch.zeros(1, 4), torch.zeros(1, 4)
