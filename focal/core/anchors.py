@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from focal.core import checks
-from focal.core.namespace import Array, Namespace
+from focal.core.namespace import Framework, In, Out
 
 __all__ = ["AnchorConfig", "anchors", "level_shapes"]
 
@@ -69,8 +69,8 @@ class AnchorConfig:
 
 
 def anchors(
-    xp: Namespace, image_size: tuple[int, int], config: AnchorConfig | None = None
-) -> Array:
+    xp: Framework[In, Out], image_size: tuple[int, int], config: AnchorConfig | None = None
+) -> Out:
     r"""The anchor boxes of an image.
 
     A level of stride s has ceil(height / s) x ceil(width / s) cells. An anchor of scale k and

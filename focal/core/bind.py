@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import typing
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from focal.core.namespace import Namespace
+from focal.core.namespace import Framework, In, Out
 
 __all__ = ["bind"]
 
@@ -20,27 +21,51 @@ R = TypeVar("R")
 
 
 def bind(
-    function: Callable[Concatenate[Namespace, P], R], xp: Namespace, module: str
+    function: Callable[Concatenate[Framework[In, Out], P], R],
+    xp: Framework[In, Out],
+    module: str,
 ) -> Callable[P, R]:
     """`function` with `xp` filled in, as a public function of `module`.
 
-    Name, docstring and the rest of the signature stay, so that every framework offers the
-    same function. `inspect.getsource` and `typing.get_type_hints` find the core's by
-    `__wrapped__`, `inspect.signature` and `help` the bound one's by `__signature__`.
+    Every framework offers the same function: its name, docstring and signature stay, and the
+    types of its arrays are those of the framework, for type checkers and at run time.
+    `inspect.getsource` finds the function of the core by `__wrapped__`.
     """
 
     @functools.wraps(function)
     def bound(*args: P.args, **kwargs: P.kwargs) -> R:
         return function(xp, *args, **kwargs)
 
-    signature = inspect.signature(function)
+    types: dict[str, Any] = {"In": xp.input_type, "Out": xp.array_type}
+    hints = {k: _filled(h, types) for k, h in typing.get_type_hints(function).items() if k != "xp"}
     bound.__module__ = module
     bound.__doc__ = _doc(function, module)
-    bound.__annotations__ = {k: v for k, v in function.__annotations__.items() if k != "xp"}
-    bound.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=list(signature.parameters.values())[1:]
-    )
+    bound.__annotations__ = hints
+    bound.__signature__ = _signature(function, types)  # type: ignore[attr-defined]
     return bound
+
+
+def _filled(hint: Any, types: dict[str, Any]) -> Any:
+    """A type hint with types instead of type variables."""
+    if isinstance(hint, TypeVar):
+        return types[hint.__name__]
+    variables = getattr(hint, "__parameters__", ())
+    return hint[tuple(types[v.__name__] for v in variables)] if variables else hint
+
+
+def _signature(function: Callable[..., object], types: dict[str, Any]) -> inspect.Signature:
+    """The signature for `help`: types by their names, because some are unions of many."""
+    names = {k: t.__name__ if isinstance(t, type) else "ArrayLike" for k, t in types.items()}
+
+    def named(annotation: str) -> str:
+        return re.sub(r"\b(In|Out)\b", lambda found: names[found[0]], annotation)
+
+    signature = inspect.signature(function)
+    parameters = list(signature.parameters.values())[1:]
+    return signature.replace(
+        parameters=[p.replace(annotation=named(p.annotation)) for p in parameters],
+        return_annotation=named(signature.return_annotation),
+    )
 
 
 def _doc(function: Callable[..., object], module: str) -> str:

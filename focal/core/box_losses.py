@@ -5,12 +5,12 @@ from __future__ import annotations
 from focal.core import checks
 from focal.core.boxes import giou
 from focal.core.losses import dense_arguments, reduce
-from focal.core.namespace import Array, Namespace, Reduction
+from focal.core.namespace import Framework, In, Out, Reduction
 
 __all__ = ["giou_loss", "smooth_l1_loss"]
 
 
-def giou_loss(xp: Namespace, boxes1: Array, boxes2: Array, reduction: Reduction = "none") -> Array:
+def giou_loss(xp: Framework[In, Out], boxes1: In, boxes2: In, reduction: Reduction = "none") -> Out:
     r"""1 - GIoU of paired boxes.
 
     Args:
@@ -43,8 +43,12 @@ def giou_loss(xp: Namespace, boxes1: Array, boxes2: Array, reduction: Reduction 
 
 
 def smooth_l1_loss(
-    xp: Namespace, inputs: Array, targets: Array, beta: float = 1.0, reduction: Reduction = "none"
-) -> Array:
+    xp: Framework[In, Out],
+    inputs: In,
+    targets: In,
+    beta: float = 1.0,
+    reduction: Reduction = "none",
+) -> Out:
     r"""Smooth L1 loss: square below `beta`, linear above.
 
     .. math:: d^2 / (2 \beta) \text{ if } |d| < \beta, \quad |d| - \beta / 2 \text{ else};

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from focal.core import checks
-from focal.core.namespace import Array, Namespace
+from focal.core.namespace import Array, Framework, In, Namespace, Out
 
 __all__ = [
     "box_area",
@@ -21,7 +21,7 @@ Columns = tuple[Array, Array, Array, Array]
 SIZE_CLIP = math.log(1000 / 16)
 
 
-def box_area(xp: Namespace, boxes: Array) -> Array:
+def box_area(xp: Framework[In, Out], boxes: In) -> Out:
     r"""Areas of boxes, :math:`(x_2 - x_1)(y_2 - y_1)`.
 
     Args:
@@ -45,7 +45,7 @@ def box_area(xp: Namespace, boxes: Array) -> Array:
     return area(columns(checks.wide(xp, checks.check_boxes(xp, "box_area", "boxes", boxes))))
 
 
-def box_iou(xp: Namespace, boxes1: Array, boxes2: Array) -> Array:
+def box_iou(xp: Framework[In, Out], boxes1: In, boxes2: In) -> Out:
     r"""Intersection over union of every box of one set with every box of another.
 
     .. math:: \mathrm{IoU} = |A \cap B| / |A \cup B|
@@ -74,7 +74,7 @@ def box_iou(xp: Namespace, boxes1: Array, boxes2: Array) -> Array:
     return ratio(xp, *_overlap(xp, a, b))
 
 
-def generalized_box_iou(xp: Namespace, boxes1: Array, boxes2: Array) -> Array:
+def generalized_box_iou(xp: Framework[In, Out], boxes1: In, boxes2: In) -> Out:
     r"""Generalized IoU of every box of one set with every box of another.
 
     .. math:: \mathrm{GIoU} = \mathrm{IoU} - |C \setminus (A \cup B)| / |C|
@@ -105,8 +105,8 @@ def generalized_box_iou(xp: Namespace, boxes1: Array, boxes2: Array) -> Array:
 
 
 def encode_boxes(
-    xp: Namespace, boxes: Array, anchors: Array, weights: Weights = (1.0, 1.0, 1.0, 1.0)
-) -> Array:
+    xp: Framework[In, Out], boxes: In, anchors: In, weights: Weights = (1.0, 1.0, 1.0, 1.0)
+) -> Out:
     r"""Boxes as offsets from anchors, the R-CNN parameterization.
 
     .. math:: w_x \frac{x - x_a}{w_a},\quad w_y \frac{y - y_a}{h_a},\quad
@@ -159,12 +159,12 @@ def encoded(xp: Namespace, boxes: Array, anchors: Array, weights: Weights) -> Ar
 
 
 def decode_boxes(
-    xp: Namespace,
-    deltas: Array,
-    anchors: Array,
+    xp: Framework[In, Out],
+    deltas: In,
+    anchors: In,
     weights: Weights = (1.0, 1.0, 1.0, 1.0),
     clip: float = SIZE_CLIP,
-) -> Array:
+) -> Out:
     r"""Boxes from offsets: the inverse of :func:`encode_boxes`.
 
     .. math:: x = x_a + w_a\, d_x / w_x,\quad w = w_a\, e^{\min(d_w / w_w,\ \mathrm{clip})}
@@ -207,7 +207,7 @@ def decode_boxes(
     return xp.astype(boxes, deltas.dtype)
 
 
-def clip_boxes(xp: Namespace, boxes: Array, image_size: tuple[int, int]) -> Array:
+def clip_boxes(xp: Framework[In, Out], boxes: In, image_size: tuple[int, int]) -> Out:
     """Boxes cut off at the edges of the image.
 
     Args:

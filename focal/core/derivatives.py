@@ -16,21 +16,21 @@ from focal.core.losses import (
     focal_formula,
     star_formula,
 )
-from focal.core.namespace import Array, Formula, Namespace
+from focal.core.namespace import Array, Formula, Framework, In, Namespace, Out
 
 __all__ = ["sigmoid_focal_loss_grad", "sigmoid_focal_loss_hess", "sigmoid_focal_loss_star_grad"]
 
 
 def sigmoid_focal_loss_grad(
-    xp: Namespace,
-    inputs: Array,
-    targets: Array,
-    alpha: float | Sequence[float] | Array | None = 0.25,
+    xp: Framework[In, Out],
+    inputs: In,
+    targets: In,
+    alpha: float | Sequence[float] | In | None = 0.25,
     gamma: float = 2.0,
     *,
-    weight: Array | None = None,
+    weight: In | None = None,
     label_smoothing: float = 0.0,
-) -> Array:
+) -> Out:
     r"""First derivative of :func:`sigmoid_focal_loss` in its logits, elementwise.
 
     .. math:: \alpha_t m^\gamma \left[\gamma (1 - 2y) \frac{pq}{m} \mathrm{CE}
@@ -67,15 +67,15 @@ def sigmoid_focal_loss_grad(
 
 
 def sigmoid_focal_loss_hess(
-    xp: Namespace,
-    inputs: Array,
-    targets: Array,
-    alpha: float | Sequence[float] | Array | None = 0.25,
+    xp: Framework[In, Out],
+    inputs: In,
+    targets: In,
+    alpha: float | Sequence[float] | In | None = 0.25,
     gamma: float = 2.0,
     *,
-    weight: Array | None = None,
+    weight: In | None = None,
     label_smoothing: float = 0.0,
-) -> Array:
+) -> Out:
     r"""Second derivative of :func:`sigmoid_focal_loss` in its logits, elementwise.
 
     With :math:`k = (1 - 2y)\, pq / m` and :math:`d = (1-y) p - y q`,
@@ -117,15 +117,15 @@ def sigmoid_focal_loss_hess(
 
 
 def sigmoid_focal_loss_star_grad(
-    xp: Namespace,
-    inputs: Array,
-    targets: Array,
+    xp: Framework[In, Out],
+    inputs: In,
+    targets: In,
     alpha: float | None = 0.25,
     gamma: float = 2.0,
     beta: float = 1.0,
     *,
-    weight: Array | None = None,
-) -> Array:
+    weight: In | None = None,
+) -> Out:
     r"""First derivative of :func:`sigmoid_focal_loss_star` in its logits, elementwise.
 
     .. math:: \alpha_t \left[(1-y)\, \sigma(\gamma x - \beta)

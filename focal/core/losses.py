@@ -10,7 +10,16 @@ from collections.abc import Callable, Sequence
 
 from focal.core import checks
 from focal.core.formulas import SigmoidFocal, SigmoidFocalStar, Sparse, alpha_t
-from focal.core.namespace import Array, Formula, Namespace, Reduction, SparseReduction
+from focal.core.namespace import (
+    Array,
+    Formula,
+    Framework,
+    In,
+    Namespace,
+    Out,
+    Reduction,
+    SparseReduction,
+)
 
 __all__ = [
     "balanced_cross_entropy",
@@ -22,16 +31,16 @@ __all__ = [
 
 
 def sigmoid_focal_loss(
-    xp: Namespace,
-    inputs: Array,
-    targets: Array,
-    alpha: float | Sequence[float] | Array | None = 0.25,
-    gamma: float | Array = 2.0,
+    xp: Framework[In, Out],
+    inputs: In,
+    targets: In,
+    alpha: float | Sequence[float] | In | None = 0.25,
+    gamma: float | In = 2.0,
     reduction: Reduction = "none",
     *,
-    weight: Array | None = None,
-    label_smoothing: float | Array = 0.0,
-) -> Array:
+    weight: In | None = None,
+    label_smoothing: float | In = 0.0,
+) -> Out:
     r"""Focal loss of independent binary classifications, from logits.
 
     .. math::
@@ -82,14 +91,14 @@ def sigmoid_focal_loss(
 
 
 def balanced_cross_entropy(
-    xp: Namespace,
-    inputs: Array,
-    targets: Array,
-    alpha: float | Array | None = 0.75,
+    xp: Framework[In, Out],
+    inputs: In,
+    targets: In,
+    alpha: float | In | None = 0.75,
     reduction: Reduction = "none",
     *,
-    weight: Array | None = None,
-) -> Array:
+    weight: In | None = None,
+) -> Out:
     r"""Alpha-balanced binary cross entropy, from logits: focal loss at gamma 0.
 
     .. math:: \alpha_t\, \mathrm{CE}, \qquad \alpha_t = \alpha y + (1 - \alpha)(1 - y)
@@ -124,16 +133,16 @@ def balanced_cross_entropy(
 
 
 def sigmoid_focal_loss_star(
-    xp: Namespace,
-    inputs: Array,
-    targets: Array,
-    alpha: float | Array | None = 0.25,
-    gamma: float | Array = 2.0,
-    beta: float | Array = 1.0,
+    xp: Framework[In, Out],
+    inputs: In,
+    targets: In,
+    alpha: float | In | None = 0.25,
+    gamma: float | In = 2.0,
+    beta: float | In = 1.0,
     reduction: Reduction = "none",
     *,
-    weight: Array | None = None,
-) -> Array:
+    weight: In | None = None,
+) -> Out:
     r"""FL*, the alternate form of focal loss of the paper's appendix, from logits.
 
     .. math::
@@ -176,17 +185,17 @@ def sigmoid_focal_loss_star(
 
 
 def sparse_sigmoid_focal_loss(
-    xp: Namespace,
-    inputs: Array,
-    labels: Array,
-    alpha: float | Sequence[float] | Array | None = 0.25,
-    gamma: float | Array = 2.0,
+    xp: Framework[In, Out],
+    inputs: In,
+    labels: In,
+    alpha: float | Sequence[float] | In | None = 0.25,
+    gamma: float | In = 2.0,
     reduction: SparseReduction = "none",
     *,
-    weight: Array | None = None,
-    label_smoothing: float | Array = 0.0,
+    weight: In | None = None,
+    label_smoothing: float | In = 0.0,
     axis: int = -1,
-) -> Array:
+) -> Out:
     r"""Sigmoid focal loss with class labels instead of dense targets: a detector's loss.
 
     The same as :func:`sigmoid_focal_loss` with one-hot targets, but no one-hot array is built.
@@ -269,8 +278,8 @@ def sparse_sigmoid_focal_loss(
 
 
 def num_positives(
-    xp: Namespace, labels: Array, *, over_replicas: Callable[[Array], Array] | None = None
-) -> Array:
+    xp: Framework[In, Out], labels: In, *, over_replicas: Callable[[Out], Out] | None = None
+) -> Out:
     """The number of positive labels, at least 1: the paper's normalizer of a batch's loss.
 
     In PyTorch, JAX and TensorFlow the function of this name counts over all replicas that share a

@@ -9,13 +9,26 @@ adapter binds them once, in `_namespace.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
-__all__ = ["Array", "Formula", "Namespace", "Reduction", "SparseReduction"]
+__all__ = [
+    "Array",
+    "Formula",
+    "Framework",
+    "In",
+    "Namespace",
+    "Out",
+    "Reduction",
+    "SparseReduction",
+]
 
 Array = Any
 """An array of the bound framework, whichever it is."""
 
+In = TypeVar("In", bound=Any)
+"""What a framework takes for an array."""
+Out = TypeVar("Out", bound=Any)
+"""The arrays that it returns."""
 
 Reduction = Literal["none", "mean", "sum"]
 SparseReduction = Literal["none", "mean", "sum", "positives"]
@@ -159,3 +172,14 @@ class Namespace(Protocol):
 
         None where a trace would make them constants.
         """
+
+
+class Framework(Namespace, Protocol[In, Out]):
+    """A namespace and the types of its arrays.
+
+    Public functions ask for this one, so that `focal.core.bind.bind` can give them the types of a
+    framework.
+    """
+
+    input_type: type[In]
+    array_type: type[Out]

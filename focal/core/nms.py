@@ -10,7 +10,7 @@ import numpy as np
 
 from focal.core import checks
 from focal.core.boxes import solid, solid_iou
-from focal.core.namespace import Array, Namespace
+from focal.core.namespace import Array, Framework, In, Namespace, Out
 
 __all__ = ["batched_nms", "nms", "suppress"]
 
@@ -24,7 +24,7 @@ Rows = Sequence[Array]
 """Areas, x1, y1, x2, y2 and perhaps classes, each (..., N); the area of what is dropped is inf."""
 
 
-def nms(xp: Namespace, boxes: Array, scores: Array, iou_threshold: float) -> Array:
+def nms(xp: Framework[In, Out], boxes: In, scores: In, iou_threshold: float) -> Out:
     """Greedy non-maximum suppression.
 
     Walking from the best score down, a box is kept unless its IoU with a box already kept is
@@ -58,8 +58,8 @@ def nms(xp: Namespace, boxes: Array, scores: Array, iou_threshold: float) -> Arr
 
 
 def batched_nms(
-    xp: Namespace, boxes: Array, scores: Array, classes: Array, iou_threshold: float
-) -> Array:
+    xp: Framework[In, Out], boxes: In, scores: In, classes: In, iou_threshold: float
+) -> Out:
     """Non-maximum suppression within each class, as :func:`nms`.
 
     Args:

@@ -1,4 +1,4 @@
-"""Parameters of a formula that are arrays, such as a gamma that is traced or learned.
+"""How an adapter hands operands to a formula.
 
 A formula is a named tuple of its parameters. Python numbers are constants of the formula. Arrays
 must be operands of the registered derivative, so that they can be traced and differentiated.
@@ -6,17 +6,26 @@ must be operands of the registered derivative, so that they can be traced and di
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from focal.core.namespace import Array, Formula
+from focal.core import checks
+from focal.core.namespace import Array, Formula, Namespace
 
-__all__ = ["fill", "is_number", "split"]
+__all__ = ["fill", "is_number", "split", "wide_operands"]
 
 
 class _Slot(NamedTuple):
     """The placeholder of an array in a formula."""
 
     number: int
+
+
+def wide_operands(xp: Namespace, x: Array, t: Array) -> tuple[Array, Array]:
+    """Logits and dense targets in the type to compute in; labels and numbers as they are."""
+    x = checks.wide(xp, x)
+    is_dense = checks.is_array(t) and len(t.shape) == len(x.shape)
+    return x, xp.astype(t, x.dtype) if is_dense else t
 
 
 def is_number(value: Any) -> bool:
@@ -39,7 +48,7 @@ def split(formula: Formula) -> tuple[Formula, tuple[Array, ...]]:
     return without_arrays(formula), tuple(arrays)
 
 
-def fill(formula: Formula, arrays: tuple[Array, ...]) -> Formula:
+def fill(formula: Formula, arrays: Sequence[Array]) -> Formula:
     """The inverse of `split`."""
 
     def with_arrays(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,28 @@ def expected_initial_loss(
     negative = weight_negative * p**g * -math.log1p(-p)
     total = positives * positive + (anchors * classes - positives) * negative
     return float(total / max(1.0, positives))
+
+
+def class_prior_bias(function: str, pi: ArrayLike) -> np.ndarray[Any, Any]:
+    """The prior bias of each class, for the bias of a layer."""
+    bias = np.atleast_1d(prior_bias(pi))
+    if bias.ndim != 1:
+        raise ValueError(
+            f"{function}: pi must be a number or one per class; got shape {bias.shape}"
+        )
+    return bias
+
+
+def tile_bias(
+    function: str, bias: np.ndarray[Any, Any], shape: Sequence[int]
+) -> np.ndarray[Any, Any]:
+    """The bias of each class, repeated to the shape of a layer's bias."""
+    if len(shape) != 1 or shape[0] % bias.size:
+        raise ValueError(
+            f"{function}: the bias must have one axis, of a multiple of {bias.size} (the length of "
+            f"pi); got shape {tuple(shape)}"
+        )
+    return np.tile(bias, shape[0] // bias.size)
 
 
 def _numbers(function: str, parameter: str, value: ArrayLike) -> np.ndarray[Any, Any]:

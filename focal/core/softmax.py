@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from focal.core import checks
 from focal.core.formulas import Positive, SigmoidFocal
 from focal.core.losses import along_last_axis, count_true, of_each, reduce
-from focal.core.namespace import Array, Namespace, Reduction
+from focal.core.namespace import Array, Framework, In, Namespace, Out, Reduction
 from focal.core.parameters import is_number
 
 __all__ = [
@@ -23,17 +23,17 @@ __all__ = [
 
 
 def softmax_focal_loss(
-    xp: Namespace,
-    inputs: Array,
-    labels: Array,
-    alpha: float | Sequence[float] | Array | None = None,
-    gamma: float | Array = 2.0,
+    xp: Framework[In, Out],
+    inputs: In,
+    labels: In,
+    alpha: float | Sequence[float] | In | None = None,
+    gamma: float | In = 2.0,
     reduction: Reduction = "none",
     *,
     ignore_index: int | None = -100,
     axis: int = -1,
-    label_smoothing: float | Array = 0.0,
-) -> Array:
+    label_smoothing: float | In = 0.0,
+) -> Out:
     r"""Focal loss of one choice among K classes, from logits.
 
     .. math:: \mathrm{FL} = \alpha_c (1 - p_c)^\gamma (-\log p_c), \qquad
@@ -99,15 +99,15 @@ def softmax_focal_loss(
 
 
 def softmax_focal_loss_grad(
-    xp: Namespace,
-    inputs: Array,
-    labels: Array,
-    alpha: float | Sequence[float] | Array | None = None,
-    gamma: float | Array = 2.0,
+    xp: Framework[In, Out],
+    inputs: In,
+    labels: In,
+    alpha: float | Sequence[float] | In | None = None,
+    gamma: float | In = 2.0,
     *,
     ignore_index: int | None = -100,
     axis: int = -1,
-) -> Array:
+) -> Out:
     r"""Gradient of the unreduced :func:`softmax_focal_loss`, unsmoothed, in its logits.
 
     With the margin z of the label c and FL' its derivative,

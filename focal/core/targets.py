@@ -6,7 +6,7 @@ import math
 
 from focal.core import checks
 from focal.core.boxes import Weights, area, encoded, solid, solid_iou
-from focal.core.namespace import Array, Namespace
+from focal.core.namespace import Array, Framework, In, Namespace, Out
 from focal.core.nms import suppress
 
 __all__ = ["assign_targets", "hard_example_mask", "match_anchors", "subsample"]
@@ -16,13 +16,13 @@ Thresholds = tuple[float, float, float | None]
 
 
 def match_anchors(
-    xp: Namespace,
-    anchors: Array,
-    boxes: Array,
+    xp: Framework[In, Out],
+    anchors: In,
+    boxes: In,
     foreground: float = 0.5,
     background: float = 0.4,
     allow_low_quality: bool | float = False,
-) -> Array:
+) -> Out:
     """The box that each anchor is to predict.
 
     An anchor belongs to the box with which its IoU is greatest (the first of equals) if that
@@ -123,15 +123,15 @@ def _thresholds(
 
 
 def assign_targets(
-    xp: Namespace,
-    anchors: Array,
-    boxes: Array,
-    labels: Array,
+    xp: Framework[In, Out],
+    anchors: In,
+    boxes: In,
+    labels: In,
     foreground: float = 0.5,
     background: float = 0.4,
     allow_low_quality: bool | float = False,
     weights: Weights = (1.0, 1.0, 1.0, 1.0),
-) -> tuple[Array, Array]:
+) -> tuple[Out, Out]:
     """The training targets of each anchor: a label, and deltas to the box it matched.
 
     Args:
@@ -181,13 +181,13 @@ def assign_targets(
 
 
 def subsample(
-    xp: Namespace,
-    labels: Array,
+    xp: Framework[In, Out],
+    labels: In,
     num_samples: int,
     positive_fraction: float = 0.25,
     *,
-    noise: Array | None = None,
-) -> Array:
+    noise: In | None = None,
+) -> Out:
     """A random minibatch of anchors with a bounded share of positives; the rest is ignored.
 
     Two-stage detectors handle class imbalance this way: at most `positive_fraction * num_samples`
@@ -240,15 +240,15 @@ def subsample(
 
 
 def hard_example_mask(
-    xp: Namespace,
-    losses: Array,
+    xp: Framework[In, Out],
+    losses: In,
     num_examples: int | None = None,
     *,
-    positive: Array | None = None,
+    positive: In | None = None,
     negative_ratio: float | None = None,
-    boxes: Array | None = None,
+    boxes: In | None = None,
     iou_threshold: float | None = None,
-) -> Array:
+) -> Out:
     """Online hard example mining: the examples with the greatest losses.
 
     With `boxes` and `iou_threshold`, NMS by loss first removes overlapping examples. With

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from focal.core import checks
 from focal.core.losses import checked_weight, count_true, dense_arguments, dense_loss, reduced
-from focal.core.namespace import Array, Namespace, Reduction, SparseReduction
+from focal.core.namespace import Framework, In, Out, Reduction, SparseReduction
 from focal.core.variant_formulas import Asymmetric, HeatmapFocal, QualityFocal, Varifocal
 
 __all__ = ["asymmetric_loss", "heatmap_focal_loss", "quality_focal_loss", "varifocal_loss"]
 
 
 def quality_focal_loss(
-    xp: Namespace,
-    inputs: Array,
-    targets: Array,
-    beta: float | Array = 2.0,
+    xp: Framework[In, Out],
+    inputs: In,
+    targets: In,
+    beta: float | In = 2.0,
     reduction: Reduction = "none",
     *,
-    weight: Array | None = None,
-) -> Array:
+    weight: In | None = None,
+) -> Out:
     r"""Quality focal loss: cross entropy with a soft target, focused on how far the score is off.
 
     .. math:: \mathrm{QFL} = |y - p|^\beta\, \mathrm{CE}(x, y), \qquad p = \sigma(x)
@@ -57,15 +57,15 @@ def quality_focal_loss(
 
 
 def varifocal_loss(
-    xp: Namespace,
-    inputs: Array,
-    targets: Array,
-    alpha: float | Array = 0.75,
-    gamma: float | Array = 2.0,
+    xp: Framework[In, Out],
+    inputs: In,
+    targets: In,
+    alpha: float | In = 0.75,
+    gamma: float | In = 2.0,
     reduction: Reduction = "none",
     *,
-    weight: Array | None = None,
-) -> Array:
+    weight: In | None = None,
+) -> Out:
     r"""Varifocal loss: positives weighted by their quality, only negatives focused.
 
     .. math::
@@ -107,15 +107,15 @@ def varifocal_loss(
 
 
 def heatmap_focal_loss(
-    xp: Namespace,
-    inputs: Array,
-    targets: Array,
-    gamma: float | Array = 2.0,
-    beta: float | Array = 4.0,
+    xp: Framework[In, Out],
+    inputs: In,
+    targets: In,
+    gamma: float | In = 2.0,
+    beta: float | In = 4.0,
     reduction: SparseReduction = "none",
     *,
-    weight: Array | None = None,
-) -> Array:
+    weight: In | None = None,
+) -> Out:
     r"""Penalty-reduced focal loss of keypoint heatmaps (CornerNet, CenterNet).
 
     .. math::
@@ -166,16 +166,16 @@ def heatmap_focal_loss(
 
 
 def asymmetric_loss(
-    xp: Namespace,
-    inputs: Array,
-    targets: Array,
-    gamma_positive: float | Array = 1.0,
-    gamma_negative: float | Array = 4.0,
+    xp: Framework[In, Out],
+    inputs: In,
+    targets: In,
+    gamma_positive: float | In = 1.0,
+    gamma_negative: float | In = 4.0,
     margin: float = 0.05,
     reduction: Reduction = "none",
     *,
-    weight: Array | None = None,
-) -> Array:
+    weight: In | None = None,
+) -> Out:
     r"""Asymmetric loss (ASL): a gamma for each class, and easy negatives dropped.
 
     .. math::

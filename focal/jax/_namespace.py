@@ -3,8 +3,12 @@
 import sys
 from typing import cast
 
-from focal.core.namespace import Namespace
+from jax import Array
+from jax.typing import ArrayLike
+
+from focal.core.namespace import Framework
 from focal.jax._ops import *  # noqa: F403
 from focal.jax._pointwise import class_margins, label_margin, pointwise, pointwise_sum  # noqa: F401
 
-xp = cast(Namespace, sys.modules[__name__])
+input_type, array_type = ArrayLike, Array
+xp = cast(Framework[ArrayLike, Array], sys.modules[__name__])

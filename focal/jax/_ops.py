@@ -64,7 +64,7 @@ def to_numpy(x: Array) -> Any | None:
     return np.asarray(x) if on_cpu else None
 
 
-# The standard part, where JAX's own has another gradient or other digits
+# The standard part, where JAX's own function has another gradient or is less exact
 
 
 # Compiled, so that outside of `jit` too each is one operation.
@@ -81,12 +81,12 @@ abs.defjvps(lambda dx, _, x: dx * jax.numpy.sign(x))
 
 
 def maximum(x: Array, y: Array | float) -> Array:
-    """With an array, equal values share the gradient; with a number, x has it all."""
+    """At equality with an array both share the gradient; with a number, x gets all of it."""
     return _at_least(x, y) if isinstance(y, Real) else jax.numpy.maximum(x, y)
 
 
 def minimum(x: Array, y: Array | float) -> Array:
-    """With an array, equal values share the gradient; with a number, x has it all."""
+    """At equality with an array both share the gradient; with a number, x gets all of it."""
     return _at_most(x, y) if isinstance(y, Real) else jax.numpy.minimum(x, y)
 
 
@@ -118,7 +118,7 @@ def top_k(x: Array, k: int) -> tuple[Array, Array]:
     return values, indices
 
 
-# Operations that XLA fuses with their neighbours
+# Operations that XLA fuses with their neighbors
 
 
 def step(x: Array) -> Array:
@@ -142,17 +142,17 @@ def keep_rows(x: Array, keep: Array) -> Array:
     return where(keep[..., None], x, zeros_like(x))
 
 
-# Loops and selections, which depend on values: JAX's own control flow where they are traced
+# Loops and selections, which depend on values: JAX's control flow where they are traced
 
 BLOCK = 128
-"""Boxes resolved at once in `sweep`: compiled, smaller blocks than elsewhere are as fast."""
+"""Boxes per block of `sweep`; compiled, small blocks are as fast as large ones."""
 
 SHORTEST = 256
 """Least length that `select` pads to."""
 
 
 def fori_loop(n: Any, body: Callable[[Any, Any], Any], state: Any) -> Any:
-    """A plain loop over values; one compiled step over tracers, which the first step reveals."""
+    """A plain loop over values; over tracers, which the first step shows, a loop of JAX."""
     if not isinstance(n, int):  # symbolic
         return lax.fori_loop(0, n, body, state)
     for i in range(n):
@@ -183,7 +183,7 @@ def sweep(
     settle: Callable[[Sequence[Array]], Array],
     rows: Sequence[Array],
 ) -> Array:
-    """Blocks of one size in compiled loops: what is compiled does not grow with their number."""
+    """Blocks of one size in compiled loops: the program does not grow with the number of boxes."""
     areas, *others = rows
     size = areas.shape[-1]
     count = -(-size // BLOCK) or 1
@@ -223,9 +223,9 @@ def compiled(function: Callable[..., Any], xp: Any, *arrays: Any) -> Any:
 
 
 def select(function: Callable[..., tuple[Array, Array]], xp: Any, *arrays: Any) -> Array:
-    """The kept ones; while their number is not known, padded with -1 to a static shape.
+    """The kept ones; while tracing, padded with -1 to a static shape.
 
-    Values are padded before, so that all numbers up to a power of two share what is compiled.
+    Inputs are padded to a power of two, so that similar numbers of boxes share a compiled program.
     """
     try:
         values = [np.asarray(a) if isinstance(a, Array) else a for a in arrays]

@@ -1,8 +1,8 @@
 """A formula of the core as a differentiable JAX function.
 
-The value and the slope are each a `jax.custom_jvp`: the tangent of one is the next formula,
-and what lies beyond the second derivative is left to JAX. Derivatives in the targets and in
-parameters that are arrays are only formed where someone asks for them.
+The value and the slope are each a `jax.custom_jvp` whose tangent is the next formula; derivatives
+beyond the second are left to JAX. Derivatives in the targets and in parameters that are arrays
+are computed only where they are needed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
-from focal.core import checks, parameters, softmax
+from focal.core import parameters, softmax
 from focal.core.namespace import Formula, Namespace
 from focal.jax import _ops
 
@@ -31,18 +31,18 @@ Numbers = tuple[Array, ...]
 def pointwise(formula: Formula, x: Array, t: Targets) -> Array:
     """`formula.value` in the type of x, with its registered derivative."""
     formula, numbers = parameters.split(formula)
-    return _value(formula, *_wide_pair(x, t), numbers).astype(x.dtype)
+    return _value(formula, *parameters.wide_operands(xp, x, t), numbers).astype(x.dtype)
 
 
 def pointwise_sum(formula: Formula, x: Array, t: Targets) -> Array:
     """The sum of `formula.value`, in float32 or better."""
     formula, numbers = parameters.split(formula)
-    return jnp.sum(_value(formula, *_wide_pair(x, t), numbers))
+    return jnp.sum(_value(formula, *parameters.wide_operands(xp, x, t), numbers))
 
 
 @jax.custom_jvp
 def label_margin(x: Array, at: Array, valid: Array) -> Array:
-    """`focal.core.softmax.margin`, with its derivative, which masked classes have as well."""
+    """`focal.core.softmax.margin`, with its derivative, also where classes are masked."""
     return softmax.margin(xp, x, at, valid)[0]
 
 
@@ -131,14 +131,8 @@ def _by_others(
 
 
 def _total(slope: Array, tangents: tuple[Any, ...], by_others: Array | None) -> Array:
-    """The sum slope * dx + by_others, less what is not there."""
+    """The sum of slope * dx and by_others, either of which may be absent."""
     dx = tangents[0]
     if isinstance(dx, SymbolicZero):
         return jnp.zeros_like(slope) if by_others is None else by_others
     return slope * dx if by_others is None else slope * dx + by_others
-
-
-def _wide_pair(x: Array, t: Targets) -> tuple[Array, Targets]:
-    """Logits and dense targets in the type to compute in; labels and numbers as they are."""
-    x = checks.wide(xp, x)
-    return x, t.astype(x.dtype) if isinstance(t, Array) and t.shape == x.shape else t

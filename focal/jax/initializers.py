@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.nn.initializers import Initializer
 from numpy.typing import ArrayLike
 
-from focal.core.prior import prior_bias
+from focal.core.prior import class_prior_bias, tile_bias
 
 __all__ = ["prior_bias_init"]
 
@@ -41,21 +40,12 @@ def prior_bias_init(pi: ArrayLike = 0.01) -> Initializer:
 
     Source: Lin et al. 2017, section 4.1, "Initialization".
     """
-    values = np.atleast_1d(prior_bias(pi))
-    if values.ndim != 1:
-        raise ValueError(
-            f"prior_bias_init: pi must be a number or one per class; got shape {values.shape}"
-        )
+    bias = class_prior_bias("prior_bias_init", pi)
 
     def init(
         key: Array | None, shape: tuple[int, ...], dtype: Any = None, out_sharding: Any = None
     ) -> Array:
-        if len(shape) != 1 or shape[0] % values.size:
-            raise ValueError(
-                f"prior_bias_init: the bias must have one axis, of a multiple of {values.size} "
-                f"(the length of pi); got shape {tuple(shape)}"
-            )
-        repeated = np.tile(values, shape[0] // values.size)
-        return jnp.asarray(repeated, float if dtype is None else dtype, device=out_sharding)
+        values = tile_bias("prior_bias_init", bias, shape)
+        return jnp.asarray(values, float if dtype is None else dtype, device=out_sharding)
 
     return init

@@ -1,4 +1,4 @@
-"""The normaliser of a batch that several devices share."""
+"""The normalizer of a batch that several devices share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Hashable
 
 import jax
 from jax import Array
+from jax.typing import ArrayLike
 
 from focal.core import losses
 from focal.jax._namespace import xp
@@ -13,21 +14,23 @@ from focal.jax._namespace import xp
 __all__ = ["num_positives"]
 
 
-def num_positives(labels: Array, axis_name: Hashable | tuple[Hashable, ...] | None = None) -> Array:
-    """The number of positive labels on all replicas, but at least 1: the paper's normaliser.
+def num_positives(
+    labels: ArrayLike, axis_name: Hashable | tuple[Hashable, ...] | None = None
+) -> Array:
+    """The number of positive labels on all replicas, but at least 1: the paper's normalizer.
 
-    A batch's loss is divided by the positives of the whole batch. A replica that divided by its
-    own would give its few positives more weight than another gives its many, and the mean of such
-    gradients is another gradient than that of the batch. Divide each replica's sum by this number
-    instead, add the quotients up (`jax.lax.psum`), and differentiate the mapped function.
+    The loss of a batch is divided by the positives of the whole batch. If each replica divided by
+    its own, positives would weigh more where they are few, and the mean of the gradients would not
+    be the gradient of the batch. Divide each replica's sum by this number instead, add the
+    quotients up (`jax.lax.psum`), and differentiate the mapped function.
 
-    Differentiated inside, the gradients are to be added up instead, under `pmap`, `vmap` and
-    `shard_map(..., check_vma=False)`. A `shard_map` by its default has added up already those in
-    an array that all replicas share: one more `psum` would count each as often as there are
-    replicas.
+    If you differentiate inside the mapped function, add the gradients up instead under `pmap`,
+    `vmap` and `shard_map(..., check_vma=False)`. By default, `shard_map` has already added up the
+    gradients in an array that all replicas share; one more `psum` would multiply them by the
+    number of replicas.
 
-    Under `jit` an array that is sharded over a mesh is still one array: there its sums are those
-    of the whole batch already, and `axis_name` stays None.
+    Under `jit` an array that is sharded over a mesh is still one array: its sums are those of the
+    whole batch, and `axis_name` stays None.
 
     Args:
         labels: Integers of any shape, this replica's share: a class >= 0, -1 background,

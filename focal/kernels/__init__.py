@@ -1,1 +1,1 @@
-"""Optional speed, reached only from an adapter: each kernel equals a plain formula of the core."""
+"""Faster implementations for the adapters; each equals a formula of the core."""

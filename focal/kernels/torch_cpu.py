@@ -10,9 +10,9 @@ Label smoothing s moves every target by e = s / 2 towards the other side. With p
     m = e + (1 - 2 e) p,    ce = softplus(w) - e w,
     FL = a m^gamma ce,      dFL/dw = a m^gamma (gamma (1 - 2 e) (p (1 - p) / m) ce + p - e).
 
-This is half the work of the formulas for targets between 0 and 1 in `focal.core.formulas`,
-which it equals, and to which a block with such targets is left. Where positives are rare, as in
-detection, what differs for them is done at their indices instead of everywhere.
+This is half the work of the formulas for targets between 0 and 1 in `focal.core.formulas`, with
+the same results; blocks with such targets use those formulas. Where positives are rare, as in
+detection, they are handled by index instead of by a mask.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ __all__ = ["Kernels"]
 Hard = SigmoidFocal | Sparse | Positive
 
 BLOCK = 3 << 17
-"""Logits per block: larger ones leave the cache, smaller ones wait for Python."""
+"""Logits per block: larger blocks do not fit the cache, smaller ones spend time in Python."""
 STRIP = 128
-"""Targets that are looked through at once: their greatest takes less time than a search."""
+"""Targets per strip in the search for positives: the maximum of each is cheaper than `nonzero`."""
 RARE = 1 / 64
 """The share of positives up to which they are listed."""
 WORTH_LISTING = 1 << 15
-"""Targets from which on this saves time."""
+"""The number of targets from which on listing saves time."""
 
 
 class Kernels:
-    """What `focal.kernels.torch_triton` is on a GPU, for operands of any type on a CPU.
+    """The functions of `focal.kernels.torch_triton`, for operands of any type on a CPU.
 
     A formula is `SigmoidFocal`, for targets like the logits, that in `Sparse`, for labels, or that
     in `Positive`, whose target is the number 1.
@@ -111,10 +111,10 @@ class Kernels:
         value: Tensor | None = None,
         slope: Tensor | None = None,
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Which logits, their FL and their dFL/dx, for one block after another.
+        """Each block of logits in turn: where it is, FL and dFL/dx.
 
-        The results stand in `value` and `slope`, where these are given and of the type to compute
-        in, and otherwise in memory that the next block uses again.
+        The results are in `value` and `slope` where these are given and have the type to compute
+        in, and otherwise in memory that the next block reuses.
         """
         loss = formula if isinstance(formula, SigmoidFocal) else formula.formula
         sparse = isinstance(formula, Sparse)
@@ -154,7 +154,7 @@ class Kernels:
 
 
 def _scratch(buffers: list[Tensor], like: Tensor) -> Iterator[Tensor]:
-    """Memory for one array like this after another, made when first needed."""
+    """Buffers like this one, allocated when first needed."""
     for i in itertools.count():
         if i == len(buffers):
             buffers.append(torch.empty_like(like))
@@ -205,7 +205,7 @@ class _Masked(NamedTuple):
         if loss.alpha is None:
             return
         alpha, rest = _shares(loss)
-        if alpha < 0.25:  # from the end where nothing cancels
+        if alpha < 0.25:  # starting from the value that does not cancel
             share = torch.add(m.new_tensor(alpha), 1 - self.y, alpha=rest - alpha)
         else:
             share = torch.add(m.new_tensor(rest), self.y, alpha=alpha - rest)
@@ -213,7 +213,7 @@ class _Masked(NamedTuple):
 
 
 class _Everywhere(NamedTuple):
-    """Nothing but positives, for a formula without alpha."""
+    """Positives only, for a formula without alpha."""
 
     def flip(self, values: Tensor) -> None:
         """Change the sign of the values."""
@@ -236,7 +236,7 @@ def _rare(y: Tensor) -> _Listed | None:
         return None
     whole = len(y) // STRIP * STRIP
     strips = y[:whole].view(-1, STRIP)
-    # Not the sum, in which a target out of range may cancel a positive.
+    # Not the sum, where a target out of range could cancel a positive.
     found = torch.nonzero(strips.amax(1))[:, 0]
     if len(found) > RARE * len(y):
         return None

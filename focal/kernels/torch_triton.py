@@ -1,17 +1,17 @@
-"""The focal loss and its derivative in PyTorch on a GPU: one pass through memory each, in Triton.
+"""The focal loss and its derivative in PyTorch on a GPU, in Triton: one pass over memory each.
 
 The formulas are those of `SigmoidFocal` and `Sparse` in `focal.core.formulas`, in float32 from
-logits of any type up to that. Nothing is kept between forward and backward: the derivative is
-worked out again from the logits, which costs less than reading a saved one. No atomics: a sum
-adds up one number per program, in an order that does not depend on timing.
+logits of float32 or a half type. Nothing is saved between forward and backward: recomputing the
+derivative from the logits is faster than reading a saved one. There are no atomics: a sum adds one
+number per program, in a fixed order.
 
-Triton's `exp` and `log` become the GPU's approximate instructions or a library that the
-interpreter lacks, so both functions are spelled out below in additions and multiplications.
-What the tests find in the interpreter then holds on a GPU, but for fused multiply-adds, which
-round once less, and the division `/`, which is exact to 2 ULP there.
+Triton's `exp` and `log` compile to approximate instructions of the GPU or to a library that the
+interpreter lacks, so both functions are written below in additions and multiplications. Results of
+the tests in the interpreter then hold on a GPU, except for fused multiply-adds, which round once
+less, and the division `/`, which is exact to 2 ULP there.
 
-A kernel is compiled when it is first launched, which cannot be while a CUDA graph is captured:
-run a step before, as PyTorch asks for anyway.
+A kernel is compiled at its first launch, which is not possible while a CUDA graph is captured: run
+a step before, which PyTorch requires anyway.
 """
 
 import torch
@@ -30,7 +30,7 @@ TARGETS = LOGITS | INTEGERS | {torch.float64, torch.bool}
 BLOCK = 1024
 """Logits per program."""
 OWN_KERNEL = (0.0, 0.5, 1.0, 2.0)
-"""Exponents that have a kernel each; all others share one."""
+"""Exponents with a kernel of their own; all others share one."""
 
 
 def takes(x: Tensor, t: Tensor, *more: Tensor) -> bool:
@@ -92,7 +92,7 @@ def _launch(
     SCALES: bool = False,
 ) -> None:
     sparse = isinstance(formula, Sparse)
-    loss = formula.formula if sparse else formula
+    loss: SigmoidFocal = formula.formula if isinstance(formula, Sparse) else formula
     alpha = loss.alpha or 0.0
     t = t.view(torch.uint8) if t.dtype == torch.bool else t
     with torch.cuda.device_of(x):  # Triton launches on the current device
@@ -155,7 +155,7 @@ def _kernel(
 
 @triton.jit
 def _load(x, t, n, CLASSES: tl.constexpr, BLOCK: tl.constexpr):
-    """Where the program's logits are, which of them exist, they, their targets, which count."""
+    """Indices of the program's logits, which exist, the logits, their targets, and which count."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     inside = start + lane < n
@@ -174,9 +174,9 @@ def _load(x, t, n, CLASSES: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _parts(x, y):
-    """sign(x), s, w, ce and m, as `focal.core.formulas` explains them.
+    """sign(x), s, w, ce and m, as explained in `focal.core.formulas`.
 
-    `where` in place of `minimum` and `maximum`, because those drop a NaN.
+    With `where`, because `minimum` and `maximum` drop NaN.
     """
     size = tl.abs(x)
     size = tl.where(size > 3.4028234663852886e38, 3.4028234663852886e38, size)

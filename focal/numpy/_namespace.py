@@ -34,11 +34,14 @@ from numpy import (  # noqa: F401  (the standard part of the namespace)
     zeros_like,
 )
 from numpy import int64 as index_type  # noqa: F401
+from numpy.typing import ArrayLike, NDArray
 
-from focal.core import checks, softmax
-from focal.core.namespace import Array, Formula, Namespace
+from focal.core import softmax
+from focal.core.namespace import Array, Formula, Framework, Namespace
+from focal.core.parameters import wide_operands
 
-xp = cast(Namespace, sys.modules[__name__])
+input_type, array_type = ArrayLike, np.ndarray
+xp = cast(Framework[ArrayLike, NDArray[Any]], sys.modules[__name__])
 
 array_name = "array-like"
 
@@ -119,12 +122,12 @@ def keep_rows(x: Array, keep: Array) -> Array:
 
 def pointwise(formula: Formula, x: Array, t: Array) -> Array:
     """NumPy has no autodiff: the value itself."""
-    return np.asarray(_wide_value(formula, x, t)).astype(x.dtype)
+    return np.asarray(formula.value(xp, *wide_operands(xp, x, t))).astype(x.dtype)
 
 
 def pointwise_sum(formula: Formula, x: Array, t: Array) -> Array:
     """The sum of the values, in float32 or better."""
-    return np.sum(_wide_value(formula, x, t))
+    return np.sum(formula.value(xp, *wide_operands(xp, x, t)))
 
 
 def label_margin(x: Array, at: Array, valid: Array) -> Array:
@@ -180,10 +183,3 @@ def select(function: Callable[..., tuple[Array, Array]], xp: Namespace, *arrays:
 def random(like: Array) -> Array:
     """From a generator with a seed of the operating system."""
     return np.random.default_rng().random(like.shape, np.float32)
-
-
-def _wide_value(formula: Formula, x: Array, t: Array) -> Array:
-    wide = checks.wide_type(xp, x)
-    if isinstance(t, np.ndarray) and t.shape == x.shape:
-        t = t.astype(wide)
-    return formula.value(xp, x.astype(wide), t)

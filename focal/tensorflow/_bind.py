@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Callable
-from typing import Any
+from typing import Concatenate
 
 from focal.core import bind as core
-from focal.core.namespace import Namespace
+from focal.core.bind import P, R
+from focal.core.namespace import Framework, In, Out
 
 __all__ = ["bind"]
 
 
-def bind(function: Callable[..., Any], xp: Namespace, module: str) -> Callable[..., Any]:
+def bind(
+    function: Callable[Concatenate[Framework[In, Out], P], R],
+    xp: Framework[In, Out],
+    module: str,
+) -> Callable[P, R]:
     """As `focal.core.bind.bind`, without `__wrapped__`.
 
     AutoGraph would follow it and call the function of the core, without `xp`.
     """
-    bound: Any = core.bind(function, xp, module)
-    bound.__annotations__ = typing.get_type_hints(bound)
-    del bound.__wrapped__
+    bound = core.bind(function, xp, module)
+    del bound.__wrapped__  # type: ignore[attr-defined]
     return bound

@@ -3,8 +3,12 @@
 import sys
 from typing import cast
 
-from focal.core.namespace import Namespace
+from tensorflow import Tensor
+from tensorflow.types.experimental import TensorLike
+
+from focal.core.namespace import Framework
 from focal.tensorflow._ops import *  # noqa: F403
 from focal.tensorflow._pointwise import class_margins, label_margin, pointwise, pointwise_sum  # noqa: F401
 
-xp = cast(Namespace, sys.modules[__name__])
+input_type, array_type = TensorLike, Tensor
+xp = cast(Framework[TensorLike, Tensor], sys.modules[__name__])

@@ -28,7 +28,7 @@ from tensorflow.math import log, log1p  # noqa: F401
 array_name = "a tf.Tensor or what converts to one"
 
 
-def to_array(value: object) -> Tensor | None:
+def to_array(value: Any) -> Tensor | None:
     """What TensorFlow's functions take: tensors, variables, arrays, numbers and lists of them."""
     if not isinstance(value, Tensor):
         try:
@@ -92,7 +92,7 @@ def isdtype(dtype: tf.DType, kind: str | tuple[str, ...]) -> bool:
 
 def shape(x: Tensor) -> tuple[Any, ...]:
     """Sizes as integers, or as scalar tensors while tracing with a size that is not known."""
-    traced = None if x.shape.is_fully_defined() else tf.shape(x, index_type)
+    traced: Any = None if x.shape.is_fully_defined() else tf.shape(x, index_type)
     return tuple(traced[i] if n is None else n for i, n in enumerate(x.shape))
 
 
@@ -119,12 +119,12 @@ def sum(x: Tensor, axis: int | None = None, keepdims: bool = False) -> Tensor:
 
 
 def maximum(x: Tensor, y: Tensor | float) -> Tensor:
-    """With a tensor, equal values share the gradient; with a number, x has it all."""
+    """At equality with a tensor both share the gradient; with a number, x gets all of it."""
     return _extremum(tf.maximum, tf.greater, x, y) if isinstance(y, Tensor) else tf.maximum(x, y)
 
 
 def minimum(x: Tensor, y: Tensor | float) -> Tensor:
-    """With a tensor, equal values share the gradient; with a number, x has it all."""
+    """At equality with a tensor both share the gradient; with a number, x gets all of it."""
     return _extremum(tf.minimum, tf.less, x, y) if isinstance(y, Tensor) else tf.minimum(x, y)
 
 
@@ -176,7 +176,7 @@ def take_along_axis(x: Tensor, indices: Tensor, axis: int) -> Tensor:
     return tf.gather(x, indices, axis=axis, batch_dims=indices.shape.rank - 1)
 
 
-# Stable primitives: TensorFlow's own lose up to 7 units in the last place where they are small
+# Stable primitives: TensorFlow's own err by up to 7 ULP where they are small
 
 
 @tf.custom_gradient
@@ -213,7 +213,7 @@ def addcmul(a: Tensor | float, b: Tensor | float, c: Tensor | float) -> Tensor |
 
 
 def put_along_axis(x: Tensor, indices: Tensor, values: Tensor) -> Tensor:
-    """One value replaced in each row; the comparison fuses with its neighbours, a scatter not."""
+    """One value replaced in each row; XLA fuses a comparison, but not a scatter."""
     here = tf.range(tf.shape(x, indices.dtype)[-1]) == indices
     return tf.where(here, values, x)
 

@@ -1,41 +1,41 @@
 """A formula of the core as a differentiable TensorFlow operation.
 
-The value and the slope are each a `tf.custom_gradient`: the gradient of one is the next formula,
-and what lies beyond the second derivative is left to autodiff. Both keep logits and targets and
-recompute the rest.
+The value and the slope are each a `tf.custom_gradient` whose gradient is the next formula;
+derivatives beyond the second are left to autodiff. Both save logits and targets and recompute the
+rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import tensorflow as tf
 from tensorflow import Tensor
 
-from focal.core import checks, parameters, softmax
+from focal.core import parameters, softmax
 from focal.core.namespace import Formula, Namespace
 from focal.tensorflow import _ops
 
 __all__ = ["class_margins", "label_margin", "pointwise", "pointwise_sum"]
 
 xp = cast(Namespace, _ops)
-Targets = Tensor | float
+Targets: TypeAlias = Tensor | float
 Function = Callable[[Formula, Tensor, Targets], Tensor]
 
 
 def pointwise(formula: Formula, x: Tensor, t: Targets) -> Tensor:
     """`formula.value` in the type of x, with its registered derivative."""
-    return tf.cast(_value(formula, *_wide_pair(x, t)), x.dtype)
+    return tf.cast(_value(formula, *parameters.wide_operands(xp, x, t)), x.dtype)
 
 
 def pointwise_sum(formula: Formula, x: Tensor, t: Targets) -> Tensor:
     """The sum of `formula.value`, in float32 or better."""
-    return tf.reduce_sum(_value(formula, *_wide_pair(x, t)))
+    return tf.reduce_sum(_value(formula, *parameters.wide_operands(xp, x, t)))
 
 
 def label_margin(x: Tensor, at: Tensor, valid: Tensor) -> Tensor:
-    """`focal.core.softmax.margin`, with its derivative, which masked classes have as well."""
+    """`focal.core.softmax.margin`, with its derivative, also where classes are masked."""
 
     @tf.custom_gradient
     def of_logits(x: Tensor) -> Any:
@@ -108,13 +108,6 @@ def _registered(
 
         return tf.zeros_like(x), grad
 
-    # Two functions, because one of all operands would work out all derivatives although those in
-    # the others are hardly ever wanted.
+    # Two functions: one of all operands would compute all derivatives, but those in the others
+    # are rarely needed.
     return by_x(x) + by_others(*others) if others else by_x(x)
-
-
-def _wide_pair(x: Tensor, t: Targets) -> tuple[Tensor, Targets]:
-    """Logits and dense targets in the type to compute in; labels and numbers as they are."""
-    x = checks.wide(xp, x)
-    dense = isinstance(t, Tensor) and t.shape.rank == x.shape.rank
-    return x, tf.cast(t, x.dtype) if dense else t

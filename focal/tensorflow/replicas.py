@@ -1,9 +1,10 @@
-"""The normaliser of a batch that several replicas share."""
+"""The normalizer of a batch that several replicas share."""
 
 from __future__ import annotations
 
 import tensorflow as tf
 from tensorflow import Tensor
+from tensorflow.types.experimental import TensorLike
 
 from focal.core import losses
 from focal.tensorflow._namespace import xp
@@ -11,14 +12,13 @@ from focal.tensorflow._namespace import xp
 __all__ = ["num_positives"]
 
 
-def num_positives(labels: Tensor) -> Tensor:
-    """The number of positive labels on all replicas, but at least 1: the paper's normaliser.
+def num_positives(labels: TensorLike) -> Tensor:
+    """The number of positive labels on all replicas, but at least 1: the paper's normalizer.
 
-    A batch's loss is divided by the positives of the whole batch. A replica that divided by its
-    own would give its few positives more weight than another gives its many, and the mean of such
-    gradients is another gradient than that of the batch. Divide each replica's sum by this number
-    instead, and add the gradients up, as a Keras
-    optimizer does by itself inside `tf.distribute.Strategy.run`.
+    The loss of a batch is divided by the positives of the whole batch. If each replica divided by
+    its own, positives would weigh more where they are few, and the mean of the gradients would not
+    be the gradient of the batch. Divide each replica's sum by this number instead, and
+    add the gradients up, as a Keras optimizer does by itself inside `tf.distribute.Strategy.run`.
 
     Args:
         labels: Integers of any shape, this replica's share: a class >= 0, -1 background,

@@ -1,4 +1,4 @@
-"""How operations walk through memory: types to compute in, blocks that fit the cache, batches."""
+"""Types to compute in, blocks that fit the cache, and batch axes."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ __all__ = [
     "by_block",
     "by_rows",
     "narrow",
+    "pushforward",
     "wide",
     "wide_pair",
 ]
@@ -26,9 +27,9 @@ __all__ = [
 Targets = Tensor | float
 
 CPU_BLOCK = 1 << 18
-"""Elements per block: larger ones leave the cache, smaller ones wait for Python."""
+"""Elements per block: larger blocks do not fit the cache, smaller ones spend time in Python."""
 DEVICE_BLOCK = 1 << 22
-"""Large enough that launching kernels costs nothing beside running them."""
+"""Large enough that launching kernels takes no time compared with running them."""
 
 
 def wide(x: Tensor) -> Tensor:
@@ -37,7 +38,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def narrow(values: Tensor, x: Tensor) -> Tensor:
-    """In the type of x; without a conversion to its own type, which torch 2.11 miscompiles."""
+    """Values in the type of x; torch 2.11 miscompiles a conversion of a tensor to its own type."""
     return values if values.dtype == x.dtype else values.to(x.dtype)
 
 
@@ -48,7 +49,7 @@ def wide_pair(x: Tensor, t: Targets) -> tuple[Tensor, Targets]:
 
 
 def batch_first(size: int, in_dims: Sequence[Any], operands: Sequence[Any]) -> list[Any]:
-    """Operands with the axis that vmap adds in front; scalars broadcast along it."""
+    """Operands with the axis of vmap in front; scalars broadcast along it."""
     axes = 1 + max(
         a.ndim - (d is not None)
         for a, d in zip(operands, in_dims, strict=True)
@@ -97,10 +98,10 @@ def by_block(
 
 
 class Layout:
-    """How to walk through the memory of the operands: in the order in which x lies there.
+    """Flat views of the operands, in the memory order of x.
 
     Dense operands become one axis, so that channels-last logits (or any other permutation) are
-    neither copied nor walked against the grain. With one target per row, logits become
+    neither copied nor read with large strides. With one target per row, logits become
     (rows, classes).
     """
 
@@ -110,7 +111,7 @@ class Layout:
         self.order = sorted(range(x.ndim), key=x.stride, reverse=True)
 
     def new(self) -> Tensor:
-        """An empty tensor like x: not a view, so that its user may change it in place."""
+        """An empty tensor like x. It is not a view, so that users may change it in place."""
         if self.by_row:
             return torch.empty_like(self.x, memory_format=torch.contiguous_format)
         strides, step = [1] * self.x.ndim, 1
@@ -119,8 +120,11 @@ class Layout:
             step *= max(1, self.x.shape[axis])
         return self.x.new_empty_strided(self.x.shape, strides)
 
-    def flat(self, a: Targets) -> Targets:
-        """An operand, or what `new` gave, as one axis or as rows; a view where it can be."""
+    def flat(self, a: Any) -> Any:
+        """An operand, or a result of `new`, as one axis or as rows; a view where possible.
+
+        A number stays as it is.
+        """
         if not isinstance(a, Tensor):
             return a
         if not self.by_row:
@@ -128,8 +132,17 @@ class Layout:
         return a.reshape(-1, a.shape[-1]) if a.ndim == self.x.ndim else a.reshape(-1)
 
 
+def pushforward(
+    function: Callable[..., Tensor], operands: Sequence[Tensor], tangents: Sequence[Tensor]
+) -> Tensor:
+    """The derivative of function(*operands) along the tangents, by reverse mode alone."""
+    value, pull, *_ = torch.func.vjp(function, *operands)
+    # The pullback is linear, so its own pullback is the derivative itself.
+    return torch.func.vjp(pull, torch.zeros_like(value))[1](tuple(tangents))[0]
+
+
 def by_rows(function: Callable[..., Tensor], x: Tensor, *others: Tensor) -> Tensor:
-    """function(x, *others) of logits (..., K) and operands (...) or (..., K), by blocks of rows."""
+    """function(x, *others) of logits (..., K) and operands (...) or (..., K), in blocks of rows."""
     if torch.is_grad_enabled() or not is_plain(x, *others):
         return function(x, *others)
     classes = x.shape[-1]

@@ -1,7 +1,7 @@
-"""What kind of tensor an operation sees: plain memory, or one that traces or batches.
+"""Whether operations run eagerly on plain tensors, or are traced or batched.
 
-PyTorch offers no public way to ask this. Where a private name is gone, a tensor does not count
-as plain: results stay right, and the faster paths are not taken.
+PyTorch has no public interface for this. Where a private name no longer exists, tensors do not
+count as plain: the results stay the same, without the faster paths.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ except ImportError:
         return True
 
 
+WRAPPED: tuple[Any, ...] | None
 try:
     WRAPPED = tuple(
         map(torch._C._dispatch_key_parse, ("Batched", "FuncTorchBatched", "FuncTorchGradWrapper"))
@@ -31,16 +32,16 @@ except (AttributeError, RuntimeError):
 try:
     from torch._C._functorch import TransformType, get_interpreter_stack
 except ImportError:
-    get_interpreter_stack = None
+    get_interpreter_stack = None  # type: ignore[assignment]
 
 __all__ = ["is_plain", "is_wrapped", "nests_forward_mode"]
 
 
 def is_wrapped(a: Any) -> bool:
-    """Whether a transformation (a vmap, say) wraps this operand, which then has no memory.
+    """Whether a transformation such as vmap wraps this operand, which then has no memory.
 
-    `torch.autograd.grad(..., is_grads_batched=True)` has a batching of its own that reaches
-    the inside of an `autograd.Function`; only the dispatch keys show it.
+    `torch.autograd.grad(..., is_grads_batched=True)` passes batched tensors to the inside of an
+    `autograd.Function`; only their dispatch keys show it.
     """
     if not isinstance(a, Tensor):
         return False
@@ -51,13 +52,13 @@ def is_wrapped(a: Any) -> bool:
 
 
 def is_plain(*operands: Any) -> bool:
-    """Whether operations run now, on the memory of just these tensors.
+    """Whether operations run now, on the memory of these tensors.
 
-    What traces operations, or computes them elsewhere, must be given the formula instead.
+    Otherwise they are traced or computed elsewhere, and the formula itself must be used.
     """
     return not (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or is_in_torch_dispatch_mode()
         or any(
             isinstance(a, Tensor) and (type(a) not in (Tensor, Parameter) or is_wrapped(a))
@@ -69,7 +70,7 @@ def is_plain(*operands: Any) -> bool:
 def nests_forward_mode() -> bool:
     """Whether `torch.func.jvp` runs inside itself, as in `jacfwd(jacfwd(f))`.
 
-    PyTorch loses the second derivative of every `autograd.Function` there, and says nothing.
+    There PyTorch silently drops the second derivative of every `autograd.Function`.
     """
     stack = None if get_interpreter_stack is None else get_interpreter_stack()
     return stack is not None and sum(level.key() == TransformType.Jvp for level in stack) > 1

@@ -10,7 +10,7 @@ from torch import Tensor
 from focal.core import softmax
 from focal.core.namespace import Namespace
 from focal.torch import _ops
-from focal.torch._blocks import batch_first, by_rows
+from focal.torch._blocks import batch_first, by_rows, pushforward
 from focal.torch._dispatch import is_plain, nests_forward_mode
 
 __all__ = ["class_margins", "label_margin"]
@@ -69,7 +69,7 @@ class _Margin(torch.autograd.Function):
         if slope is not None and not torch.is_grad_enabled() and is_plain(grad):
             return slope.mul_(grad[..., None]), None, None, None
 
-        # A second pass through the graph, or one that is itself differentiated.
+        # A second backward pass, or one that is itself differentiated.
         def scaled(x: Tensor, at: Tensor, valid: Tensor, grad: Tensor) -> Tensor:
             return _slope(softmax.margin(xp, x, at, valid)[1], at) * grad[..., None]
 
@@ -135,5 +135,4 @@ class _AllMargins(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, dx: Any, *_: Any) -> Tensor:
         x, valid = ctx.saved_tensors
-        margins, pull = torch.func.vjp(lambda x: softmax.all_margins(xp, x, valid)[0], x)
-        return torch.func.vjp(pull, torch.zeros_like(margins))[1]((dx,))[0]
+        return pushforward(lambda x: softmax.all_margins(xp, x, valid)[0], [x], [dx])

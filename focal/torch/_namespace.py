@@ -3,9 +3,12 @@
 import sys
 from typing import cast
 
-from focal.core.namespace import Namespace
+from torch import Tensor
+
+from focal.core.namespace import Framework
 from focal.torch._margins import class_margins, label_margin  # noqa: F401
 from focal.torch._ops import *  # noqa: F403
 from focal.torch._pointwise import pointwise, pointwise_sum  # noqa: F401
 
-xp = cast(Namespace, sys.modules[__name__])
+input_type = array_type = Tensor
+xp = cast(Framework[Tensor, Tensor], sys.modules[__name__])

@@ -28,7 +28,7 @@ array_name = "a torch.Tensor"
 
 
 def to_array(value: object) -> Tensor | None:
-    """Tensors only: a silent copy from a list would hide its device and its gradient."""
+    """Tensors only: a copy of a list would have another device and no gradient."""
     return value if isinstance(value, Tensor) else None
 
 
@@ -87,21 +87,21 @@ def sum(x: Tensor, axis: int | None = None, keepdims: bool = False) -> Tensor:
 
 
 def maximum(x: Tensor, y: Tensor | float) -> Tensor:
-    """With a tensor or a number; of equal ones, a number leaves the gradient to x."""
+    """Of a tensor and a tensor or a number; at equality with a number, x gets the gradient."""
     if isinstance(y, Tensor):
         return torch.maximum(x, y)
     return where(x < y, y, x) if _differentiated(x) else torch.clamp(x, min=y)
 
 
 def minimum(x: Tensor, y: Tensor | float) -> Tensor:
-    """With a tensor or a number; of equal ones, a number leaves the gradient to x."""
+    """Of a tensor and a tensor or a number; at equality with a number, x gets the gradient."""
     if isinstance(y, Tensor):
         return torch.minimum(x, y)
     return where(x > y, y, x) if _differentiated(x) else torch.clamp(x, max=y)
 
 
 def _differentiated(x: Tensor) -> bool:
-    """Whether the gradient at a limit may matter: since PyTorch 2.15 a clamp has none there."""
+    """Whether the gradient at a limit may matter: since PyTorch 2.15 that of a clamp is 0 there."""
     return x.requires_grad or not is_plain(x)
 
 
@@ -168,12 +168,12 @@ def logsumexp(x: Tensor) -> Tensor:
 
 
 def _recorded(*operands: Tensor) -> bool:
-    """Whether something follows the operations, so that none may be in place."""
+    """Whether autograd or a trace records the operations, so that none may be in place."""
     return torch.is_grad_enabled() or not is_plain(*operands)
 
 
 def step(x: Tensor) -> Tensor:
-    """1 where x >= 0, else 0; written in place of a conversion where nothing records it."""
+    """1 where x >= 0, else 0; without a conversion where nothing records it."""
     if _recorded(x):
         return (x >= 0).to(x.dtype)
     return torch.ge(x, 0, out=torch.empty_like(x))
@@ -201,7 +201,7 @@ def keep_rows(x: Tensor, keep: Tensor) -> Tensor:
     """Rows that are not kept become exact zeros."""
     if _recorded(x, keep) or x.device.type != "cpu":
         return torch.masked_fill(x, ~keep[..., None], 0)
-    # A mask that broadcasts is slow on a CPU, and there no device waits for `nonzero`.
+    # A mask that broadcasts is slow on a CPU, where `nonzero` needs no synchronization.
     dropped = torch.nonzero(~keep.reshape(-1))[:, 0]
     return x.reshape(keep.numel(), x.shape[-1]).index_fill_(0, dropped, 0).view(x.shape)
 
@@ -217,7 +217,7 @@ def fori_loop(n: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
 
 
 def fixed_point(step: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
-    """Repeat until nothing changes; a loop of the graph where a compiler or an export records."""
+    """Repeat until nothing changes; while compiling or exporting, as a loop of the graph."""
     if torch.compiler.is_compiling():
 
         def changed(before: Tensor, now: Tensor) -> Tensor:
@@ -262,5 +262,5 @@ def select(function: Callable[..., tuple[Tensor, Tensor]], xp: Any, *arrays: Any
 
 
 def random(like: Tensor) -> Tensor:
-    """From PyTorch's own generator, which `torch.manual_seed` seeds; a graph draws anew, too."""
+    """From PyTorch's own generator, which `torch.manual_seed` seeds; a graph draws anew as well."""
     return torch.rand(like.shape, device=like.device)

@@ -1,18 +1,17 @@
 """A formula of the core as a differentiable PyTorch operation.
 
 Three `autograd.Function`s: the loss of each logit, its derivative times a scale (which can be
-differentiated again), and the sum. They keep their operands and recompute the rest. Only the sum
-works out its gradient together with the loss, where no kernel makes that a loss: one pass over
-the logits instead of two, and the memory is that of the gradient, which is needed next anyway.
+differentiated again), and the sum. They save their operands and recompute the rest. Only the sum
+computes its gradient in the forward pass, except with Triton, whose kernels are faster without:
+one pass over the logits instead of two, for the memory of a gradient that is needed next anyway.
 
 The operands are the logits, the targets and the formula's parameters that are tensors. The
-derivatives in the logits are the core's formulas; those in the other operands are autodiff of
-these formulas, and are only worked out where they are asked for.
+derivatives in the logits are the core's formulas. Those in the other operands are autodiff of
+these formulas, computed only where they are needed.
 
-In eager mode a pass is one kernel where there is Triton and a GPU for it. Otherwise it goes
-block by block, so that temporaries stay in the cache and nothing but the result has the size of
-the logits. `torch.compile` is given the whole formula: its own kernel reads and writes as little
-as ours, and takes in what comes before and after the loss.
+In eager mode a pass is one kernel where there are Triton and a GPU. Otherwise it goes block by
+block, so that temporaries stay in the cache and only the result has the size of the logits.
+`torch.compile` gets the whole formula, which it fuses with what comes before and after the loss.
 """
 
 from __future__ import annotations
@@ -31,7 +30,16 @@ from focal.core.formulas import Positive, SigmoidFocal, Sparse
 from focal.core.namespace import Formula, Namespace
 from focal.kernels import torch_cpu
 from focal.torch import _ops
-from focal.torch._blocks import Layout, Targets, batch_first, by_block, narrow, wide, wide_pair
+from focal.torch._blocks import (
+    Layout,
+    Targets,
+    batch_first,
+    by_block,
+    narrow,
+    pushforward,
+    wide,
+    wide_pair,
+)
 from focal.torch._dispatch import is_plain, is_wrapped, nests_forward_mode
 
 __all__ = ["pointwise", "pointwise_sum"]
@@ -66,7 +74,7 @@ def pointwise_sum(formula: Formula, x: Tensor, t: Targets) -> Tensor:
     formula, numbers = parameters.split(formula)
     if nests_forward_mode():
         return _value(formula)(wide(x), t, *numbers).sum()
-    # The slope of half-precision logits would be rounded before it is scaled: recompute it.
+    # The slope of half-precision logits would be rounded before it is scaled, so recompute it.
     with_slope = torch.is_grad_enabled() and x.requires_grad and wide(x) is x and not numbers
     with_slope = with_slope and _kernels(formula, x, t) in (None, CPU_KERNELS)
     return _Sum.apply(x, t, formula, with_slope, *numbers)[0]
@@ -180,10 +188,11 @@ class _Sum(torch.autograd.Function):
         layout = Layout(x, t)
         if kernels is not None and not with_slope:
             return kernels.total(formula, *map(layout.flat, (x, t))), x.new_empty(0)
+        # Under `torch.func` these may be Triton's, which the wrapped operands did not show before.
         if kernels is CPU_KERNELS:
             slope = layout.new()
             flat = map(layout.flat, (x, t, slope))
-            return kernels.total_and_slope(formula, *flat)[0], slope
+            return kernels.total_and_slope(cast(Any, formula), *flat)[0], slope
         sums: list[Tensor] = []
 
         def block(x: Tensor, t: Targets, *numbers: Tensor) -> Tensor | None:
@@ -215,10 +224,10 @@ class _Sum(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             slope, ctx.slope = ctx.slope, None
             if slope is None or torch.is_grad_enabled() or is_wrapped(grad):
-                # A second pass through the graph, or one that is itself differentiated.
+                # A second backward pass, or one that is itself differentiated.
                 by_x = _Slope.apply(x, t, grad, ctx.formula, *numbers)
             else:
-                # On a CPU it costs nothing to see that there is nothing to scale.
+                # On a CPU it is cheap to look whether there is anything to scale.
                 is_one = type(grad) is Tensor and grad.device.type == "cpu" and bool(grad == 1)
                 by_x = slope if is_one else slope.mul_(grad)
         needed = (ctx.needs_input_grad[1], *ctx.needs_input_grad[4:])
@@ -320,7 +329,7 @@ def _pull(
     if not any(needed):
         return [None] * len(others)
     chosen = [a for a, wanted in zip(others, needed, strict=True) if wanted]
-    value, pull = torch.func.vjp(_of(function, x, others, needed), *chosen)
+    value, pull, *_ = torch.func.vjp(_of(function, x, others, needed), *chosen)
     gradients = iter(pull(upstream.to(value.dtype).expand_as(value)))
     return [next(gradients) if wanted else None for wanted in needed]
 
@@ -331,10 +340,8 @@ def _push(function: Function, x: Tensor, others: Sequence[Any], tangents: Sequen
     if not any(given):
         return torch.zeros_like(x)
     chosen = [a for a, wanted in zip(others, given, strict=True) if wanted]
-    value, pull = torch.func.vjp(_of(function, x, others, given), *chosen)
-    # The pullback is linear, so its own pullback is the derivative itself.
-    push = torch.func.vjp(pull, torch.zeros_like(value))[1]
-    return push(tuple(a for a in tangents if a is not None))[0]
+    directions = [a for a in tangents if a is not None]
+    return pushforward(_of(function, x, others, given), chosen, directions)
 
 
 def _of(

@@ -9,14 +9,13 @@ Annotations are not postponed here: TorchScript reads them as types.
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from focal.core import box_losses, checks, losses, softmax
 from focal.core.namespace import Reduction, SparseReduction
-from focal.core.prior import prior_bias
+from focal.core.prior import class_prior_bias, tile_bias
 from focal.torch._namespace import xp
 
 __all__ = [
@@ -36,32 +35,31 @@ Alphas = Number | Sequence[float] | None
 
 
 class Loss(nn.Module):
-    """The parameters of a loss function as attributes; those that are tensors as buffers.
+    """A loss function and its parameters, which are attributes; those that are tensors, buffers.
 
     They are checked when the module is made, by a call on a single zero logit.
     """
 
-    _function: ClassVar[Callable[..., Tensor]]
+    _loss: ClassVar[Callable[..., Tensor]]
+    _function_name: ClassVar[str]
 
     def __init_subclass__(cls, function: Callable[..., Tensor] | None = None) -> None:
-        """The loss function of the core that a class stands for."""
+        """A module of the loss `function` of the core."""
         super().__init_subclass__()
         if function is None:
             return
-        cls._function = staticmethod(function)
 
-        # TorchScript compiles `forward`, and calls these as the Python functions that they are.
-
+        # TorchScript compiles `forward` and calls this as a Python function; it takes no type of
+        # `self`.
         @torch.jit.ignore
-        def plain(self, a: Tensor, b: Tensor) -> Tensor:
-            return function(xp, a, b, **{name: getattr(self, name) for name in self._names})
-
-        @torch.jit.ignore
-        def weighted(self, a: Tensor, b: Tensor, weight: Tensor | None) -> Tensor:
+        def loss(self, a: Tensor, b: Tensor, weight: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
             options = {name: getattr(self, name) for name in self._names}
-            return function(xp, a, b, weight=weight, **options)
+            if weight is not None:
+                options["weight"] = weight
+            return function(xp, a, b, **options)
 
-        cls._plain, cls._weighted = plain, weighted
+        cls._loss = loss
+        cls._function_name = function.__name__
 
     def __init__(self, **parameters: Any) -> None:
         super().__init__()
@@ -72,22 +70,22 @@ class Loss(nn.Module):
                 setattr(self, name, value)
         self._names = tuple(parameters)
         try:
-            self._try()
+            self._loss(*self._example(), None)
         except (TypeError, ValueError) as error:
-            own = str(error).replace(self._function.__name__, type(self).__name__, 1)
+            own = str(error).replace(self._function_name, type(self).__name__, 1)
             raise type(error)(own) from None
 
     def extra_repr(self) -> str:
         """The parameters."""
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._names)
 
-    def _try(self) -> None:
-        """One call, on as many classes as there are alphas."""
-        x = torch.zeros(1, self._classes())
-        self._plain(x, x)
+    def _example(self) -> tuple[Tensor, Tensor]:
+        """Arguments of as many classes as there are alphas."""
+        zeros = torch.zeros(1, self._classes())
+        return zeros, zeros
 
     def _classes(self) -> int:
-        alpha = getattr(self, "alpha", None)
+        alpha: Any = getattr(self, "alpha", None)
         return len(alpha) if checks.is_sequence(alpha) else 1
 
 
@@ -96,7 +94,7 @@ class DenseLoss(Loss):
 
     def forward(self, inputs: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
         """The loss of logits `inputs` and `targets` in [0, 1]."""
-        return self._weighted(inputs, targets, weight)
+        return self._loss(inputs, targets, weight)
 
 
 class LabelLoss(Loss):
@@ -104,11 +102,12 @@ class LabelLoss(Loss):
 
     axis: int
 
-    def _try(self) -> None:
-        axes = max(2, self.axis + 1, -self.axis) if isinstance(self.axis, int) else 2
+    def _example(self) -> tuple[Tensor, Tensor]:
+        axis = self.axis if isinstance(self.axis, int) else -1
+        axes = max(2, axis + 1, -axis)
         shape = [1] * axes
-        shape[self.axis if isinstance(self.axis, int) else -1] = self._classes()
-        self._plain(torch.zeros(shape), torch.zeros([1] * (axes - 1), dtype=torch.int64))
+        shape[axis] = self._classes()
+        return torch.zeros(shape), torch.zeros([1] * (axes - 1), dtype=torch.int64)
 
 
 class SigmoidFocalLoss(DenseLoss, function=losses.sigmoid_focal_loss):
@@ -155,7 +154,7 @@ class SparseSigmoidFocalLoss(LabelLoss, function=losses.sparse_sigmoid_focal_los
         alpha: Weight of positives, or one per class (a list, or a tensor, which becomes a
             buffer); None or -1 turns it off. Default 0.25.
         gamma: Focusing parameter >= 0. Default 2.
-        reduction: "none", "mean", "sum" or "positives" (default): the paper's normaliser.
+        reduction: "none", "mean", "sum" or "positives" (default): the paper's normalizer.
         label_smoothing: s in [0, 1]: the targets are `1 - s / 2` and `s / 2`. Default 0.
         axis: The class axis. Default -1; image logits (N, K, H, W) have it at 1.
 
@@ -191,7 +190,7 @@ class SparseSigmoidFocalLoss(LabelLoss, function=losses.sparse_sigmoid_focal_los
 
     def forward(self, inputs: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
         """The loss of logits `inputs`, with the classes on `axis`, and `labels`."""
-        return self._weighted(inputs, labels, weight)
+        return self._loss(inputs, labels, weight)
 
 
 class SoftmaxFocalLoss(LabelLoss, function=softmax.softmax_focal_loss):
@@ -238,7 +237,7 @@ class SoftmaxFocalLoss(LabelLoss, function=softmax.softmax_focal_loss):
 
     def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """The loss of logits `inputs`, with the classes on `axis`, and class indices `labels`."""
-        return self._plain(inputs, labels)
+        return self._loss(inputs, labels, None)
 
 
 class SigmoidFocalLossStar(DenseLoss, function=losses.sigmoid_focal_loss_star):
@@ -291,11 +290,7 @@ class BalancedCrossEntropyLoss(DenseLoss, function=losses.balanced_cross_entropy
     Source: Lin et al. 2017, equation 3.
     """
 
-    def __init__(
-        self,
-        alpha: Number | None = 0.75,
-        reduction: Reduction = "mean",
-    ) -> None:
+    def __init__(self, alpha: Number | None = 0.75, reduction: Reduction = "mean") -> None:
         super().__init__(alpha=alpha, reduction=reduction)
 
 
@@ -322,10 +317,10 @@ class GIoULoss(Loss, function=box_losses.giou_loss):
 
     def forward(self, boxes1: Tensor, boxes2: Tensor) -> Tensor:
         """The loss of paired boxes."""
-        return self._plain(boxes1, boxes2)
+        return self._loss(boxes1, boxes2, None)
 
-    def _try(self) -> None:
-        self._plain(torch.zeros(1, 4), torch.zeros(1, 4))
+    def _example(self) -> tuple[Tensor, Tensor]:
+        return torch.zeros(1, 4), torch.zeros(1, 4)
 
 
 def init_prior_bias_(layer: nn.Module, pi: ArrayLike = 0.01) -> nn.Module:
@@ -360,13 +355,8 @@ def init_prior_bias_(layer: nn.Module, pi: ArrayLike = 0.01) -> nn.Module:
         raise TypeError(
             f"init_prior_bias_: layer must have a one-dimensional bias; got {type(layer).__name__}"
         )
-    values = np.atleast_1d(prior_bias(pi))
-    if values.ndim != 1 or bias.numel() % values.size:
-        raise ValueError(
-            f"init_prior_bias_: pi must be a number or have a length that divides that of the "
-            f"bias ({bias.numel()}); got shape {values.shape}"
-        )
+    name = "init_prior_bias_"
+    values = tile_bias(name, class_prior_bias(name, pi), bias.shape)
     with torch.no_grad():
-        repeated = np.tile(values, bias.numel() // values.size)
-        bias.copy_(torch.as_tensor(repeated, dtype=bias.dtype))
+        bias.copy_(torch.as_tensor(values, dtype=bias.dtype))
     return layer

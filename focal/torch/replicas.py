@@ -1,4 +1,4 @@
-"""The normaliser of a batch that several processes share."""
+"""The normalizer of a batch that several processes share."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ __all__ = ["num_positives"]
 
 
 def num_positives(labels: Tensor, group: distributed.ProcessGroup | None = None) -> Tensor:
-    """The number of positive labels on all replicas, but at least 1: the paper's normaliser.
+    """The number of positive labels on all replicas, but at least 1: the paper's normalizer.
 
-    A batch's loss is divided by the positives of the whole batch. A replica that divided by its
-    own would give its few positives more weight than another gives its many, and the mean of such
-    gradients is another gradient than that of the batch. Divide each replica's sum by this number
-    instead, and add the gradients up. `DistributedDataParallel`
-    takes their mean: multiply the loss by the number of processes.
+    The loss of a batch is divided by the positives of the whole batch. If each replica divided by
+    its own, positives would weigh more where they are few, and the mean of the gradients would not
+    be the gradient of the batch. Divide each replica's sum by this number instead, and
+    add the gradients up. `DistributedDataParallel` takes their mean: multiply the loss by the
+    number of processes.
 
     Args:
         labels: Integers of any shape, this replica's share: a class >= 0, -1 background,
             -2 ignored.
         group: The processes that share the batch. Default: all of them; one process alone where
-            `torch.distributed` is not initialised.
+            `torch.distributed` is not initialized.
 
     Returns:
         A float32 scalar, the same on every replica; it carries no gradient.

@@ -25,11 +25,7 @@ class QualityFocalLoss(DenseLoss, function=variants.quality_focal_loss):
     Source: Li et al. 2020, equation 2.
     """
 
-    def __init__(
-        self,
-        beta: Number = 2.0,
-        reduction: Reduction = "mean",
-    ) -> None:
+    def __init__(self, beta: Number = 2.0, reduction: Reduction = "mean") -> None:
         super().__init__(beta=beta, reduction=reduction)
 
 
@@ -51,10 +47,7 @@ class VarifocalLoss(DenseLoss, function=variants.varifocal_loss):
     """
 
     def __init__(
-        self,
-        alpha: Number = 0.75,
-        gamma: Number = 2.0,
-        reduction: Reduction = "mean",
+        self, alpha: Number = 0.75, gamma: Number = 2.0, reduction: Reduction = "mean"
     ) -> None:
         super().__init__(alpha=alpha, gamma=gamma, reduction=reduction)
 
@@ -77,10 +70,7 @@ class HeatmapFocalLoss(DenseLoss, function=variants.heatmap_focal_loss):
     """
 
     def __init__(
-        self,
-        gamma: Number = 2.0,
-        beta: Number = 4.0,
-        reduction: SparseReduction = "positives",
+        self, gamma: Number = 2.0, beta: Number = 4.0, reduction: SparseReduction = "positives"
     ) -> None:
         super().__init__(gamma=gamma, beta=beta, reduction=reduction)
 

@@ -1,7 +1,6 @@
 """What JAX users do with a loss: transformations, 64 bits, strict types, sharding, training."""
 
 import os
-import pickle
 import subprocess
 import sys
 import textwrap
@@ -40,11 +39,16 @@ def soft(*shape: int, dtype: str = "float32") -> np.ndarray:
     return np.random.default_rng(1).random(shape).astype(dtype)
 
 
-def crowd(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def proper_boxes(*shape: int, seed: int = 0) -> np.ndarray:
     random = np.random.default_rng(seed)
-    corner, side = random.uniform(0, 100, (n, 2)), random.uniform(10, 40, (n, 2))
-    boxes = np.concatenate([corner, corner + side], axis=1).astype("float32")
-    return boxes, random.integers(0, n, n).astype("float32")
+    corner, side = random.uniform(0, 60, (*shape, 2)), random.uniform(8, 40, (*shape, 2))
+    return np.concatenate([corner, corner + side], axis=-1).astype(np.float32)
+
+
+def crowd(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes and scores, of which some are equal."""
+    scores = np.random.default_rng(seed).integers(0, n, n) if n else np.zeros(0)
+    return proper_boxes(n, seed=seed), scores.astype(np.float32)
 
 
 def every_loss(x, labels=LABELS):
@@ -91,11 +95,9 @@ def relatives(x, labels=LABELS):
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)
-@pytest.mark.parametrize("target", [0.0, 0.3, 1.0])
-def test_transformations_agree_with_the_closed_forms(gamma, target):
+def test_transformations_agree_with_the_closed_forms(gamma):
     with jax.enable_x64(True):
-        x = np.array(EXTREMES)
-        y = np.full_like(x, target)
+        x, y = np.array(EXTREMES * 3), np.repeat([0.0, 0.3, 1.0], len(EXTREMES))
         value = reference.sigmoid_focal_loss(x, y, 0.25, gamma)
         slope = reference.sigmoid_focal_loss_grad(x, y, 0.25, gamma)
         bend = reference.sigmoid_focal_loss_hess(x, y, 0.25, gamma)
@@ -175,8 +177,6 @@ def test_zero_is_not_a_kink():
 
 def test_the_gradient_in_the_targets():
     x, y = logits(6), np.array([0, 1, 0.2, 0.5, 0, 1], np.float32)
-    by_y = jax.grad(lambda y: F.sigmoid_focal_loss(x, y, None, 0.0, "sum"))(y)
-    assert_allclose(by_y, -x, rtol=1e-5, atol=1e-6)  # d BCE / dy = -x
     both = jax.grad(lambda x, y: F.sigmoid_focal_loss(x, y, reduction="sum"), (0, 1))(x, y)
     assert_allclose(both[0], reference.sigmoid_focal_loss_grad(x, y), rtol=1e-5)
     from jax.test_util import check_grads
@@ -191,13 +191,6 @@ def test_vmap_of_every_loss_is_a_loop_of_it():
     for f in (jax.jit(every_loss), jax.jit(jax.grad(every_loss))):
         expected = [f(jnp.asarray(a), jnp.asarray(b)) for a, b in zip(x, labels, strict=True)]
         assert_allclose(jax.jit(jax.vmap(f))(x, labels), expected, rtol=1e-5, atol=1e-7)
-
-
-def test_jit_equals_eager():
-    x = jnp.asarray(logits(6, 3))
-    eager, compiled = jax.value_and_grad(every_loss)(x), jax.jit(jax.value_and_grad(every_loss))(x)
-    assert_allclose(compiled[0], eager[0], rtol=1e-6)
-    assert_allclose(compiled[1], eager[1], rtol=1e-5, atol=1e-7)
 
 
 ARRAYS = {
@@ -245,49 +238,50 @@ def test_every_function_is_listed():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-@pytest.mark.parametrize("name", EVERY_FUNCTION)
-def test_every_function_compiled_equals_eager(name, dtype):
-    names, options = EVERY_FUNCTION[name]
-    function = partial(getattr(F, name), **options)
+def test_every_function_compiled_equals_eager(dtype):
+    def everything(arrays):
+        return {
+            name: jax.tree.leaves(getattr(F, name)(*map(arrays.get, names.split()), **options))
+            for name, (names, options) in EVERY_FUNCTION.items()
+        }
+
     with jax.enable_x64(dtype == "float64"):
-        arrays = [jnp.asarray(ARRAYS[n]) for n in names.split()]
-        arrays = [a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a for a in arrays]
-        results = jax.tree.leaves(function(*arrays)), jax.tree.leaves(jax.jit(function)(*arrays))
-    for eager, compiled in zip(*results, strict=True):
-        assert compiled.dtype == eager.dtype
-        if jnp.issubdtype(eager.dtype, jnp.floating):
-            eager, compiled = (np.asarray(a, np.float64) for a in (eager, compiled))
-            # The compiler contracts a product and a sum into one rounding.
-            rounding = 4 * float(jnp.finfo(dtype).eps)
-            assert_allclose(compiled, eager, rtol=rounding, atol=rounding * abs(eager).max())
-        else:
-            assert_array_equal(compiled[: len(eager)], eager)
-            assert_array_equal(compiled[len(eager) :], -1)  # the padding of `nms`
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_types_compute_in_float32(dtype):
-    x, y = jnp.asarray(logits(64, 8), dtype), soft(64, 8).round()
-    wide = x.astype("float32")
-    each = F.sigmoid_focal_loss(x, y)
-    assert each.dtype == dtype
-    assert_array_equal(each, F.sigmoid_focal_loss(wide, y).astype(dtype))
-    total, slope = jax.value_and_grad(lambda x: F.sigmoid_focal_loss(x, y, reduction="sum"))(x)
-    assert total.dtype == jnp.float32 and slope.dtype == dtype
-    expected = jax.grad(lambda x: F.sigmoid_focal_loss(x, y, reduction="sum"))(wide)
-    assert_array_equal(slope, expected.astype(dtype))
-    great = jnp.full((200, 100), 10, jnp.float16)
-    assert F.sigmoid_focal_loss(great, great * 0, reduction="sum") > 1e5
+        arrays = {n: jnp.asarray(a) for n, a in ARRAYS.items()}
+        floats = {n: a.astype(dtype) for n, a in arrays.items() if a.dtype.kind == "f"}
+        arrays |= floats
+        results = everything(arrays), jax.jit(everything)(arrays)
+    for name in EVERY_FUNCTION:
+        for eager, compiled in zip(*(result[name] for result in results), strict=True):
+            assert compiled.dtype == eager.dtype, name
+            if jnp.issubdtype(eager.dtype, jnp.floating):
+                eager, compiled = (np.asarray(a, np.float64) for a in (eager, compiled))
+                # The compiler contracts a product and a sum into one rounding.
+                rounding = 4 * float(jnp.finfo(dtype).eps)
+                at_zero = rounding * abs(eager).max()
+                assert_allclose(compiled, eager, rtol=rounding, atol=at_zero, err_msg=name)
+            else:
+                assert_array_equal(compiled[: len(eager)], eager, err_msg=name)
+                assert_array_equal(compiled[len(eager) :], -1)  # the padding of `nms`
 
 
 def test_what_is_an_array():
     expected = F.sigmoid_focal_loss(jnp.zeros(2), jnp.ones(2))
     assert_array_equal(F.sigmoid_focal_loss(np.zeros(2), np.ones(2)), expected)
     assert F.sigmoid_focal_loss(np.zeros(2), np.ones(2)).dtype == jnp.float32
+
+    class Variable:
+        def __jax_array__(self):
+            return jnp.zeros(2)
+
+    assert_array_equal(F.sigmoid_focal_loss(Variable(), jnp.ones(2)), expected)
+    with pytest.raises(TypeError, match="inputs must be a JAX or NumPy array; got object"):
+        F.sigmoid_focal_loss(object(), jnp.ones(2))
     with pytest.raises(TypeError, match="inputs must be a JAX or NumPy array; got list"):
         F.sigmoid_focal_loss([0.0, 0.0], jnp.ones(2))
     with pytest.raises(TypeError, match="inputs must be a JAX or NumPy array; got ndarray"):
         F.sigmoid_focal_loss(np.array(["a"]), jnp.ones(1))
+    nnx = pytest.importorskip("flax.nnx")
+    assert_array_equal(F.sigmoid_focal_loss(nnx.Param(jnp.zeros(2)), jnp.ones(2)), expected)
 
 
 def test_wrong_shapes_are_reported_while_tracing():
@@ -311,13 +305,6 @@ def test_nms_in_jit_is_padded(n):
         assert padded.shape == (n,)
         assert_array_equal(padded[: len(expected)], expected)
         assert_array_equal(padded[len(expected) :], -1)
-
-
-def test_vmap_of_nms_is_padded():
-    boxes, scores = (np.stack(a) for a in zip(crowd(40, 0), crowd(40, 1), strict=True))
-    padded = jax.jit(jax.vmap(lambda b, s: F.nms(b, s, 0.5)))(boxes, scores)
-    for row, b, s in zip(padded, boxes, scores, strict=True):
-        assert_array_equal(row[row >= 0], reference.nms(b, s, 0.5))
 
 
 @pytest.mark.parametrize("count", [0, 1, 7])
@@ -465,10 +452,6 @@ def test_a_training_step_compiles_once():
     assert values[-1] < values[0]
 
 
-def test_functions_pickle_by_name():
-    assert pickle.loads(pickle.dumps(F.sigmoid_focal_loss)) is F.sigmoid_focal_loss
-
-
 def test_prior_bias_init():
     init = F.prior_bias_init([0.01, 0.1, 0.5])
     bias = init(jax.random.key(0), (6,), jnp.float32)
@@ -493,19 +476,7 @@ def test_prior_bias_init_in_flax():
         assert_allclose(jax.nn.sigmoid(bias), np.full(6, 0.01), rtol=1e-6)
 
 
-def test_nnx_variables_are_arrays():
-    nnx = pytest.importorskip("flax.nnx")
-    loss = F.sigmoid_focal_loss(nnx.Param(jnp.zeros(2)), jnp.ones(2))
-    assert_array_equal(loss, F.sigmoid_focal_loss(jnp.zeros(2), jnp.ones(2)))
-
-
 # ---------------------------------------------------------------- boxes, as strict users have them
-
-
-def proper_boxes(*shape: int, seed: int = 0) -> np.ndarray:
-    random = np.random.default_rng(seed)
-    corner, side = random.uniform(0, 60, (*shape, 2)), random.uniform(8, 40, (*shape, 2))
-    return np.concatenate([corner, corner + side], axis=-1).astype(np.float32)
 
 
 def test_boxes_under_strict_rank_promotion():
@@ -654,19 +625,6 @@ def test_subsample_asks_for_noise_where_it_is_traced():
     assert_array_equal(samples[0], samples[2])
     assert (samples[0] != samples[1]).any()
     assert_array_equal((samples[1] > -2).sum(-1), 8)
-
-
-def test_objects_that_convert_themselves_are_arrays():
-    class Variable:
-        def __jax_array__(self):
-            return jnp.zeros(2)
-
-    assert_array_equal(
-        F.sigmoid_focal_loss(Variable(), jnp.ones(2)),
-        F.sigmoid_focal_loss(jnp.zeros(2), jnp.ones(2)),
-    )
-    with pytest.raises(TypeError, match="inputs must be a JAX or NumPy array; got object"):
-        F.sigmoid_focal_loss(object(), jnp.ones(2))
 
 
 def test_matching_and_nms_need_no_name_of_jax_that_is_not_public(monkeypatch):
