@@ -123,10 +123,13 @@ def export(model: Any, path: str | os.PathLike[str]) -> None:
         model = build(model.config, backend, device="cpu")
         backend_module(backend).load_state(model, tensors)
     if backend == "torch":
-        from focal.retinanet.torch.export import export_onnx as write
+        from focal.retinanet.torch.export import export_onnx
+
+        export_onnx(model, path)
     else:
-        from focal.retinanet.tensorflow.export import export_saved_model as write
-    write(model, path)
+        from focal.retinanet.tensorflow.export import export_saved_model
+
+        export_saved_model(model, path)
 
 
 def export_backend(path: str | os.PathLike[str]) -> str:

@@ -65,8 +65,9 @@ def load_torchvision(
         )
     second = "head.classification_head.conv.0.1.weight" in tensors
     convention = CONVENTIONS["torchvision_v2" if second else "torchvision"]
-    norm = "batch" if second else "frozen_batch"
-    config = RetinaNetConfig(canvas=canvas, norm=norm, **convention)
+    config = RetinaNetConfig(
+        canvas=canvas, norm="batch" if second else "frozen_batch", **convention
+    )
     count = len(tensors[_LOGITS]) // config.anchors.per_cell
     if classes is None:
         classes = [str(k) for k in range(count)]

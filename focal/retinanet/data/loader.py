@@ -7,7 +7,7 @@ import functools
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
@@ -53,7 +53,7 @@ def train_batches(
     start: int = 0,
     cache_bytes: int = 2**30,
     share: tuple[int, int] = (0, 1),
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """An endless iterator of augmented batches from shuffled epochs.
 
     A batch depends only on the seed and its number, not on the number of workers, so a run that
@@ -107,7 +107,7 @@ def train_batches(
 
 def eval_batches(
     dataset: Dataset, config: RetinaNetConfig, batch_size: int, workers: int = 1
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Every image once, in order, on the whole canvas.
 
     The last batch is filled up by repeating the last image, with an image id of -1.
@@ -196,7 +196,9 @@ def _collate(
     )
 
 
-def _prefetch(make: Callable[[int], _T], numbers: Iterable[int], workers: int) -> Iterator[_T]:
+def _prefetch(
+    make: Callable[[int], _T], numbers: Iterable[int], workers: int
+) -> Generator[_T, None, None]:
     """`map(make, numbers)`, in order, prefetching up to two batches per worker."""
     if workers < 1:
         yield from map(make, numbers)

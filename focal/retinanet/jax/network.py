@@ -18,7 +18,7 @@ from flax import nnx
 from jax import Array
 from jax.nn.initializers import Initializer
 
-from focal.core.prior import prior_bias
+from focal.jax import prior_bias_init
 from focal.retinanet.architecture import NORM_EPS, Backbone, backbone, norm_groups
 from focal.retinanet.config import RetinaNetConfig
 from focal.retinanet.weights import check_names
@@ -57,9 +57,10 @@ class FrozenBatchNorm(nnx.BatchNorm):
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, epsilon=NORM_EPS, rngs=nnx.Rngs(0))
-        self.scale, self.bias = nnx.BatchStat(self.scale[...]), nnx.BatchStat(self.bias[...])
+        self.scale: Any = nnx.BatchStat(jnp.ones(channels, jnp.float32))
+        self.bias: Any = nnx.BatchStat(jnp.zeros(channels, jnp.float32))
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array) -> Array:  # type: ignore[override]
         """Normalize x, of shape (N, H, W, channels), with the running statistics."""
         return super().__call__(x, use_running_average=True)
 
@@ -224,7 +225,7 @@ class FeaturePyramid(nnx.Module):
         self.p6_from = config.p6_from
         self.inner_blocks = nnx.List([nnx.Sequential(conv(n, 1)) for n in inputs])
         self.layer_blocks = nnx.List([nnx.Sequential(conv(c, 3)) for _ in inputs])
-        self.extra_blocks = nnx.Dict()
+        self.extra_blocks: nnx.Dict[nnx.Conv] = nnx.Dict()
         if 6 in config.levels:
             self.extra_blocks["p6"] = conv(inputs[-1] if config.p6_from == "c5" else c, 3, 2)
         if 7 in config.levels:
@@ -251,7 +252,7 @@ def _upsample(x: Array, shape: tuple[int, ...]) -> Array:
     return doubled[:, : shape[1], : shape[2]]
 
 
-class Tower(Recomputed, nnx.Sequential):
+class Tower(Recomputed, nnx.Sequential):  # type: ignore[misc]
     """The hidden layers of a subnet."""
 
     def compute(self, x: Array) -> Array:
@@ -284,7 +285,8 @@ class ClassificationHead(nnx.Module):
         self.conv = _tower(config, rngs)
         self.cls_logits = _conv(config.channels, outputs, 3, bias=True, init=_GAUSSIAN, rngs=rngs)
         # Every score starts at the prior; else the many negatives dominate the first loss.
-        self.cls_logits.bias[...] = jnp.full(outputs, prior_bias(config.prior), jnp.float32)
+        bias = prior_bias_init(config.prior)(jax.random.key(0), (outputs,), jnp.float32)
+        self.cls_logits.bias = nnx.Param(bias)
 
     def __call__(self, levels: Sequence[Array]) -> Array:
         """The levels, each (N, H, W, channels), to class logits (N, anchors, K)."""

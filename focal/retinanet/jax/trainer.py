@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -148,7 +148,7 @@ class Trainer:
         self.place = NamedSharding(mesh, PartitionSpec()) if mesh else _device(model)
         precision = _fast_precision(model) if train.precision == "auto" else train.precision
         self.static = nnx.graphdef(model), train.replace(precision=precision)
-        _, parameters, statistics = nnx.split(model, nnx.Param, ...)
+        parameters, statistics = nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
         average = nnx.merge_state(parameters, statistics) if train.ema else nnx.State({})
         slots = _optimiser(train).init(parameters)
         run = _Run(parameters, statistics, average, slots, jnp.float32(EMA_START), jnp.bool(True))
@@ -165,7 +165,7 @@ class Trainer:
         `batch` is this process's share; the losses are those of the whole batch.
         """
         decay = self.train.average_decay(number)
-        share = batch.images, batch.boxes, batch.labels
+        share: Sequence[Any] = (batch.images, batch.boxes, batch.labels)
         if self.replicas.handle:
             rows = NamedSharding(self.replicas.handle, PartitionSpec("replicas"))
             share = [jax.make_array_from_process_local_data(rows, x) for x in share]
@@ -191,16 +191,15 @@ class Trainer:
     def load_state(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Continue from the result of `state`."""
         load_state(self.model, part(tensors, "model/"))
-        _, parameters, statistics = nnx.split(self.model, nnx.Param, ...)
         slots, saved = _by_path(self.run.slots), part(tensors, "optimizer/")
         check_names(saved, {k: v.shape for k, v in slots.items()})
         leaves = [saved[k] for k in slots]
         run = _Run(
-            parameters,
-            statistics,
+            nnx.state(self.model, nnx.Param),
+            nnx.state(self.model, nnx.Not(nnx.Param)),
             replaced(self.run.average, part(tensors, "average/")),
             jax.tree.unflatten(jax.tree.structure(self.run.slots), leaves),
-            tensors["mean_positives"],
+            jnp.asarray(tensors["mean_positives"]),
             self.run.healthy,
         )
         self.run = _own_copy(run, self.place)
@@ -324,7 +323,8 @@ def _normalised(images: Array, config: RetinaNetConfig) -> Array:
 
 
 def _anchors(images: Array, config: RetinaNetConfig) -> Array:
-    return F.anchors(images.shape[1:3], config.anchors)
+    _, height, width, _ = images.shape
+    return F.anchors((height, width), config.anchors)
 
 
 def _by_path(tree: Any) -> dict[str, Array]:

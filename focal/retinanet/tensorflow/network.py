@@ -387,11 +387,11 @@ class RetinaNet(keras.Model):
         super().__init__(dtype="float32")
         self.config = config
         net = backbone(config)
-        self.backbone = {
+        self.backbone: dict[str, Any] = {
             "body": ResNet(net, _NORMS[config.norm], seeds),
             "fpn": FeaturePyramid(config, net.channels[1:], seeds),
         }
-        self.head = {
+        self.head: dict[str, Any] = {
             "classification_head": ClassificationHead(config, seeds),
             "regression_head": RegressionHead(config, seeds),
         }

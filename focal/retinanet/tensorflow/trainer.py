@@ -331,7 +331,8 @@ class Trainer:
         pieces = [tf.reshape(x, (count, -1, *x.shape[1:])) for x in (images, *target)]
 
         def add(number: Tensor, *sums: Any) -> tuple[Any, ...]:
-            more = self._gradient(*(piece[number] for piece in pieces), anchors, divisor)
+            images, labels, deltas = (piece[number] for piece in pieces)
+            more = self._gradient(images, labels, deltas, anchors, divisor)
             return number + 1, *tf.nest.map_structure(tf.add, sums, more)
 
         zeros = [0.0, 0.0], [tf.zeros(w.shape) for w in self.model.trainable_variables]
@@ -358,8 +359,9 @@ class Trainer:
         weights = [w.value for w in model.trainable_variables]
         with _computing(model, self.precision):
             with tf.GradientTape() as tape:
-                outputs = model(_normalised(config, images), training=True)
-                parts = losses(F, *outputs, anchors, Targets(labels, deltas), config, divisor)
+                logits, found = model(_normalised(config, images), training=True)
+                target = Targets(labels, deltas)
+                parts = losses(F, logits, found, anchors, target, config, divisor)
                 loss = parts.classification + parts.box
             gradients = tape.gradient(loss, weights)  # which may compute layers again
         return list(parts), gradients
@@ -423,7 +425,7 @@ def _place(device: str | None) -> str:
 
 def _normalised(config: RetinaNetConfig, images: Tensor) -> Tensor:
     """(B, H, W, 3) uint8 to float32."""
-    mean, std = np.float32(config.mean), np.float32(config.std)
+    mean, std = np.array(config.mean, np.float32), np.array(config.std, np.float32)
     return tf.cast(images, tf.float32) * (1 / (255 * std)) - mean / std
 
 

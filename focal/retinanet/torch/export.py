@@ -99,6 +99,7 @@ def export_onnx(model: RetinaNet, path: str | os.PathLike[str]) -> None:
             dynamo=True,
             verbose=False,
         )
+    assert graph is not None  # dynamo=True returns the graph
     ClearMetadataAndDocStringPass()(graph.model)  # each operation's place in the source files
     written = graph.model_proto
     texts = {key: json.dumps(value) for key, value in description(model.config).items()}
@@ -145,7 +146,8 @@ def _program(model: RetinaNet, name: str) -> torch.export.ExportedProgram:
             f"got {getattr(model, 'backend', type(model).__name__)!r}"
         )
     # Channels-last weights would be written as they lie, and PyTorch warns of that.
-    network = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)
+    network = copy.deepcopy(model).cpu()
+    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     detector = _Detector(network).eval().requires_grad_(False)
     # A batch of two: a size of one would be taken for a constant.
     images = torch.zeros(2, *model.config.canvas, 3, dtype=torch.uint8)

@@ -17,14 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # SyncBatchNorm, too
 from torch.utils.checkpoint import checkpoint
 
-from focal.core.prior import prior_bias
 from focal.retinanet.architecture import NORM_EPS, Backbone, backbone, norm_groups
 from focal.retinanet.config import RetinaNetConfig
 from focal.retinanet.weights import check_names
+from focal.torch import init_prior_bias_
 
-__all__ = ["RetinaNet", "build_network", "load_state", "recompute", "state"]
+__all__ = ["BatchNorm", "RetinaNet", "build_network", "load_state", "recompute", "state"]
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -88,7 +89,7 @@ class Recomputed(nn.Module):
         """What `compute` gives."""
         if not (self.recompute and self.training and torch.is_grad_enabled()):
             return self.compute(x)
-        norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        norms = [m for m in self.modules() if isinstance(m, BatchNorm)]
         again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if norms:
             again["context_fn"] = lambda: (contextlib.nullcontext(), _statistics_kept(norms))
@@ -100,7 +101,7 @@ class Recomputed(nn.Module):
 
 
 @contextlib.contextmanager
-def _statistics_kept(norms: Sequence[nn.Module]) -> Iterator[None]:
+def _statistics_kept(norms: Sequence[BatchNorm]) -> Iterator[None]:
     """Running statistics do not change in here: the same batch would count twice."""
     before = [norm.momentum for norm in norms]
     try:
@@ -254,7 +255,7 @@ class ClassificationHead(nn.Module):
         self.cls_logits = _conv(config.channels, outputs, 3, bias=True)
         _initialise(self, partial(nn.init.normal_, std=0.01))
         # Every score starts at the prior; else the many negatives dominate the first loss.
-        nn.init.constant_(self.cls_logits.bias, prior_bias(config.prior))
+        init_prior_bias_(self.cls_logits, config.prior)
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
         """The levels, each (N, channels, H, W), to class logits (N, anchors, K)."""

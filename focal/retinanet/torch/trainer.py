@@ -7,7 +7,7 @@ import contextlib
 import math
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -23,6 +23,7 @@ from focal.retinanet.objective import EMA_START, Targets, losses, normalizer, ta
 from focal.retinanet.postprocess import Detections, detections
 from focal.retinanet.replicas import Replicas
 from focal.retinanet.torch.network import (
+    BatchNorm,
     RetinaNet,
     build_network,
     load_state,
@@ -94,8 +95,8 @@ def build(config: RetinaNetConfig, seed: int, device: str | None = None) -> Reti
     except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA asserts
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {device!r} cannot be used: {reason}") from error
-    network = build_network(config, seed).to(device, memory_format=torch.channels_last)
-    return network.eval()
+    network = build_network(config, seed).to(device)
+    return network.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
 
 def describe(model: RetinaNet) -> dict[str, Any]:
@@ -160,7 +161,7 @@ class Trainer:
         self.train = train
         self.replicas = replicas or Replicas()
         self.device = _device(model)
-        self.precision = train.precision
+        self.precision: str = train.precision
         if train.precision == "auto":
             self.precision = _fast_precision(self.device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -174,7 +175,7 @@ class Trainer:
         self.anchors: dict[tuple[int, ...], Tensor] = {}
         if train.recompute:
             recompute(model)
-        self.network: nn.Module = model
+        self.network: Callable[[Tensor], tuple[Tensor, Tensor]] = model
         if self.replicas.count > 1:
             if self.device.type == "cuda":  # on a CPU there is none: each has its own statistics
                 nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -188,16 +189,15 @@ class Trainer:
 
         `batch` is this process's share; the losses are those of the whole batch.
         """
-        statistics = [x for m in self.model.modules() if _is_batch_norm(m) for x in m.buffers()]
+        model, config = self.model, self.model.config
+        statistics = [x for m in model.modules() if isinstance(m, BatchNorm) for x in m.buffers()]
         before = [x.clone() for x in statistics]
         anchors = self._anchors(batch.images.shape[1:3])
         with torch.no_grad():
-            target = targets(F, anchors, *self._boxes(batch), self.model.config)
+            target = targets(F, anchors, *self._boxes(batch), config)
             positives = F.num_positives(target.labels)
             images = len(batch.images) * self.replicas.count
-            divisor, mean_positives = normalizer(
-                self.model.config, images, positives, self.mean_positives
-            )
+            divisor, mean_positives = normalizer(config, images, positives, self.mean_positives)
 
         self.optimizer.zero_grad(set_to_none=True)
         classification, box = self._backward(batch.images, anchors, target, divisor)
@@ -237,9 +237,9 @@ class Trainer:
             last = first + rows == len(images)
             with contextlib.nullcontext() if last else self.no_sync():
                 with _autocast(self.device, self.precision):
-                    outputs = self.network(_normalised(self.model, images[piece]))
+                    logits, deltas = self.network(_normalised(self.model, images[piece]))
                 part = Targets(target.labels[piece], target.deltas[piece])
-                loss = losses(F, *outputs, anchors, part, self.model.config, divisor)
+                loss = losses(F, logits, deltas, anchors, part, self.model.config, divisor)
                 # Normalized by the positives of all replicas, the gradients are to be added up;
                 # DistributedDataParallel takes their mean.
                 total = (loss.classification + loss.box) * self.replicas.count
@@ -316,10 +316,6 @@ def _optimizer(parameters: list[nn.Parameter], train: TrainConfig) -> torch.opti
     return torch.optim.SGD(parameters, rate, train.momentum, weight_decay=decay, fused=True)
 
 
-def _is_batch_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm)
-
-
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
@@ -337,14 +333,16 @@ def _normalised(model: RetinaNet, images: np.ndarray | Tensor) -> Tensor:
 
 
 def _anchors(canvas: tuple[int, ...], config: RetinaNetConfig, device: torch.device) -> Tensor:
-    return F.anchors(tuple(canvas), config.anchors).to(device)
+    height, width = canvas
+    return F.anchors((height, width), config.anchors).to(device)
 
 
 def _fast_precision(device: torch.device) -> str:
     """bfloat16 where the hardware has it, else float32."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions
+    # Older versions do not have `get_capabilities`.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return "bfloat16" if capabilities.get("avx512_bf16") else "float32"
 
 
