@@ -141,5 +141,7 @@ def test_a_missing_extra_is_one_sentence(missing, extra, backend, tmp_path):
     out = str(tmp_path / "run")
     done = run_without(missing, "train", "--data", "shapes", "--backend", backend, "--out", out)
     assert (done.returncode, done.stdout) == (2, "")
-    sentence = rf'focal: \w+ is not installed; install it with: pip install "focal-losses\[{extra}\]"\n'
+    sentence = (
+        rf'focal: \w+ is not installed; install it with: pip install "focal-losses\[{extra}\]"\n'
+    )
     assert re.fullmatch(sentence, done.stderr)

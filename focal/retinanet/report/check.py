@@ -47,45 +47,26 @@ UNUSUAL = 6.0
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong.
+    """One thing that is wrong."""
 
-    Attributes:
-        level: "error" if it would stop training or evaluation, else "warning".
-        kind: What sort of problem it is.
-        split: Where it is; between splits, the second one.
-        sentence: What is wrong, with file and record.
-    """
-
-    level: str
+    level: str  # "error" if it would stop training or evaluation, else "warning"
     kind: str
-    split: str
-    sentence: str
+    split: str  # where it is; between splits, the second one
+    sentence: str  # what is wrong, with file and record
 
 
 class Split(NamedTuple):
-    """What could be read of a split.
+    """What could be read of a split."""
 
-    Attributes:
-        name: Such as "train".
-        file: The name of the annotation file.
-        folder: The image folder.
-        names: Class names by category id.
-        images: The images with valid records; `usable` says which of them may be opened.
-        usable: (n,) bool.
-        objects: The boxes that training would use, and the crowds.
-        raw: The annotations by id.
-        total: The number of entries in the file's list of annotations.
-    """
-
-    name: str
-    file: str
-    folder: Path
-    names: dict[int, str]
-    images: list[ImageRecord]
-    usable: np.ndarray
-    objects: Objects
-    raw: dict[int, dict[str, Any]]
-    total: int
+    name: str  # such as "train"
+    file: str  # the name of the annotation file
+    folder: Path  # the image folder
+    names: dict[int, str]  # class names by category id
+    images: list[ImageRecord]  # those with valid records
+    usable: np.ndarray  # (n,) bool: whether the image file may be opened
+    objects: Objects  # the boxes that training would use, and the crowds
+    raw: dict[int, dict[str, Any]]  # the annotations by id
+    total: int  # entries in the file's list of annotations
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -107,23 +88,14 @@ class Split(NamedTuple):
 
 
 class Boxes(NamedTuple):
-    """The boxes of all splits, without crowds, as columns of N rows.
+    """The boxes of all splits, without crowds, as columns of N rows."""
 
-    Attributes:
-        split: (N,) index into the splits.
-        label: (N,) index into `all_classes`.
-        size: (N, 2) width and height in pixels of the image.
-        scale: (N,) canvas pixels per pixel of the image.
-        area: (N,) that COCO's evaluation uses for small, medium and large.
-        iou: (N,) with the best anchor.
-    """
-
-    split: np.ndarray
-    label: np.ndarray
-    size: np.ndarray
-    scale: np.ndarray
-    area: np.ndarray
-    iou: np.ndarray
+    split: np.ndarray  # (N,) index into the splits
+    label: np.ndarray  # (N,) index into `all_classes`
+    size: np.ndarray  # (N, 2) width and height in pixels of the image
+    scale: np.ndarray  # (N,) canvas pixels per pixel of the image
+    area: np.ndarray  # (N,) that COCO's evaluation uses for small, medium and large
+    iou: np.ndarray  # (N,) with the best anchor
 
 
 def check_data(
@@ -183,14 +155,14 @@ def read_boxes(splits: Sequence[Split], config: RetinaNetConfig) -> Boxes:
 def _read(root: Path, name: str, findings: list[Finding]) -> Iterable[Split]:
     """The split, if it can be read at all; its errors go to the findings."""
 
-    def report(error: DataError) -> None:
-        findings.append(Finding("error", error.kind, name, str(error)))
+    def report(sentence: str, kind: str) -> None:
+        findings.append(Finding("error", kind, name, sentence))
 
     try:
         path, folder = find_split(root, name)
         data = read_json(path)
     except DataError as error:
-        report(error)
+        report(str(error), error.kind)
         return
     file = printable(path.name)
     names = read_categories(data, file, report)
