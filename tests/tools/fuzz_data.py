@@ -48,8 +48,6 @@ import PIL
 from PIL import Image
 
 import focal
-import focal.retinanet.report.report
-import focal.retinanet.training.loop  # all that the command line imports, before files are watched
 from focal.cli import main as command_line
 from focal.files import write_atomically
 from focal.retinanet import PRESETS
@@ -564,7 +562,10 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
 
 @functools.cache
 def _install_audit() -> None:
-    sys.addaudithook(_audit)  # for the rest of the process
+    """Watch files for the rest of the process, after all that the command line imports."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        command_line(["train", "--data", os.devnull])
+    sys.addaudithook(_audit)
 
 
 @contextlib.contextmanager
