@@ -22,13 +22,13 @@ TINY = PRESETS["tiny"].detector
 
 
 def picture(seed, size=(60, 40)):
-    """A picture unlike any of another seed."""
+    """A picture that differs from that of any other seed."""
     rng = np.random.default_rng(seed)
     return Image.fromarray(rng.integers(256, size=(4, 6, 3), dtype=np.uint8)).resize(size)
 
 
 def split(first, count=2, boxes=((5, 5, 20, 10), (30, 20, 12, 16))):
-    """A sound split: images first, first + 1, ..., each with one box of each class."""
+    """A valid split: images first, first + 1, ..., each with one box of each class."""
     images = [
         {"id": k, "file_name": f"{k}.png", "width": 60, "height": 40}
         for k in range(first, first + count)
@@ -46,7 +46,7 @@ def split(first, count=2, boxes=((5, 5, 20, 10), (30, 20, 12, 16))):
 
 @pytest.fixture
 def data(tmp_path):
-    """A sound set of two splits, as Python objects; `write` puts it on the disk."""
+    """A valid set of two splits, as Python objects; `write` writes it to disk."""
     (tmp_path / "images").mkdir()
     for k in range(4):
         picture(k).save(tmp_path / "images" / f"{k}.png")

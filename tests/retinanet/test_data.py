@@ -42,7 +42,7 @@ def save(tmp_path, image, name="image.png", **options):
 
 
 def gradient(height=20, width=30):
-    """Every pixel is another colour."""
+    """Every pixel has another color."""
     y, x = np.mgrid[:height, :width]
     return np.stack([8 * x, 12 * y, 4 * (x + y)], axis=2).astype(np.uint8)
 
@@ -512,7 +512,7 @@ def test_shapes_boxes_are_tight_and_filled_as_their_class_says():
 
 
 def test_shapes_can_be_seen():
-    """Inside and just outside of a lone shape's box the colours differ."""
+    """The colors inside and just outside of a single shape's box differ."""
     data = ShapesDataset("test", num_images=20, num_objects=1, object_size=(30, 40))
     for example in data:
         for x1, y1, x2, y2 in example.boxes.astype(int):
@@ -556,7 +556,7 @@ def white_box(height, width, box):
 
 
 def find_box(image):
-    """The white rectangle to a fraction of a pixel, from the mass and centre of its profiles."""
+    """The white rectangle to a fraction of a pixel, from the mass and center of its profiles."""
     weight = image[..., 0] / 255
     found = []
     for profile in (weight.max(axis=0), weight.max(axis=1)):
@@ -628,7 +628,7 @@ def test_augment_keeps_boxes_on_their_pixels(picture, crop, zoom, flips, seed):
         assert out.labels.tolist() == [2]
         np.testing.assert_allclose(find_box(out.image), out.boxes[0], atol=0.3)
         assert (out.boxes[0, 2:] - out.boxes[0, :2] >= 2).all()
-    else:  # most of it must then be out of sight
+    else:  # then most of it must be outside
         seen = (out.image[..., 0] / 255).sum()
         whole = np.prod(boxes[0, 2:] - boxes[0, :2]) * scale**2
         assert seen < 0.4 * whole + 2 * (sum(out.image.shape) + 1)
@@ -710,7 +710,7 @@ def test_colour_jitter():
     assert out.shape == (200, *image.shape)
     means = out.mean(axis=(1, 2, 3)) / image.mean()
     assert 0.65 < means.min() < 0.8 and 1.2 < means.max() < 1.35
-    grey = np.full((8, 8, 3), 100, np.uint8)  # only the brightness can change a plain grey
+    grey = np.full((8, 8, 3), 100, np.uint8)  # only the brightness can change plain gray
     changed = T.colour_jitter(grey, 0.5, np.random.default_rng(3))
     factor = np.random.default_rng(3).uniform(0.5, 1.5, 3)[0]
     np.testing.assert_allclose(changed, 100 * factor, atol=1)
@@ -862,12 +862,12 @@ def test_errors_reach_the_consumer(workers):
     with pytest.raises(DataError, match="image id 1: broken"):
         for batch in batches:
             seen.extend(batch.image_ids)
-    assert seen == [0, 1, 2, 3]  # what came before it is not lost
+    assert seen == [0, 1, 2, 3]  # earlier batches are not lost
     wait_for_no_threads()
 
 
 class Faulty(Counting):
-    """Fails in a way that is no DataError, as a set of one's own may."""
+    """Fails with another error than DataError, as a user's dataset may."""
 
     def __init__(self, error, files=True):
         super().__init__(8)

@@ -135,7 +135,7 @@ def test_any_name_fits_any_picture(shape, label):
 def test_a_tag_stays_inside_the_picture_and_off_the_others():
     boxes = np.array([[100, 90, 119, 99], [1, 1, 8, 8], [40, 40, 70, 60], [40, 40, 71, 61]])
     out = draw_boxes(grey(), boxes, [0, 1, 2, 3], ("name",) * 4, [1, 1, 1, 1])
-    for label in range(4):  # a tag is mostly its colour: far more of it than the outline has
+    for label in range(4):  # a tag is mostly its color: far more of it than in the outline
         assert (out == rgb(label)).all(axis=2).sum() > 250
 
 

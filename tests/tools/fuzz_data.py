@@ -90,14 +90,14 @@ def chunk(name: bytes, data: bytes) -> bytes:
 
 
 def png(width: int, height: int, *more: bytes) -> bytes:
-    """A PNG that claims a size, whatever its pixels."""
+    """A PNG of any size in the header, with few pixels."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     pixels = chunk(b"IDAT", zlib.compress(bytes(1000)))
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(more) + pixels + chunk(b"IEND", b"")
 
 
 def annotations() -> dict[str, Any]:
-    """The JSON of a sound folder."""
+    """The JSON of a valid folder."""
     boxes = [[2, 3, 20, 10], [10.5, 8, 12, 20.25], [0, 0, 48, 32], [30, 20, 18, 12], [5, 5, 8, 8]]
     return {
         "images": [
@@ -120,7 +120,7 @@ def annotations() -> dict[str, Any]:
 
 
 class Case:
-    """A folder to be spoilt; `outside` is what must not be read."""
+    """A folder to be damaged; `outside` must not be read."""
 
     def __init__(self, folder: Path, seed: str) -> None:
         self.rng = random.Random(seed)
@@ -128,8 +128,8 @@ class Case:
         self.images, self.file = self.root / "images", self.root / FILE
         self.allowed = [self.root]
         self.data = annotations()
-        self.text: bytes | None = None  # in place of `data`; b"" with `keep` writes nothing
-        self.keep = False
+        self.text: bytes | None = None  # in place of `data`
+        self.keep = False  # do not write the JSON
         (self.images / "sub").mkdir(parents=True)
         self.outside.mkdir()
         for number, name in enumerate(NAMES):
@@ -140,7 +140,7 @@ class Case:
         (self.root / "instances_val.json").write_text(json.dumps(self.data))
 
     def write(self) -> None:
-        """The JSON, spoilt or not."""
+        """Write the JSON, damaged or not."""
         if not self.keep:
             text = json.dumps(self.data).encode() if self.text is None else self.text
             self.file.write_bytes(text)
@@ -393,7 +393,7 @@ def missing_key(case: Case) -> None:
 
 
 def places(node: Any) -> Iterator[tuple[Any, Any]]:
-    """Every place in nested lists and dicts, as container and key."""
+    """Every value in nested lists and dicts, as container and key."""
     for key in list(node) if isinstance(node, dict) else range(len(node)):
         yield node, key
         if isinstance(node[key], dict | list):
@@ -523,21 +523,21 @@ ALONE = {
 
 
 def reads_everything() -> bool:
-    """Whether permissions do not bind this process, as is usual for root."""
+    """Whether this process ignores permissions, as root does."""
     with tempfile.NamedTemporaryFile() as file:
         os.chmod(file.name, 0)
         return os.access(file.name, os.R_OK)
 
 
 SKIPPED = [name for name in KINDS if "permission" in name] if reads_everything() else []
-"""Kinds that cannot be made here."""
+"""Kinds of damage that are not possible here."""
 
 
 # ---------------------------------------------------------------- one case
 
 
 class Outcome(NamedTuple):
-    """How a case ended; `text` is the sentence, or what is unexplained."""
+    """How a case ended; `text` is the error, or what is unexplained."""
 
     word: str
     text: str
@@ -586,13 +586,13 @@ PYTHON = tuple(
 
 
 def strangers(opened: list[str], allowed: list[Path]) -> list[str]:
-    """What was opened and is neither of the data set nor of Python itself."""
+    """What was opened and belongs neither to the dataset nor to Python."""
     homes = (*PYTHON, *(os.path.realpath(path) for path in allowed))
     return [path for path in opened if not os.path.realpath(path).startswith(homes)]
 
 
 def run_case(kind: str, seed: str) -> Outcome:
-    """Make a case, read it in every way, and say how it ended."""
+    """Make a case, read it in every way, and return how it ended."""
     with tempfile.TemporaryDirectory(prefix="focal-fuzz-") as folder:
         case = Case(Path(folder).resolve(), seed)
         KINDS[kind][0](case)
@@ -633,7 +633,7 @@ def _read(case: Case) -> Outcome:
 
 
 def _train(case: Case) -> Outcome:
-    """What training does with the data."""
+    """Read the data as training does."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -663,7 +663,7 @@ def _train(case: Case) -> Outcome:
 
 
 def _check(case: Case) -> list[str]:
-    """The errors that `focal check` sees where training reads."""
+    """The errors that `focal check` finds in the training split."""
     try:
         findings, splits = check_data(case.root)
     except DataError as error:
@@ -707,8 +707,8 @@ def _sound(example: Any, classes: tuple[str, ...]) -> None:
 
 
 def run(seed: int, count: int) -> dict[str, Any]:
-    """`count` cases, the kinds in turn; how many of each kind ended how."""
-    logging.getLogger().addHandler(logging.NullHandler())  # none is made by the command line
+    """Run `count` cases, the kinds in turn, and count the outcomes."""
+    logging.getLogger().addHandler(logging.NullHandler())  # or the command line would add one
     names = [name for name in KINDS if name not in SKIPPED]
     kinds: dict[str, Counter[str]] = {name: Counter() for name in names}
     examples: dict[str, str] = {}

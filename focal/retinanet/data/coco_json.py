@@ -1,4 +1,4 @@
-"""Reads a COCO JSON file into plain records, or says in one sentence each what is wrong with it."""
+"""Reads a COCO JSON file into plain records, with one sentence for each error in it."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def stop(sentence: str, kind: str) -> NoReturn:
 
 
 class ImageRecord(NamedTuple):
-    """One entry of `images`; `file` is relative to the image folder, and exists."""
+    """One entry of `images`; the file name is relative to the image folder."""
 
     id: int
-    file: str
+    file_name: str
     height: int
     width: int
 
@@ -200,7 +200,7 @@ def read_images(
 ) -> list[ImageRecord]:
     """The images in the order of the file; each file must exist, none is opened."""
     images = []
-    keys = "id", "file_name", "height", "width"
+    keys = ImageRecord._fields
     for where, record in _records(data, "images", file, report):
         if "file_name" in record and (fault := rule.fault(record["file_name"])):
             report(f"{where}: {fault[1]}", fault[0])

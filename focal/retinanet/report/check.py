@@ -76,7 +76,7 @@ class Split(NamedTuple):
     def image(self, index: int) -> str:
         """An image as messages name it."""
         record = self.images[index]
-        return f"image id {record.id} ({printable(record.file)})"
+        return f"image id {record.id} ({printable(record.file_name)})"
 
     def box(self, row: int) -> str:
         """A box as messages name it."""
@@ -168,7 +168,7 @@ def _read(root: Path, name: str, findings: list[Finding]) -> Iterable[Split]:
     names = read_categories(data, file, report)
     rule = PathRule(root, folder)
     images = read_images(data, file, rule, report)
-    usable = np.array([rule.fault(image.file) is None for image in images], bool)
+    usable = np.array([rule.fault(image.file_name) is None for image in images], bool)
     objects, dropped = read_objects(data, file, images, tuple(sorted(names)), report)
     listed = data.get("annotations")
     entries = listed if isinstance(listed, list) else []
@@ -195,7 +195,7 @@ def _warnings(split: Split) -> Iterable[Finding]:
         yield split.warning("class without boxes", repr(printable(split.classes[label])))
     for row in np.flatnonzero(objects.crowd).tolist():
         yield split.warning("crowd box, used only to ignore detections", split.box(row))
-    for name, number in Counter(image.file for image in split.images).items():
+    for name, number in Counter(image.file_name for image in split.images).items():
         if number > 1:
             text = f"{printable(name)}, {number} times"
             yield split.warning("file listed more than once", text)
@@ -291,7 +291,7 @@ def _files(splits: Sequence[Split], progress: bool) -> Iterable[Finding]:
             text = f"{split.image(index)} and {first.file}: {first.image(at)}"
             if first.name != split.name:
                 yield split.warning("image in two splits", text)
-            elif at != index and first.images[at].file != split.images[index].file:
+            elif at != index and first.images[at].file_name != split.images[index].file_name:
                 yield split.warning("duplicate image in a split", text)
             elif thumbnail is not None and at == index and len(work) <= MAX_COMPARED:
                 kept.append((split, index, thumbnail))
@@ -309,7 +309,7 @@ def _open(split: Split, index: int) -> tuple[bytes | None, np.ndarray | None, Da
     """The hash of an image file, a gray thumbnail of mean 0 and length 1, and what is wrong."""
     record = split.images[index]
     try:
-        digest = hashlib.sha256((split.folder / record.file).read_bytes()).digest()
+        digest = hashlib.sha256((split.folder / record.file_name).read_bytes()).digest()
     except OSError:
         digest = None  # reading it as an image will say why
     try:
@@ -326,7 +326,7 @@ def _unlisted(root: Path, splits: Sequence[Split]) -> Iterable[Finding]:
     """Files in the image folders that no annotation file lists."""
     listed: dict[Path, set[str]] = defaultdict(set)
     for split in splits:
-        listed[split.folder].update(os.path.normpath(image.file) for image in split.images)
+        listed[split.folder].update(os.path.normpath(image.file_name) for image in split.images)
     for folder, names in listed.items():
         for base, _, files in os.walk(folder):  # does not follow links
             for name in sorted(files):
