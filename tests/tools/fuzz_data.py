@@ -151,7 +151,10 @@ class Case:
 
     def image(self) -> Path:
         """One of the image files."""
-        return self.images / self.rng.choice(NAMES)
+        path = self.images / self.rng.choice(NAMES)
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise OSError("a pipe or a device of other damage; reading it would not end")
+        return path
 
     def without_image(self) -> Path:
         """The path of an image that is deleted."""
