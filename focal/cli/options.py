@@ -63,19 +63,18 @@ def configs(options: argparse.Namespace) -> Configs:
     else:
         detector, run = _preset(options.preset or "tiny", options.convention or "paper")
     own = {"canvas": options.canvas, "steps": options.steps, "seed": options.seed}
-    assignments = [f"{field}={value}" for field, value in own.items() if value is not None]
-    for assignment in assignments + options.set:
+    changes = {field: _value(str(value)) for field, value in own.items() if value is not None}
+    for assignment in options.set:
         field, separator, text = assignment.partition("=")
         if not separator:
             raise ValueError(f"--set must be FIELD=VALUE; got {assignment!r}")
-        change = parse_fields({field: _value(text)})
-        if field in vars(run):
-            run = run.replace(**change)
-        elif field in vars(detector):
-            detector = detector.replace(**change)
-        else:
+        if field not in {**vars(run), **vars(detector)}:
             raise ValueError(f"--set: no field {field!r} in RetinaNetConfig or TrainConfig")
-    return detector, run
+        changes[field] = _value(text)
+    # All at once: some fields only fit together, such as levels and anchors.
+    changes = parse_fields(changes)
+    detector = detector.replace(**{f: v for f, v in changes.items() if f in vars(detector)})
+    return detector, run.replace(**{f: v for f, v in changes.items() if f in vars(run)})
 
 
 def open_dataset(data: str, split: str, detector: RetinaNetConfig) -> Dataset:

@@ -50,7 +50,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 jitter=0.3,
             ),
         ),
-        # The paper's RetinaNet-50 and schedule; from scratch it wants norm=batch or group.
+        # The paper's RetinaNet-50 and schedule; without loaded weights use norm=batch or group.
         "r50": Preset(RetinaNetConfig(), TrainConfig()),
     }
 )
@@ -77,7 +77,7 @@ CONVENTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "head_norm": "group",
             "box_loss": "giou",
         },
-        # Base-RetinaNet.yaml: L1 boxes, running mean of the positives as normaliser.
+        # Base-RetinaNet.yaml: L1 boxes, running mean of the positives as normalizer.
         "detectron2": {
             "allow_low_quality": True,
             "anchors": AnchorConfig(offset=0.0),

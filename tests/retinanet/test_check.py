@@ -22,13 +22,13 @@ TINY = PRESETS["tiny"].detector
 
 
 def picture(seed, size=(60, 40)):
-    """A picture unlike any of another seed."""
+    """A picture that differs from that of any other seed."""
     rng = np.random.default_rng(seed)
     return Image.fromarray(rng.integers(256, size=(4, 6, 3), dtype=np.uint8)).resize(size)
 
 
 def split(first, count=2, boxes=((5, 5, 20, 10), (30, 20, 12, 16))):
-    """A sound split: images first, first + 1, ..., each with one box of each class."""
+    """A valid split: images first, first + 1, ..., each with one box of each class."""
     images = [
         {"id": k, "file_name": f"{k}.png", "width": 60, "height": 40}
         for k in range(first, first + count)
@@ -46,7 +46,7 @@ def split(first, count=2, boxes=((5, 5, 20, 10), (30, 20, 12, 16))):
 
 @pytest.fixture
 def data(tmp_path):
-    """A sound set of two splits, as Python objects; `write` puts it on the disk."""
+    """A valid set of two splits, as Python objects; `write` writes it to disk."""
     (tmp_path / "images").mkdir()
     for k in range(4):
         picture(k).save(tmp_path / "images" / f"{k}.png")
@@ -165,11 +165,6 @@ def test_classes_are_told_apart_by_name_where_their_order_differs(tmp_path, data
     assert widths["5%"] == 0.5 and widths["median"] == widths["95%"] == 1.33
 
 
-def only(findings):
-    (finding,) = findings
-    return finding
-
-
 def change(name, value):
     """An edit of the first annotation of train."""
     return lambda data: data["train"]["annotations"][0].update({name: value})
@@ -180,66 +175,44 @@ def one_more(box, label=0):
     return lambda data: data["train"]["annotations"].append(entry)
 
 
+def without(rows):
+    return lambda data: data["train"]["annotations"].__delitem__(rows)
+
+
+def same_file_again(data):
+    data["train"]["images"].append({**data["train"]["images"][0], "id": 9})
+
+
+def names_alike(data):
+    for content in data.values():
+        content["categories"][1]["name"] = " CLASS0"
+
+
+IMAGE = "image id 0 (0.png)"
+FIRST, OTHER = f"annotation 0 of {IMAGE}", f"annotation 50 of {IMAGE}"
+AREA = "area that is not that of the box"
+CLIPPED = "box that extends beyond its image, clipped"
+TWO_BOXES = "two boxes for one object (IoU 0.9 or more)"
+TWO_CLASSES = "one object with two classes (IoU 0.9 or more)"
+NAMES_ALIKE = "class names that differ only in case or spaces"
+
+
 @pytest.mark.parametrize(
     ("edit", "kind", "sentence"),
     [
         (one_more([9, 9, 0, 5]), "box dropped: zero-area", "annotation 50 of image id 0: [9, 9, 0"),
         (one_more([90, 9, 5, 5]), "box dropped: outside the image", "annotation 50 of image id 0"),
-        (
-            one_more([50, 35, 20, 7]),
-            "box that extends beyond its image, clipped",
-            "annotation 50 of image id 0 (0.png): by 10 pixels",
-        ),
-        (
-            one_more([5, 5, 20, 10]),
-            "duplicate box",
-            "annotation 0 of image id 0 (0.png), and 50: IoU 1.000",
-        ),
-        (
-            one_more([5, 5, 20, 10], 1),
-            "one object with two classes (IoU 0.9 or more)",
-            "annotation 0 of image id 0 (0.png), and 50: IoU 1.000",
-        ),
-        (
-            one_more([5, 5, 19, 10]),
-            "two boxes for one object (IoU 0.9 or more)",
-            "annotation 0 of image id 0 (0.png), and 50: IoU 0.950",
-        ),
-        (
-            change("area", 300),
-            "area that is not that of the box",
-            "annotation 0 of image id 0 (0.png): area 300, box 20 x 10 = 200",
-        ),
-        (
-            change("area", 100),
-            "area that is not that of the box",
-            "annotation 0 of image id 0 (0.png): area 100, box 20 x 10 = 200",
-        ),
-        (
-            change("iscrowd", 1),
-            "crowd box, used only to ignore detections",
-            "annotation 0 of image id 0 (0.png)",
-        ),
-        (
-            lambda data: data["train"]["annotations"].__delitem__(slice(0, 2)),
-            "image without boxes",
-            "image id 0 (0.png)",
-        ),
-        (
-            lambda data: data["train"]["annotations"].__delitem__(slice(1, 4, 2)),
-            "class without boxes",
-            "'class 1'",
-        ),
-        (
-            lambda data: data["train"]["images"].append({**data["train"]["images"][0], "id": 9}),
-            "file listed more than once",
-            "0.png, 2 times",
-        ),
-        (
-            lambda data: [data[s]["categories"][1].update(name=" CLASS0") for s in data],
-            "class names that differ only in case or spaces",
-            "'class 0', ' CLASS0'",
-        ),
+        (one_more([50, 35, 20, 7]), CLIPPED, f"{OTHER}: by 10 pixels"),
+        (one_more([5, 5, 20, 10]), "duplicate box", f"{FIRST}, and 50: IoU 1.000"),
+        (one_more([5, 5, 20, 10], 1), TWO_CLASSES, f"{FIRST}, and 50: IoU 1.000"),
+        (one_more([5, 5, 19, 10]), TWO_BOXES, f"{FIRST}, and 50: IoU 0.950"),
+        (change("area", 300), AREA, f"{FIRST}: area 300, box 20 x 10 = 200"),
+        (change("area", 100), AREA, f"{FIRST}: area 100, box 20 x 10 = 200"),
+        (change("iscrowd", 1), "crowd box, used only to ignore detections", FIRST),
+        (without(slice(0, 2)), "image without boxes", IMAGE),
+        (without(slice(1, 4, 2)), "class without boxes", "'class 1'"),
+        (same_file_again, "file listed more than once", "0.png, 2 times"),
+        (names_alike, NAMES_ALIKE, "'class 0', ' CLASS0'"),
     ],
 )
 def test_each_warning(tmp_path, data, edit, kind, sentence):
@@ -248,7 +221,7 @@ def test_each_warning(tmp_path, data, edit, kind, sentence):
     assert (kind, f"instances_train.json: {sentence}") in [
         (k, s[: len(f"instances_train.json: {sentence}")]) for k, s in warnings
     ]
-    beside = {"image without boxes", "class names that differ only in case or spaces"}
+    beside = {"image without boxes", NAMES_ALIKE}
     assert {k for k, _ in warnings} <= {kind} | beside
     assert found(tmp_path, "error") == []
 
@@ -266,21 +239,18 @@ def test_the_same_image_again(tmp_path, data):
     nearly = np.asarray(picture(0)).astype(int) + 3
     Image.fromarray(np.minimum(nearly, 255).astype(np.uint8)).save(images / "3.png")
     (images / "notes.txt").touch()
+    first = f"instances_train.json: {IMAGE}"
     (images / "more").mkdir()
     (images / "more/5.png").touch()
     assert found(write(tmp_path, data)) == [
         (
             "duplicate image in a split",
-            "instances_train.json: image id 1 (1.png) and instances_train.json: image id 0 (0.png)",
+            f"instances_train.json: image id 1 (1.png) and {first}",
         ),
-        (
-            "image in two splits",
-            "instances_val.json: image id 2 (2.png) and instances_train.json: image id 0 (0.png)",
-        ),
+        ("image in two splits", f"instances_val.json: image id 2 (2.png) and {first}"),
         (
             "near-duplicate of an image in another split",
-            "instances_val.json: image id 3 (3.png) and instances_train.json: image id 0 (0.png): "
-            "correlation 1.000",
+            f"instances_val.json: image id 3 (3.png) and {first}: correlation 1.000",
         ),
         ("file not listed in any split", "images/notes.txt"),
         ("file not listed in any split", "images/more/5.png"),
@@ -389,7 +359,7 @@ def test_bccd_is_what_its_readme_says(tmp_path, capsys):
     assert unlabelled["splits"] == {"train": 8, "val": 4, "test": 3}
     twice = warnings["two boxes for one object (IoU 0.9 or more)"]
     assert twice["splits"] == {"train": 4, "val": 2, "test": 1}
-    alike = only(warnings["near-duplicate of an image in another split"]["findings"])
+    (alike,) = warnings["near-duplicate of an image in another split"]["findings"]
     assert "00037" in alike and "00038" in alike
     assert warnings["box of a size unusual for its class"]["count"] == 3
     assert record["boxes"]["count"] == 4886

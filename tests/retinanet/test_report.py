@@ -45,20 +45,18 @@ def eval_line(step, split="val", **metrics):
     return json.dumps({"kind": "eval", "split": split, "step": step, **base, **metrics}) + "\n"
 
 
-def config(**changes):
-    base = {
-        "detector": {"classes": HOSTILE[:2], "anchors": {"offset": 0.5}},
-        "train": {"steps": 90, "ema": None},
-        "command": "focal train --data 'a<b>' && echo",
-        "started": "2026-01-02 03:04",
-        "data": "<b>cells</b>",
-        "backend": "torch",
-        "versions": {"focal": "0.1.0", "<i>": "<u>"},
-        "device": "cpu & more",
-        "parameters": 930123,
-        "seconds": 75.0,
-    }
-    return json.dumps(base | changes)
+CONFIG = {
+    "detector": {"classes": HOSTILE[:2], "anchors": {"offset": 0.5}},
+    "train": {"steps": 90, "ema": None},
+    "command": "focal train --data 'a<b>' && echo",
+    "started": "2026-01-02 03:04",
+    "data": "<b>cells</b>",
+    "backend": "torch",
+    "versions": {"focal": "0.1.0", "<i>": "<u>"},
+    "device": "cpu & more",
+    "parameters": 930123,
+    "seconds": 75.0,
+}
 
 
 def size_of(path):
@@ -137,7 +135,7 @@ def test_any_name_fits_any_picture(shape, label):
 def test_a_tag_stays_inside_the_picture_and_off_the_others():
     boxes = np.array([[100, 90, 119, 99], [1, 1, 8, 8], [40, 40, 70, 60], [40, 40, 71, 61]])
     out = draw_boxes(grey(), boxes, [0, 1, 2, 3], ("name",) * 4, [1, 1, 1, 1])
-    for label in range(4):  # a tag is mostly its colour: far more of it than the outline has
+    for label in range(4):  # a tag is mostly its color: far more of it than in the outline
         assert (out == rgb(label)).all(axis=2).sum() > 250
 
 
@@ -252,7 +250,7 @@ def page_of(run):
 
 
 def test_a_full_report_is_escaped_and_self_contained(tmp_path):
-    (tmp_path / "config.json").write_text(config())
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     per_class = {f"AP/{name}": 0.25 for name in HOSTILE}
     lines = train_line(20) + eval_line(20, **per_class) + eval_line(30, "<test>", AP=0.625)
     (tmp_path / "metrics.jsonl").write_text(lines)
@@ -274,13 +272,9 @@ def test_a_full_report_is_escaped_and_self_contained(tmp_path):
 
 def test_an_empty_folder_gives_sentences(tmp_path):
     page = page_of(tmp_path)
-    for sentence in (
-        "loss.png is missing",
-        "detections.png is missing",
-        "config.json is missing",
-        "not been evaluated",
-    ):
-        assert sentence in page
+    for name in ("loss.png", "detections.png", "config.json"):
+        assert f"{name} is missing" in page
+    assert "not been evaluated" in page
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"detector": 3, "seconds": "x"}'])

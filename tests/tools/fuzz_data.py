@@ -1,18 +1,18 @@
-"""Damaged COCO folders by the thousand: each must end in a clear sentence, or do no harm.
+"""Thousands of damaged COCO folders: each must end in a clear error, or do no harm.
 
     python -m tests.tools.fuzz_data --count 6000 --out docs/results/fuzz.json
 
-Every case is a small folder with one thing (at times several) spoilt. It is read as training reads
-it, then by `focal check`, and the two must agree on whether there is an error. The outcome is
+Every case is a small folder with one kind of damage, or several. It is read as in training, then by
+`focal check`, and the two must agree on whether there is an error. The outcome is
 
     error   one printable line that names the file, from the library and from the command line
-    skip    the data is read, and a line of the log counts what was left out
-    fine    the data is read and sound: boxes inside their images, labels that are classes,
-            batches and an evaluation can be made
+    skip    the data is read, and a line of the log counts what was dropped
+    fine    the data is read and valid: boxes inside their images, labels that are classes; batches
+            and an evaluation can be made
     other   anything else: another exception, a hang, a program started, a connection made, a file
-            opened that is not of the data set
+            opened that does not belong to the dataset
 
-A kind of damage has the outcomes that are allowed for it; any other is unexplained.
+Each kind of damage has its allowed outcomes; any other is unexplained.
 """
 
 from __future__ import annotations
@@ -48,8 +48,6 @@ import PIL
 from PIL import Image
 
 import focal
-import focal.retinanet.report.report
-import focal.retinanet.training.loop  # all that the command line imports, before files are watched
 from focal.cli import main as command_line
 from focal.files import write_atomically
 from focal.retinanet import PRESETS
@@ -63,23 +61,13 @@ FILE = "instances_train.json"
 NAMES = ("a.jpg", "b.jpg", "sub/c.png")
 SECONDS = 30  # a case that takes longer hangs
 ERROR, SKIP, FINE = "error", "skip", "fine"
+NAN, INF = float("nan"), float("inf")
 DETECTOR = PRESETS["tiny"].detector.replace(canvas=(32, 48))
 RUN = PRESETS["tiny"].train.replace(batch_size=2, workers=0, crop=None)
 JUNK = [
-    *(None, True, False, -1, 0, 7, 1.5, 2**40, 2**70, 10**400, float("nan"), float("inf"), -1e308),
-    *(
-        "",
-        "text",
-        "1",
-        "x" * 5000,
-        "\u202e\n\x1b[2J\x00",
-        "\ud800",
-        "細胞",
-        [],
-        {},
-        [None],
-        {"id": 1},
-    ),
+    *(None, True, False, -1, 0, 7, 1.5, 2**40, 2**70, 10**400, NAN, INF, -1e308),
+    *("", "text", "1", "x" * 5000, "\u202e\n\x1b[2J\x00", "\ud800", "細胞"),
+    *([], {}, [None], {"id": 1}),
     functools.reduce(lambda inner, _: [inner], range(300), []),
     [1e308] * 4,
     ["1", "2", "3", "4"],
@@ -102,14 +90,14 @@ def chunk(name: bytes, data: bytes) -> bytes:
 
 
 def png(width: int, height: int, *more: bytes) -> bytes:
-    """A PNG that claims a size, whatever its pixels."""
+    """A PNG of any size in the header, with few pixels."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     pixels = chunk(b"IDAT", zlib.compress(bytes(1000)))
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(more) + pixels + chunk(b"IEND", b"")
 
 
 def annotations() -> dict[str, Any]:
-    """The JSON of a sound folder."""
+    """The JSON of a valid folder."""
     boxes = [[2, 3, 20, 10], [10.5, 8, 12, 20.25], [0, 0, 48, 32], [30, 20, 18, 12], [5, 5, 8, 8]]
     return {
         "images": [
@@ -132,7 +120,7 @@ def annotations() -> dict[str, Any]:
 
 
 class Case:
-    """A folder to be spoilt; `outside` is what must not be read."""
+    """A folder to be damaged; `outside` must not be read."""
 
     def __init__(self, folder: Path, seed: str) -> None:
         self.rng = random.Random(seed)
@@ -140,8 +128,8 @@ class Case:
         self.images, self.file = self.root / "images", self.root / FILE
         self.allowed = [self.root]
         self.data = annotations()
-        self.text: bytes | None = None  # in place of `data`; b"" with `keep` writes nothing
-        self.keep = False
+        self.text: bytes | None = None  # in place of `data`
+        self.keep = False  # do not write the JSON
         (self.images / "sub").mkdir(parents=True)
         self.outside.mkdir()
         for number, name in enumerate(NAMES):
@@ -152,18 +140,61 @@ class Case:
         (self.root / "instances_val.json").write_text(json.dumps(self.data))
 
     def write(self) -> None:
-        """The JSON, spoilt or not."""
+        """Write the JSON, damaged or not."""
         if not self.keep:
             text = json.dumps(self.data).encode() if self.text is None else self.text
             self.file.write_bytes(text)
 
+    def pick(self, *values: Any) -> Any:
+        """A copy of one of the values."""
+        return copy.deepcopy(self.rng.choice(values) if len(values) > 1 else values[0])
+
     def image(self) -> Path:
         """One of the image files."""
-        return self.images / self.rng.choice(NAMES)
+        path = self.images / self.rng.choice(NAMES)
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise OSError("a pipe or a device of other damage; reading it would not end")
+        return path
+
+    def without_image(self) -> Path:
+        """The path of an image that is deleted."""
+        path = self.image()
+        path.unlink()
+        return path
 
     def record(self, key: str) -> dict[str, Any]:
         """One of the entries of a list."""
         return self.rng.choice(self.data[key])
+
+
+# ---------------------------------------------------------------- damage to any record
+
+Damage = Callable[[Case], Any]
+
+
+def image_of(*contents: bytes) -> Damage:
+    """Other bytes in place of an image."""
+    return lambda case: case.image().write_bytes(case.pick(*contents))
+
+
+def value_of(key: str, fields: str, *values: Any) -> Damage:
+    """Another value in one of the fields of a record."""
+
+    def damage(case: Case) -> None:
+        field, value = case.pick(*fields.split()), case.pick(*values)
+        case.record(key)[field] = value
+
+    return damage
+
+
+def side_of_bbox(*values: float) -> Damage:
+    """Another width or height of a bbox."""
+
+    def damage(case: Case) -> None:
+        value = case.pick(*values)
+        case.record("annotations")["bbox"][case.pick(2, 3)] = value
+
+    return damage
 
 
 # ---------------------------------------------------------------- damage to images
@@ -175,14 +206,10 @@ def truncated_image(case: Case) -> None:
     path.write_bytes(data[: case.rng.randrange(1, len(data) - 40)])
 
 
-def empty_image(case: Case) -> None:
-    case.image().write_bytes(b"")
-
-
 def flipped_bytes(case: Case) -> None:
     path = case.image()
     data = bytearray(path.read_bytes())
-    for _ in range(case.rng.choice([1, 1, 2, 8, 64])):
+    for _ in range(case.pick(1, 1, 2, 8, 64)):
         data[case.rng.randrange(len(data))] ^= 1 << case.rng.randrange(8)
     path.write_bytes(data)
 
@@ -191,80 +218,44 @@ def zeroed_bytes(case: Case) -> None:
     path = case.image()
     data = bytearray(path.read_bytes())
     start = case.rng.randrange(len(data))
-    end = min(len(data), start + case.rng.choice([4, 64, 1000]))
+    end = min(len(data), start + case.pick(4, 64, 1000))
     data[start:end] = bytes(end - start)
     path.write_bytes(data)
 
 
 def noise_for_an_image(case: Case) -> None:
-    start = case.rng.choice(
-        [b"", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"II*\0", b"BM"]
-    )
+    start = case.pick(b"", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"II*\0", b"BM")
     case.image().write_bytes(start + case.rng.randbytes(case.rng.randrange(2000)))
 
 
-def text_for_an_image(case: Case) -> None:
-    texts = [
-        b"<svg onload='x'/>",
-        b"<html>404</html>",
-        b"version https://git-lfs.github.com/spec/v1\n",
-    ]
-    case.image().write_bytes(case.rng.choice(texts))
-
-
-def postscript_for_an_image(case: Case) -> None:
-    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 48 32\n%%EndComments\nshowpage\n%%EOF\n"
-    case.image().write_bytes(program)
-
-
 def another_format(case: Case) -> None:
-    kind = case.rng.choice(["PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM"])
+    kind = case.pick("PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
     case.image().write_bytes(picture(case.rng.randrange(3), kind))
 
 
 def another_size(case: Case) -> None:
-    sides = case.rng.choice([(HEIGHT, WIDTH), (1, 1), (WIDTH + 1, HEIGHT), (WIDTH, 2 * HEIGHT)])
+    sides = case.pick((HEIGHT, WIDTH), (1, 1), (WIDTH + 1, HEIGHT), (WIDTH, 2 * HEIGHT))
     case.image().write_bytes(picture(0, "PNG", sides))
 
 
 def bomb(case: Case) -> None:
-    side = case.rng.choice([20_000, 60_000, 2**31 - 1])
+    side = case.pick(20_000, 60_000, 2**31 - 1)
     header = struct.pack("<6sHHBBB", b"GIF89a", 65535, 65535, 0, 0, 0)
-    data = case.rng.choice([png(side, side), header + b",\0\0\0\0\xff\xff\xff\xff\0\x02\0;"])
+    data = case.pick(png(side, side), header + b",\0\0\0\0\xff\xff\xff\xff\0\x02\0;")
     record = case.record("images")
     (case.images / record["file_name"]).write_bytes(data)
     if case.rng.random() < 0.5:
         record.update(width=side, height=side)
 
 
-def text_bomb(case: Case) -> None:
-    packed = zlib.compress(bytes(3_000_000), 9)
-    case.image().write_bytes(png(WIDTH, HEIGHT, chunk(b"zTXt", b"Comment\0\0" + packed)))
-
-
-def missing_image(case: Case) -> None:
-    case.image().unlink()
-
-
-def folder_for_an_image(case: Case) -> None:
-    path = case.image()
-    path.unlink()
-    path.mkdir()
-
-
 def pipe_for_an_image(case: Case) -> None:
-    path = case.image()
-    path.unlink()
+    path = case.without_image()
     if case.rng.random() < 0.5:
         os.mkfifo(path)
     else:
         with contextlib.closing(socket.socket(socket.AF_UNIX)) as server:
             with contextlib.chdir(path.parent):  # the name of a socket has at most 107 letters
                 server.bind(path.name)
-
-
-def unreadable_image(case: Case) -> None:
-    case.image().chmod(0)
 
 
 def unreadable_json(case: Case) -> None:
@@ -277,66 +268,36 @@ def unreadable_json(case: Case) -> None:
 
 
 def path_that_climbs(case: Case) -> None:
-    secret = case.outside / "secret.png"
-    case.record("images")["file_name"] = case.rng.choice(
-        [
-            *("../../outside/secret.png", "sub/../../../outside/secret.png", str(secret)),
-            *("/etc/passwd", "../../../../../../../../etc/passwd", "..", "../", "sub/.."),
-            *(
-                "..\\..\\outside\\secret.png",
-                "C:\\secret.png",
-                "\\\\host\\share\\a.jpg",
-                "/",
-                "//a",
-            ),
-            *("./../../outside/secret.png", "../instances_val.json", "/dev/zero", "/proc/self/mem"),
-        ]
-    )
+    secret = str(case.outside / "secret.png")
+    names = f"../../outside/secret.png sub/../../../outside/secret.png {secret} /etc/passwd "
+    names += r"../../../../../../../../etc/passwd .. ../ sub/.. ..\..\outside\secret.png "
+    names += r"C:\secret.png \\host\share\a.jpg / //a ./../../outside/secret.png "
+    names += "../instances_val.json /dev/zero /proc/self/mem"
+    case.record("images")["file_name"] = case.pick(*names.split())
 
 
-def path_that_leads_nowhere(case: Case) -> None:
-    case.record("images")["file_name"] = case.rng.choice(
-        [
-            *(
-                "file:///etc/passwd",
-                "https://example.com/a.jpg",
-                "~/a.jpg",
-                "$HOME/a.jpg",
-                "a.jpg\0",
-            ),
-            *("A.JPEG", "a.jpg ", "*.jpg", ".", "sub", "a.jpg/b.jpg", "x" * 300, "x/" * 3000 + "y"),
-            *("\ud800.jpg", "\udc80.jpg", "\u202egpj.a", "a\nb.jpg", "\x1b[2J.jpg", "細胞.jpg"),
-        ]
-    )
+NOWHERE = "file:///etc/passwd https://example.com/a.jpg ~/a.jpg $HOME/a.jpg a.jpg\0 A.JPEG".split()
+NOWHERE += ["a.jpg ", "*.jpg", ".", "sub", "a.jpg/b.jpg", "x" * 300, "x/" * 3000 + "y"]
+NOWHERE += ["\ud800.jpg", "\udc80.jpg", "\u202egpj.a", "a\nb.jpg", "\x1b[2J.jpg", "細胞.jpg"]
 
 
 def unusual_name(case: Case) -> None:
     record = case.record("images")
-    stems = [
-        "細胞 é ℵ",
-        "\U0001f9ab",
-        "x" * 200,
-        "a b",
-        "-rf",
-        "%2e%2e",
-        "..a",
-        "a..",
-        "'\"$`",
-        "a\nb",
-    ]
-    name = case.rng.choice(stems) + ".jpg"
+    stems = "%2e%2e", "..a", "a..", "'\"$`", "a\nb"
+    name = case.pick("細胞 é ℵ", "\U0001f9ab", "x" * 200, "a b", "-rf", *stems) + ".jpg"
     (case.images / record["file_name"]).rename(case.images / name)
-    record["file_name"] = case.rng.choice(["", "./"]) + name
-    for entry in (other := json.loads((case.root / "instances_val.json").read_text()))["images"]:
+    record["file_name"] = case.pick("", "./") + name
+    other = case.root / "instances_val.json"
+    validation = json.loads(other.read_text())
+    for entry in validation["images"]:
         if entry["id"] == record["id"]:
             entry["file_name"] = name
-    (case.root / "instances_val.json").write_text(json.dumps(other))
+    other.write_text(json.dumps(validation))
 
 
 def link_outside(case: Case) -> None:
-    path = case.image()
-    path.unlink()
-    path.symlink_to(case.rng.choice([case.outside / "secret.png", "/etc/passwd", "/dev/zero"]))
+    path = case.without_image()
+    path.symlink_to(case.pick(case.outside / "secret.png", "/etc/passwd", "/dev/zero"))
     if case.rng.random() < 0.3:  # by way of a second link
         path.rename(case.root / "second")
         path.symlink_to(case.root / "second")
@@ -351,16 +312,15 @@ def linked_subfolder(case: Case) -> None:
 
 def link_inside(case: Case) -> None:
     path = case.image()
-    store = case.root / case.rng.choice(["store", "images/store"])
+    store = case.root / case.pick("store", "images/store")
     store.mkdir()
     path.rename(store / path.name)
     path.symlink_to(os.path.relpath(store / path.name, path.parent))
 
 
 def link_in_a_circle(case: Case) -> None:
-    path = case.image()
-    path.unlink()
-    path.symlink_to(case.rng.choice([path, case.images / "back"]))
+    path = case.without_image()
+    path.symlink_to(case.pick(path, case.images / "back"))
     (case.images / "back").symlink_to(path)
 
 
@@ -378,21 +338,18 @@ def missing_image_folder(case: Case) -> None:
 
 def json_that_is_no_file(case: Case) -> None:
     case.keep = True
-    case.rng.choice(
-        [
-            lambda: case.file.mkdir(),
-            lambda: os.mkfifo(case.file),
-            lambda: case.file.symlink_to(case.file),
-            lambda: case.file.symlink_to("nowhere"),
-        ]
-    )()
+    kind = case.pick("folder", "pipe", case.file, "nowhere")
+    if kind == "folder":
+        case.file.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(case.file)
+    else:
+        case.file.symlink_to(kind)
 
 
 def json_linked_outside(case: Case) -> None:
     case.keep = True
-    case.file.symlink_to(
-        case.rng.choice([case.outside / "secret.json", "/etc/passwd", "/dev/zero"])
-    )
+    case.file.symlink_to(case.pick(case.outside / "secret.json", "/etc/passwd", "/dev/zero"))
 
 
 # ---------------------------------------------------------------- damage to the JSON
@@ -404,31 +361,30 @@ def truncated_json(case: Case) -> None:
 
 
 def flipped_json(case: Case) -> None:
-    text = bytearray(json.dumps(case.data, indent=case.rng.choice([None, 1])).encode())
-    for _ in range(case.rng.choice([1, 1, 2, 5])):
-        text[case.rng.randrange(len(text))] = case.rng.choice(
-            [case.rng.randrange(256), 0, 34, 44, 48]
-        )
+    text = bytearray(json.dumps(case.data, indent=case.pick(None, 1)).encode())
+    for _ in range(case.pick(1, 1, 2, 5)):
+        byte = case.pick(case.rng.randrange(256), 0, 34, 44, 48)
+        text[case.rng.randrange(len(text))] = byte
     case.text = bytes(text)
 
 
 def not_json(case: Case) -> None:
     texts = [b"", b"\0" * 100, b"<xml/>", b"[]", b"3", b"null", b'"text"', b"\xff\xfe", b"{}{}"]
     texts += [b"{'a': 1}", b"NaN", b"9" * 5000, b'{"images": ' + b"9" * 5000 + b"}"]
-    case.text = case.rng.choice([*texts, case.rng.randbytes(500)])
+    case.text = case.pick(*texts, case.rng.randbytes(500))
 
 
 def deep_json(case: Case) -> None:
-    start, end = case.rng.choice([(b"[", b"]"), (b'{"a":', b"}")])
-    depth = case.rng.choice([300, 900, 5_000, 100_000])
+    start, end = case.pick((b"[", b"]"), (b'{"a":', b"}"))
+    depth = case.pick(300, 900, 5_000, 100_000)
     deep = start * depth + b"1" + (end * depth if case.rng.random() < 0.7 else b"")
     text = json.dumps(case.data).encode()
-    where = case.rng.choice([b'"bbox": ', b'"name": ', b'"file_name": ', b'"images": ', b'"id": '])
-    case.text = case.rng.choice([deep, text.replace(where, where + deep + b', "x": ', 1)])
+    where = case.pick(b'"bbox": ', b'"name": ', b'"file_name": ', b'"images": ', b'"id": ')
+    case.text = case.pick(deep, text.replace(where, where + deep + b', "x": ', 1))
 
 
 def other_encoding(case: Case) -> None:
-    name = case.rng.choice(["utf-8-sig", "utf-16", "utf-32", "utf-16-be", "latin-1"])
+    name = case.pick("utf-8-sig", "utf-16", "utf-32", "utf-16-be", "latin-1")
     case.data["categories"][0]["name"] = "Zellkörper"
     (case.root / "instances_val.json").write_text(json.dumps(case.data))
     case.text = json.dumps(case.data, ensure_ascii=False).encode(name)
@@ -436,11 +392,11 @@ def other_encoding(case: Case) -> None:
 
 def missing_key(case: Case) -> None:
     record = case.rng.choice([case.data, *(case.record(key) for key in case.data)])
-    del record[case.rng.choice(list(record))]
+    del record[case.pick(*record)]
 
 
 def places(node: Any) -> Iterator[tuple[Any, Any]]:
-    """Every place in nested lists and dicts, as container and key."""
+    """Every value in nested lists and dicts, as container and key."""
     for key in list(node) if isinstance(node, dict) else range(len(node)):
         yield node, key
         if isinstance(node[key], dict | list):
@@ -448,133 +404,85 @@ def places(node: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def junk_anywhere(case: Case) -> None:
-    for _ in range(case.rng.choice([1, 1, 1, 2, 4])):
+    for _ in range(case.pick(1, 1, 1, 2, 4)):
         node, key = case.rng.choice(list(places(case.data)))
-        node[key] = copy.deepcopy(case.rng.choice(JUNK))
+        node[key] = case.pick(*JUNK)
 
 
 def extra_keys(case: Case) -> None:
     for _ in range(3):
-        record = case.record(case.rng.choice(list(case.data)))
-        record[case.rng.choice(["x", "", "score", "license", "\ud800"])] = case.rng.choice(JUNK)
+        record = case.record(case.pick(*case.data))
+        value = case.pick(*JUNK)
+        record[case.pick("x", "", "score", "license", "\ud800")] = value
 
 
 def duplicate_id(case: Case) -> None:
-    first, second = case.rng.sample(case.data[case.rng.choice(list(case.data))], 2)
+    first, second = case.rng.sample(case.data[case.pick(*case.data)], 2)
     second["id"] = first["id"]
-
-
-def unknown_id(case: Case) -> None:
-    key = case.rng.choice(["category_id", "image_id"])
-    case.record("annotations")[key] = case.rng.choice([0, 99, -1, 2**62, "1", 1.0, None, [1], True])
 
 
 def bbox_that_is_none(case: Case) -> None:
     bbox = case.record("annotations")["bbox"]
-    node = case.rng.choice([None, None, bbox])
-    if node is None:
-        bad = [None, "1 2 3 4", [], [1, 2, 3], [1, 2, 3, 4, 5], [[1, 2, 3, 4]], {"x": 1}, 5]
-        case.record("annotations")["bbox"] = case.rng.choice(bad)
+    if case.pick(None, None, bbox) is None:
+        bad = None, "1 2 3 4", [], [1, 2, 3], [1, 2, 3, 4, 5], [[1, 2, 3, 4]], {"x": 1}, 5
+        value = case.pick(*bad)
+        case.record("annotations")["bbox"] = value
     else:
-        bad = [float("nan"), float("inf"), -float("inf"), "5", None, True, [5], 10**400, {}]
-        node[case.rng.randrange(4)] = case.rng.choice(bad)
-
-
-def negative_bbox(case: Case) -> None:
-    case.record("annotations")["bbox"][case.rng.choice([2, 3])] = case.rng.choice(
-        [-1, -1e-9, -1e300]
-    )
-
-
-def empty_bbox(case: Case) -> None:
-    case.record("annotations")["bbox"][case.rng.choice([2, 3])] = case.rng.choice(
-        [0, 0.0, -0.0, 1e-30]
-    )
-
-
-def bbox_outside(case: Case) -> None:
-    case.record("annotations")["bbox"] = case.rng.choice(
-        [[100, 5, 9, 9], [-50, 5, 9, 9], [5, 1e300, 1, 1], [5, -1e308, 1, 1], [48, 0, 5, 5]]
-    )
-
-
-def bbox_beyond(case: Case) -> None:
-    boxes = [[40, 20, 99, 99], [-5, -5, 20, 20], [1, 1, 1e308, 1e308], [0.1, 0.1, 1e-3, 1e-3]]
-    boxes += [[-1e308, -1e308, 1.7e308, 1.7e308], [0, 0, 10**300, 10**300]]
-    case.record("annotations")["bbox"] = case.rng.choice([*boxes, [-(10**308), 0, 10**307, 9]])
-
-
-def size_in_the_json(case: Case) -> None:
-    key = case.rng.choice(["width", "height"])
-    values = [0, -1, 1, 47, 1.5, "48", None, True, 2**31, 10**400, float("nan"), [48], 2**30]
-    case.record("images")[key] = case.rng.choice(values)
-
-
-def strange_area(case: Case) -> None:
-    values = ["9", -1, float("nan"), float("inf"), [], {}, True, 10**400, 0, 1e300, None, 1.5]
-    case.record("annotations")["area"] = case.rng.choice(values)
-
-
-def strange_iscrowd(case: Case) -> None:
-    values = [1, True, 2, -1, "0", None, [], {}, 0.5, 1.0, float("nan")]
-    case.record("annotations")["iscrowd"] = case.rng.choice(values)
-
-
-def strange_class(case: Case) -> None:
-    names = [
-        "",
-        "plate",
-        "a\nb",
-        "\x1b[2J",
-        "\ud800",
-        5,
-        None,
-        [],
-        "x" * 5000,
-        "<script>",
-        "細胞",
-        "Cell ",
-    ]
-    case.record("categories")["name"] = case.rng.choice(names)
-
-
-def empty_list(case: Case) -> None:
-    case.data[case.rng.choice(list(case.data))] = []
+        value = case.pick(NAN, INF, -INF, "5", None, True, [5], 10**400, {})
+        bbox[case.rng.randrange(4)] = value
 
 
 def repeated_entry(case: Case) -> None:
-    """An image file that two records name, or a box that is there twice."""
-    key = case.rng.choice(["images", "annotations"])
+    """An image file in two records, or a duplicate box."""
+    key = case.pick("images", "annotations")
     case.data[key].append({**case.record(key), "id": 77})
 
 
 def several(case: Case) -> None:
-    kinds = [kind for name, (kind, _) in KINDS.items() if kind not in ALONE]
+    kinds = [kind for name, (kind, _) in KINDS.items() if name not in ALONE]
     for kind in case.rng.sample(kinds, case.rng.randrange(2, 5)):
         with contextlib.suppress(LookupError, TypeError, AttributeError, OSError, ValueError):
             kind(case)
 
 
-Damage = Callable[[Case], None]
+TEXTS = (
+    b"<svg onload='x'/>",
+    b"<html>404</html>",
+    b"version https://git-lfs.github.com/spec/v1\n",
+)
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 48 32\n%%EndComments\nshowpage\n%%EOF\n"
+TEXT_BOMB = png(WIDTH, HEIGHT, chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(3_000_000), 9)))
+OUTSIDE = [100, 5, 9, 9], [-50, 5, 9, 9], [5, 1e300, 1, 1], [5, -1e308, 1, 1], [48, 0, 5, 5]
+BEYOND = [
+    *([40, 20, 99, 99], [-5, -5, 20, 20], [1, 1, 1e308, 1e308], [0.1, 0.1, 1e-3, 1e-3]),
+    *([-1e308, -1e308, 1.7e308, 1.7e308], [0, 0, 10**300, 10**300], [-(10**308), 0, 10**307, 9]),
+]
+IDS = 0, 99, -1, 2**62, "1", 1.0, None, [1], True
+SIZES = 0, -1, 1, 47, 1.5, "48", None, True, 2**31, 10**400, NAN, [48], 2**30
+AREAS = "9", -1, NAN, INF, [], {}, True, 10**400, 0, 1e300, None, 1.5
+CROWDS = 1, True, 2, -1, "0", None, [], {}, 0.5, 1.0, NAN
+CLASSES = ["", "plate", "a\nb", "\x1b[2J", "\ud800", 5, None, [], "x" * 5000]
+CLASSES += ["<script>", "細胞", "Cell "]
+
 KINDS: dict[str, tuple[Damage, set[str]]] = {
     "truncated image": (truncated_image, {ERROR}),
-    "empty image file": (empty_image, {ERROR}),
+    "empty image file": (image_of(b""), {ERROR}),
     "bytes of an image flipped": (flipped_bytes, {ERROR, FINE}),
     "bytes of an image set to zero": (zeroed_bytes, {ERROR, FINE}),
     "noise in place of an image": (noise_for_an_image, {ERROR}),
-    "text in place of an image": (text_for_an_image, {ERROR}),
-    "PostScript in place of an image": (postscript_for_an_image, {ERROR}),
+    "text in place of an image": (image_of(*TEXTS), {ERROR}),
+    "PostScript in place of an image": (image_of(POSTSCRIPT), {ERROR}),
     "image in another format than its name says": (another_format, {FINE}),
     "image of another size than the JSON says": (another_size, {ERROR}),
     "decompression bomb": (bomb, {ERROR}),
-    "decompression bomb in a text chunk": (text_bomb, {ERROR}),
-    "missing image": (missing_image, {ERROR}),
-    "folder in place of an image": (folder_for_an_image, {ERROR}),
+    "decompression bomb in a text chunk": (image_of(TEXT_BOMB), {ERROR}),
+    "missing image": (Case.without_image, {ERROR}),
+    "folder in place of an image": (lambda case: case.without_image().mkdir(), {ERROR}),
     "pipe or socket in place of an image": (pipe_for_an_image, {ERROR}),
-    "image without permission to read": (unreadable_image, {ERROR}),
+    "image without permission to read": (lambda case: case.image().chmod(0), {ERROR}),
     "annotation file without permission to read": (unreadable_json, {ERROR}),
     "path that climbs out": (path_that_climbs, {ERROR}),
-    "path that leads nowhere": (path_that_leads_nowhere, {ERROR}),
+    "path that leads nowhere": (value_of("images", "file_name", *NOWHERE), {ERROR}),
     "unusual file name that exists": (unusual_name, {FINE}),
     "link to a file outside": (link_outside, {ERROR}),
     "subfolder that is a link to outside": (linked_subfolder, {ERROR}),
@@ -593,40 +501,46 @@ KINDS: dict[str, tuple[Damage, set[str]]] = {
     "wrong type or value anywhere": (junk_anywhere, {ERROR, SKIP, FINE}),
     "keys that are not in the format": (extra_keys, {FINE}),
     "duplicate id": (duplicate_id, {ERROR}),
-    "unknown category or image": (unknown_id, {ERROR}),
+    "unknown category or image": (value_of("annotations", "category_id image_id", *IDS), {ERROR}),
     "bbox of NaN, infinity, text, null, ...": (bbox_that_is_none, {ERROR}),
-    "negative width or height of a bbox": (negative_bbox, {ERROR}),
-    "bbox without area": (empty_bbox, {SKIP}),
-    "bbox outside its image": (bbox_outside, {SKIP}),
-    "bbox that reaches out of its image": (bbox_beyond, {FINE, SKIP}),
-    "wrong size in the JSON": (size_in_the_json, {ERROR}),
-    "strange area": (strange_area, {ERROR, FINE}),
-    "strange iscrowd": (strange_iscrowd, {ERROR, FINE, SKIP}),
-    "strange class name": (strange_class, {ERROR, FINE}),
-    "empty list": (empty_list, {ERROR, FINE}),
+    "negative width or height of a bbox": (side_of_bbox(-1, -1e-9, -1e300), {ERROR}),
+    "bbox without area": (side_of_bbox(0, 0.0, -0.0, 1e-30), {SKIP}),
+    "bbox outside its image": (value_of("annotations", "bbox", *OUTSIDE), {SKIP}),
+    "bbox that reaches out of its image": (value_of("annotations", "bbox", *BEYOND), {FINE, SKIP}),
+    "wrong size in the JSON": (value_of("images", "width height", *SIZES), {ERROR}),
+    "strange area": (value_of("annotations", "area", *AREAS), {ERROR, FINE}),
+    "strange iscrowd": (value_of("annotations", "iscrowd", *CROWDS), {ERROR, FINE, SKIP}),
+    "strange class name": (value_of("categories", "name", *CLASSES), {ERROR, FINE}),
+    "empty list": (lambda case: case.data[case.pick(*case.data)].clear(), {ERROR, FINE}),
     "file or box that is listed twice": (repeated_entry, {FINE}),
     "several of these": (several, {ERROR, SKIP, FINE}),
 }
-ALONE = {several, unreadable_image, unreadable_json, json_that_is_no_file, json_linked_outside}
-"""Damage that is not mixed with others."""
+ALONE = {
+    "image without permission to read",
+    "annotation file without permission to read",
+    "annotation file that is a folder, pipe or broken link",
+    "annotation file that is a link to outside",
+    "several of these",
+}
+"""Damage that is not combined with others."""
 
 
 def reads_everything() -> bool:
-    """Whether permissions do not bind this process, as is usual for root."""
+    """Whether this process ignores permissions, as root does."""
     with tempfile.NamedTemporaryFile() as file:
         os.chmod(file.name, 0)
         return os.access(file.name, os.R_OK)
 
 
 SKIPPED = [name for name in KINDS if "permission" in name] if reads_everything() else []
-"""Kinds that cannot be made here."""
+"""Kinds of damage that are not possible here."""
 
 
 # ---------------------------------------------------------------- one case
 
 
 class Outcome(NamedTuple):
-    """How a case ended; `text` is the sentence, or what is unexplained."""
+    """How a case ended; `text` is the error, or what is unexplained."""
 
     word: str
     text: str
@@ -638,31 +552,34 @@ FORBIDDEN = {
 }
 
 
-class _Watch:
-    """Sees, while it is told to, which files are opened, programs started, connections made."""
+_watching: list[list[str]] = []  # the list that `_audit` writes to, if there is one
 
-    opened: list[str] | None = None
-    installed = False
 
-    @classmethod
-    def hook(cls, event: str, arguments: tuple[Any, ...]) -> None:
-        if cls.opened is not None:
-            if event == "open" and isinstance(arguments[0], str | bytes):
-                cls.opened.append(os.fsdecode(arguments[0]))
-            elif event in FORBIDDEN:
-                cls.opened.append(f"{event} {arguments[0]}")
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    for found in _watching:
+        if event == "open" and isinstance(arguments[0], str | bytes):
+            found.append(os.fsdecode(arguments[0]))
+        elif event in FORBIDDEN:
+            found.append(f"{event} {arguments[0]}")
 
-    @classmethod
-    @contextlib.contextmanager
-    def opens(cls) -> Iterator[list[str]]:
-        if not cls.installed:
-            sys.addaudithook(cls.hook)  # for the rest of the process
-            cls.installed = True
-        cls.opened = found = []
-        try:
-            yield found
-        finally:
-            cls.opened = None
+
+@functools.cache
+def _install_audit() -> None:
+    """Watch files for the rest of the process, after all that the command line imports."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        command_line(["train", "--data", os.devnull])
+    sys.addaudithook(_audit)
+
+
+@contextlib.contextmanager
+def _watch() -> Iterator[list[str]]:
+    """The files opened, programs started and connections made meanwhile."""
+    _install_audit()
+    _watching.append([])
+    try:
+        yield _watching[0]
+    finally:
+        _watching.clear()
 
 
 PYTHON = tuple(
@@ -672,19 +589,19 @@ PYTHON = tuple(
 
 
 def strangers(opened: list[str], allowed: list[Path]) -> list[str]:
-    """What was opened and is neither of the data set nor of Python itself."""
+    """What was opened and belongs neither to the dataset nor to Python."""
     homes = (*PYTHON, *(os.path.realpath(path) for path in allowed))
     return [path for path in opened if not os.path.realpath(path).startswith(homes)]
 
 
 def run_case(kind: str, seed: str) -> Outcome:
-    """Make a case, read it in every way, and say how it ended."""
+    """Make a case, read it in every way, and return how it ended."""
     with tempfile.TemporaryDirectory(prefix="focal-fuzz-") as folder:
         case = Case(Path(folder).resolve(), seed)
         KINDS[kind][0](case)
         with contextlib.suppress(IsADirectoryError, FileNotFoundError):
             case.write()
-        with warnings.catch_warnings(), _alarm(), _Watch.opens() as opened:
+        with warnings.catch_warnings(), _alarm(), _watch() as opened:
             warnings.simplefilter("ignore")
             try:
                 outcome = _read(case)
@@ -719,7 +636,7 @@ def _read(case: Case) -> Outcome:
 
 
 def _train(case: Case) -> Outcome:
-    """What training does with the data."""
+    """Read the data as training does."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -749,7 +666,7 @@ def _train(case: Case) -> Outcome:
 
 
 def _check(case: Case) -> list[str]:
-    """The errors that `focal check` sees where training reads."""
+    """The errors that `focal check` finds in the training split."""
     try:
         findings, splits = check_data(case.root)
     except DataError as error:
@@ -793,8 +710,8 @@ def _sound(example: Any, classes: tuple[str, ...]) -> None:
 
 
 def run(seed: int, count: int) -> dict[str, Any]:
-    """`count` cases, the kinds in turn; how many of each kind ended how."""
-    logging.getLogger().addHandler(logging.NullHandler())  # none is made by the command line
+    """Run `count` cases, the kinds in turn, and count the outcomes."""
+    logging.getLogger().addHandler(logging.NullHandler())  # or the command line would add one
     names = [name for name in KINDS if name not in SKIPPED]
     kinds: dict[str, Counter[str]] = {name: Counter() for name in names}
     examples: dict[str, str] = {}

@@ -26,7 +26,7 @@ __all__ = ["CocoDataset", "find_split", "find_splits", "read_record"]
 class CocoDataset:
     """One split of a detection set in the COCO format; a `Dataset`.
 
-    Two layouts are recognised:
+    Two layouts are recognized:
 
         root/instances_{split}.json              root/images/
         root/annotations/instances_{split}2017.json   root/{split}2017/
@@ -78,10 +78,7 @@ class CocoDataset:
         """The boxes for COCO's evaluation: clipped, with crowds, with the ids of the file."""
         columns = [column.tolist() for column in self._objects]
         return {
-            "images": [
-                {"id": i.id, "file_name": i.file, "height": i.height, "width": i.width}
-                for i in self._images
-            ],
+            "images": [image._asdict() for image in self._images],
             "annotations": [
                 coco_annotation(
                     number, self._images[image].id, self.category_ids[label], box, area, int(crowd)
@@ -96,7 +93,7 @@ class CocoDataset:
 
 def read_record(record: ImageRecord, file: str, folder: Path) -> np.ndarray:
     """Decode an image, which must have the size in the JSON `file`."""
-    path = folder / record.file
+    path = folder / record.file_name
     try:
         image = read_image(path)
     except DataError as error:
@@ -105,7 +102,7 @@ def read_record(record: ImageRecord, file: str, folder: Path) -> np.ndarray:
     if (height, width) == (record.height, record.width):
         return image
     text = (
-        f"{file}: image id {record.id} ({printable(record.file)}): width x height is "
+        f"{file}: image id {record.id} ({printable(record.file_name)}): width x height is "
         f"{record.width}x{record.height} in the JSON but {width}x{height} in the file"
     )
     if (height, width) == (record.width, record.height) and exif_turns(path):

@@ -1,4 +1,4 @@
-"""Reads a COCO JSON file into plain records, or says in one sentence each what is wrong with it."""
+"""Reads a COCO JSON file into plain records, with one sentence for each error in it."""
 
 from __future__ import annotations
 
@@ -34,46 +34,37 @@ MIN_SIDE = 1e-3
 """Boxes with a side below this many pixels count as empty: 1e-30 is above 0, too."""
 _log = logging.getLogger("focal")
 
-Report = Callable[[DataError], None]
-"""What to do with an error: `stop` raises it; `focal check` collects it, and the reader goes on
-without the faulty record."""
+Report = Callable[[str, str], None]
+"""What to do with an error, given as sentence and kind: `stop` raises it; `focal check` collects
+it, and the reader goes on without the faulty record."""
 
 Dropped = dict[str, list[int]]
 """Ids of the annotations whose box cannot be trained on, by the reason."""
 
 
-def stop(error: DataError) -> NoReturn:
+def stop(sentence: str, kind: str) -> NoReturn:
     """Raise the first error."""
-    raise error
+    raise DataError(sentence, kind)
 
 
 class ImageRecord(NamedTuple):
-    """One entry of `images`; `file` is relative to the image folder, and exists."""
+    """One entry of `images`; the file name is relative to the image folder."""
 
     id: int
-    file: str
+    file_name: str
     height: int
     width: int
 
 
 class Objects(NamedTuple):
-    """The boxes that are kept, as columns of A rows, grouped by image.
+    """The boxes that are kept, as columns of A rows, grouped by image."""
 
-    Attributes:
-        id: (A,) the annotation's id.
-        image: (A,) index into the list of images.
-        label: (A,) class index.
-        box: (A, 4) float64, `(x1, y1, x2, y2)`, clipped to the image.
-        area: (A,) the area in the file, which COCO takes from the mask; else that of the box.
-        crowd: (A,) bool.
-    """
-
-    id: np.ndarray
-    image: np.ndarray
-    label: np.ndarray
-    box: np.ndarray
-    area: np.ndarray
-    crowd: np.ndarray
+    id: np.ndarray  # (A,) the annotation's id
+    image: np.ndarray  # (A,) index into the list of images
+    label: np.ndarray  # (A,) class index
+    box: np.ndarray  # (A, 4) float64, (x1, y1, x2, y2), clipped to the image
+    area: np.ndarray  # (A,) the file's, which COCO takes from the mask; else that of the box
+    crowd: np.ndarray  # (A,) bool
 
 
 def _is_integer(value: Any, low: int = -(2**63), high: int = 2**63) -> bool:
@@ -135,27 +126,24 @@ _KINDS = {"categories": "category", "images": "image id", "annotations": "annota
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file."""
-    if not is_file(path):
-        raise DataError(f"{path.name}: not a file", "annotation file")
     try:
+        if not is_file(path):
+            raise OSError(0, "not a file")
         data = json.loads(path.read_bytes())
+        if isinstance(data, dict):
+            return data
+        reason = f"expected an object at the top, got {type(data).__name__}"
     except OSError as error:
-        raise DataError(f"{path.name}: {error.strerror}", "annotation file") from error
-    except (ValueError, RecursionError) as error:
-        reason = str(error)  # such as an integer of thousands of digits
-        if isinstance(error, json.JSONDecodeError):
-            reason = f"line {error.lineno} column {error.colno}"
-        elif isinstance(error, UnicodeDecodeError):
-            reason = "not UTF-8 text"
-        elif isinstance(error, RecursionError):
-            reason = "nested too deeply"
-        raise DataError(f"{path.name}: not valid JSON ({reason})", "annotation file") from error
-    if not isinstance(data, dict):
-        found = type(data).__name__
-        raise DataError(
-            f"{path.name}: expected an object at the top, got {found}", "annotation file"
-        )
-    return data
+        reason = str(error.strerror)
+    except json.JSONDecodeError as error:
+        reason = f"not valid JSON (line {error.lineno} column {error.colno})"
+    except UnicodeDecodeError:
+        reason = "not valid JSON (not UTF-8 text)"
+    except ValueError as error:  # an integer of thousands of digits
+        reason = f"not valid JSON ({error})"
+    except RecursionError:
+        reason = "not valid JSON (nested too deeply)"
+    raise DataError(f"{path.name}: {reason}", "annotation file")
 
 
 def _records(
@@ -163,21 +151,21 @@ def _records(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each entry of the list `data[key]` as messages name it, and without its invalid values."""
     if key not in data:
-        report(DataError(f"{file}: missing key {key!r}", "missing key"))
+        report(f"{file}: missing key {key!r}", "missing key")
         return
     if not isinstance(data[key], list):
         found = type(data[key]).__name__
-        report(DataError(f"{file}: {key!r} must be a list, got {found}", "wrong type"))
+        report(f"{file}: {key!r} must be a list, got {found}", "wrong type")
         return
     seen = set()
     for position, record in enumerate(data[key]):
         number = record.get("id") if isinstance(record, dict) else None
         if not _is_integer(number):
             where = f"{file}: {key}[{position}]"
-            report(DataError(f"{where}: not an object with an integer id", "no id"))
+            report(f"{where}: not an object with an integer id", "no id")
             continue
         if number in seen:
-            report(DataError(f"{file}: duplicate {_KINDS[key]} {number}", "duplicate id"))
+            report(f"{file}: duplicate {_KINDS[key]} {number}", "duplicate id")
             continue
         seen.add(number)
         where, values = f"{file}: {_KINDS[key]} {number}", dict(record)
@@ -187,9 +175,9 @@ def _records(
             if name in record and not is_valid(record[name]):
                 found = reprlib.repr(values.pop(name))  # short, however long or deep the value
                 text = f"{where}: {name} must be {wanted}, got {found}"
-                report(DataError(text, f"wrong {name}"))
+                report(text, f"wrong {name}")
             elif name not in record and required:
-                report(DataError(f"{where}: missing key {name!r}", "missing key"))
+                report(f"{where}: missing key {name!r}", "missing key")
         yield where, values
 
 
@@ -200,10 +188,10 @@ def read_categories(data: dict[str, Any], file: str, report: Report = stop) -> d
         if "name" in record:
             if record["name"] in names.values():
                 text = f"{where}: duplicate name {reprlib.repr(record['name'])}"
-                report(DataError(text, "duplicate category name"))
+                report(text, "duplicate category name")
             names[record["id"]] = record["name"]
     if data.get("categories") == []:
-        report(DataError(f"{file}: no categories", "empty list"))
+        report(f"{file}: no categories", "empty list")
     return names
 
 
@@ -212,14 +200,14 @@ def read_images(
 ) -> list[ImageRecord]:
     """The images in the order of the file; each file must exist, none is opened."""
     images = []
-    keys = "id", "file_name", "height", "width"
+    keys = ImageRecord._fields
     for where, record in _records(data, "images", file, report):
         if "file_name" in record and (fault := rule.fault(record["file_name"])):
-            report(DataError(f"{where}: {fault[1]}", fault[0]))
+            report(f"{where}: {fault[1]}", fault[0])
         if all(key in record for key in keys):
             images.append(ImageRecord(*(record[key] for key in keys)))
     if data.get("images") == []:
-        report(DataError(f"{file}: no images", "empty list"))
+        report(f"{file}: no images", "empty list")
     return images
 
 
@@ -239,15 +227,15 @@ def read_objects(
     for where, record in _records(data, "annotations", file, report):
         for key, ids in known.items():
             if key not in record:
-                report(DataError(f"{where}: missing key {key!r}", "missing key"))
+                report(f"{where}: missing key {key!r}", "missing key")
             elif type(record[key]) is not int or record[key] not in ids:
                 found = reprlib.repr(record[key])
-                report(DataError(f"{where}: unknown {key} {found}", f"unknown {key}"))
+                report(f"{where}: unknown {key} {found}", f"unknown {key}")
                 record[key] = None
         bbox = record.get("bbox")
         if bbox is not None and min(bbox[2:]) < 0:
             wanted = "bbox must have a width and height of 0 or more"
-            report(DataError(f"{where}: {wanted}, got {reprlib.repr(bbox)}", "wrong bbox"))
+            report(f"{where}: {wanted}, got {reprlib.repr(bbox)}", "wrong bbox")
             bbox = None
         # An id may be that of a faulty record, which was left out.
         index, label = index_of.get(record.get("image_id")), label_of.get(record.get("category_id"))

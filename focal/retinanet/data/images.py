@@ -58,7 +58,7 @@ def read_image(path: str | os.PathLike[str], max_size: tuple[int, int] | None = 
                 height, width = max_size[::-1] if _is_turned(image) else max_size
                 image.draft(None, (width, height))
             image.load()
-            with contextlib.suppress(Exception):  # damaged EXIF does not spoil the pixels
+            with contextlib.suppress(Exception):  # damaged EXIF is ignored
                 ImageOps.exif_transpose(image, in_place=True)
             return np.array(_to_rgb(image))
     except Exception as error:  # Pillow's decoders raise many kinds on bad bytes

@@ -47,45 +47,26 @@ UNUSUAL = 6.0
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong.
+    """One thing that is wrong."""
 
-    Attributes:
-        level: "error" if it would stop training or evaluation, else "warning".
-        kind: What sort of problem it is.
-        split: Where it is; between splits, the second one.
-        sentence: What is wrong, with file and record.
-    """
-
-    level: str
+    level: str  # "error" if it would stop training or evaluation, else "warning"
     kind: str
-    split: str
-    sentence: str
+    split: str  # where it is; between splits, the second one
+    sentence: str  # what is wrong, with file and record
 
 
 class Split(NamedTuple):
-    """What could be read of a split.
+    """What could be read of a split."""
 
-    Attributes:
-        name: Such as "train".
-        file: The name of the annotation file.
-        folder: The image folder.
-        names: Class names by category id.
-        images: The images with valid records; `usable` says which of them may be opened.
-        usable: (n,) bool.
-        objects: The boxes that training would use, and the crowds.
-        raw: The annotations by id.
-        total: The number of entries in the file's list of annotations.
-    """
-
-    name: str
-    file: str
-    folder: Path
-    names: dict[int, str]
-    images: list[ImageRecord]
-    usable: np.ndarray
-    objects: Objects
-    raw: dict[int, dict[str, Any]]
-    total: int
+    name: str  # such as "train"
+    file: str  # the name of the annotation file
+    folder: Path  # the image folder
+    names: dict[int, str]  # class names by category id
+    images: list[ImageRecord]  # those with valid records
+    usable: np.ndarray  # (n,) bool: whether the image file may be opened
+    objects: Objects  # the boxes that training would use, and the crowds
+    raw: dict[int, dict[str, Any]]  # the annotations by id
+    total: int  # entries in the file's list of annotations
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -95,7 +76,7 @@ class Split(NamedTuple):
     def image(self, index: int) -> str:
         """An image as messages name it."""
         record = self.images[index]
-        return f"image id {record.id} ({printable(record.file)})"
+        return f"image id {record.id} ({printable(record.file_name)})"
 
     def box(self, row: int) -> str:
         """A box as messages name it."""
@@ -107,23 +88,14 @@ class Split(NamedTuple):
 
 
 class Boxes(NamedTuple):
-    """The boxes of all splits, without crowds, as columns of N rows.
+    """The boxes of all splits, without crowds, as columns of N rows."""
 
-    Attributes:
-        split: (N,) index into the splits.
-        label: (N,) index into `all_classes`.
-        size: (N, 2) width and height in pixels of the image.
-        scale: (N,) canvas pixels per pixel of the image.
-        area: (N,) that COCO's evaluation uses for small, medium and large.
-        iou: (N,) with the best anchor.
-    """
-
-    split: np.ndarray
-    label: np.ndarray
-    size: np.ndarray
-    scale: np.ndarray
-    area: np.ndarray
-    iou: np.ndarray
+    split: np.ndarray  # (N,) index into the splits
+    label: np.ndarray  # (N,) index into `all_classes`
+    size: np.ndarray  # (N, 2) width and height in pixels of the image
+    scale: np.ndarray  # (N,) canvas pixels per pixel of the image
+    area: np.ndarray  # (N,) that COCO's evaluation uses for small, medium and large
+    iou: np.ndarray  # (N,) with the best anchor
 
 
 def check_data(
@@ -183,20 +155,20 @@ def read_boxes(splits: Sequence[Split], config: RetinaNetConfig) -> Boxes:
 def _read(root: Path, name: str, findings: list[Finding]) -> Iterable[Split]:
     """The split, if it can be read at all; its errors go to the findings."""
 
-    def report(error: DataError) -> None:
-        findings.append(Finding("error", error.kind, name, str(error)))
+    def report(sentence: str, kind: str) -> None:
+        findings.append(Finding("error", kind, name, sentence))
 
     try:
         path, folder = find_split(root, name)
         data = read_json(path)
     except DataError as error:
-        report(error)
+        report(str(error), error.kind)
         return
     file = printable(path.name)
     names = read_categories(data, file, report)
     rule = PathRule(root, folder)
     images = read_images(data, file, rule, report)
-    usable = np.array([rule.fault(image.file) is None for image in images], bool)
+    usable = np.array([rule.fault(image.file_name) is None for image in images], bool)
     objects, dropped = read_objects(data, file, images, tuple(sorted(names)), report)
     listed = data.get("annotations")
     entries = listed if isinstance(listed, list) else []
@@ -223,7 +195,7 @@ def _warnings(split: Split) -> Iterable[Finding]:
         yield split.warning("class without boxes", repr(printable(split.classes[label])))
     for row in np.flatnonzero(objects.crowd).tolist():
         yield split.warning("crowd box, used only to ignore detections", split.box(row))
-    for name, number in Counter(image.file for image in split.images).items():
+    for name, number in Counter(image.file_name for image in split.images).items():
         if number > 1:
             text = f"{printable(name)}, {number} times"
             yield split.warning("file listed more than once", text)
@@ -319,7 +291,7 @@ def _files(splits: Sequence[Split], progress: bool) -> Iterable[Finding]:
             text = f"{split.image(index)} and {first.file}: {first.image(at)}"
             if first.name != split.name:
                 yield split.warning("image in two splits", text)
-            elif at != index and first.images[at].file != split.images[index].file:
+            elif at != index and first.images[at].file_name != split.images[index].file_name:
                 yield split.warning("duplicate image in a split", text)
             elif thumbnail is not None and at == index and len(work) <= MAX_COMPARED:
                 kept.append((split, index, thumbnail))
@@ -337,7 +309,7 @@ def _open(split: Split, index: int) -> tuple[bytes | None, np.ndarray | None, Da
     """The hash of an image file, a gray thumbnail of mean 0 and length 1, and what is wrong."""
     record = split.images[index]
     try:
-        digest = hashlib.sha256((split.folder / record.file).read_bytes()).digest()
+        digest = hashlib.sha256((split.folder / record.file_name).read_bytes()).digest()
     except OSError:
         digest = None  # reading it as an image will say why
     try:
@@ -354,7 +326,7 @@ def _unlisted(root: Path, splits: Sequence[Split]) -> Iterable[Finding]:
     """Files in the image folders that no annotation file lists."""
     listed: dict[Path, set[str]] = defaultdict(set)
     for split in splits:
-        listed[split.folder].update(os.path.normpath(image.file) for image in split.images)
+        listed[split.folder].update(os.path.normpath(image.file_name) for image in split.images)
     for folder, names in listed.items():
         for base, _, files in os.walk(folder):  # does not follow links
             for name in sorted(files):
