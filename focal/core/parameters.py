@@ -25,7 +25,7 @@ def wide_operands(xp: Namespace, x: Array, t: Array) -> tuple[Array, Array]:
     """Logits and dense targets in the type to compute in; labels and numbers as they are."""
     x = checks.wide(xp, x)
     is_dense = checks.is_array(t) and len(t.shape) == len(x.shape)
-    return x, xp.astype(t, x.dtype) if is_dense else t
+    return x, xp.astype(t, x.dtype) if is_dense and t.dtype != x.dtype else t
 
 
 def is_number(value: Any) -> bool:
