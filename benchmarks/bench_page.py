@@ -86,7 +86,7 @@ def memory_table(cases: Cases) -> str:
 
 def step_table(settings: Cases) -> str:
     """The parts of a training step."""
-    names = ("forward", "backward", "optimiser", "the rest", "step")
+    names = ("forward", "backward", "optimizer", "the rest", "step")
     shown = ("forward", "backward", "optimizer", "the rest", "step")
     rows = [("preset", *shown, "share of the rest")]
     for setting, parts in settings.items():
@@ -103,13 +103,13 @@ def plot(found: Cases) -> Figure:
     panels = figure.subplots(len(cases), 1, sharex=True, height_ratios=heights)
     for axes, (framework, losses) in zip(panels, cases.items(), strict=True):
         places = range(len(losses))
-        for offset, colour, label, index in (
+        for offset, color, label, index in (
             (0.2, PALETTE[0], "focal", 0),
             (-0.2, "#bbbbbb", "other", 1),
         ):
             widths = [sides_of(case)[index]["median_ms"] for case in losses.values()]
             rows = [-place + offset for place in places]
-            axes.barh(rows, widths, 0.38, color=colour, label=label)
+            axes.barh(rows, widths, 0.38, color=color, label=label)
         for place, case in enumerate(losses.values()):
             end = max(side["median_ms"] for side in sides_of(case)[:2])
             axes.text(end, -place, f"  {case['ratio_of_medians']:.1f}x", va="center", fontsize=9)

@@ -26,7 +26,7 @@ class SplitTrainer(backend_torch.Trainer):
         reaches the first of the network's outputs; from there to the end of `backward`, where
         the optimizer's part begins, the time is the network's.
         """
-        spent = dict.fromkeys(("forward", "backward", "optimiser"), 0.0)
+        spent = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
         marks: dict[str, float] = {}
 
         def now(name: str) -> None:
@@ -46,12 +46,12 @@ class SplitTrainer(backend_torch.Trainer):
 
         def whole_backward(*args: Any, **kwargs: Any) -> None:
             backward(*args, **kwargs)
-            now("optimiser")
-            spent["backward"] += marks["optimiser"] - marks.pop("backward")
+            now("optimizer")
+            spent["backward"] += marks["optimizer"] - marks.pop("backward")
 
         def update_average(number: int) -> None:
             update(number)
-            spent["optimiser"] += time.perf_counter() - marks["optimiser"]
+            spent["optimizer"] += time.perf_counter() - marks["optimizer"]
 
         Tensor.backward = whole_backward  # type: ignore[method-assign]
         self._update_average = update_average  # type: ignore[method-assign]

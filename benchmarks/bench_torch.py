@@ -173,7 +173,7 @@ def main() -> None:
     print(f"\n{table(memory)}")
     loading = report["import_focal"]["median_ms"]
     print(f"\nimport focal beyond NumPy: {loading:.1f} ms, no framework")
-    names = ("forward", "backward", "optimiser", "the rest", "step")
+    names = ("forward", "backward", "optimizer", "the rest", "step")
     for setting, step in report["training_step"].items():
         print(f"\nTraining step of the preset {setting}, {step['precision']}, in ms\n")
         print(table([(n, f"{step[n]['median_ms']:.1f} ({step[n]['min_ms']:.1f})") for n in names]))

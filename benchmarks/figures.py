@@ -155,10 +155,10 @@ def loss_figure() -> Plot:
     p = np.linspace(0.002, 0.998, 500)
     logits = np.log(p) - np.log1p(-p)
     plot, (axis,) = blank()
-    for gamma, colour in zip(GAMMAS, COLOURS, strict=True):
+    for gamma, color in zip(GAMMAS, COLOURS, strict=True):
         loss = sigmoid_focal_loss(logits, np.ones_like(p), None, gamma)
         name = r"$\gamma$ = 0, cross entropy" if gamma == 0 else rf"$\gamma$ = {gamma:g}"
-        axis.plot(p, loss, color=colour, label=name)
+        axis.plot(p, loss, color=color, label=name)
     axis.axvspan(0.6, 1, color="#eeeeee", zorder=0)
     axis.text(0.8, 2.1, "well classified", ha="center", color="#555555")
     axis.set(xlabel="probability of the true class, $p_t$", ylabel="loss", xlim=(0, 1), ylim=(0, 5))
@@ -170,21 +170,21 @@ def _variants() -> list[tuple[str, str, np.ndarray, np.ndarray]]:
     """Name, color, loss and derivative in x_t of figures 5 and 6, over `X_T`."""
     y = np.ones_like(X_T)
     found = []
-    for name, gamma, colour in (("CE", 0.0, COLOURS[0]), (r"FL, $\gamma$ = 2", 2.0, COLOURS[3])):
+    for name, gamma, color in (("CE", 0.0, COLOURS[0]), (r"FL, $\gamma$ = 2", 2.0, COLOURS[3])):
         loss = sigmoid_focal_loss(X_T, y, None, gamma)
-        found.append((name, colour, loss, sigmoid_focal_loss_grad(X_T, y, None, gamma)))
-    for gamma, beta, colour in ((2.0, 1.0, COLOURS[1]), (4.0, 0.0, COLOURS[4])):
+        found.append((name, color, loss, sigmoid_focal_loss_grad(X_T, y, None, gamma)))
+    for gamma, beta, color in ((2.0, 1.0, COLOURS[1]), (4.0, 0.0, COLOURS[4])):
         name = rf"FL*, $\gamma$ = {gamma:g}, $\beta$ = {beta:g}"
         loss = sigmoid_focal_loss_star(X_T, y, None, gamma, beta)
-        found.append((name, colour, loss, sigmoid_focal_loss_star_grad(X_T, y, None, gamma, beta)))
+        found.append((name, color, loss, sigmoid_focal_loss_star_grad(X_T, y, None, gamma, beta)))
     return found
 
 
 def star_figure() -> Plot:
     """Figure 5."""
     plot, (axis,) = blank()
-    for name, colour, loss, _ in _variants():
-        axis.plot(X_T, loss, color=colour, label=name)
+    for name, color, loss, _ in _variants():
+        axis.plot(X_T, loss, color=color, label=name)
     axis.set(xlabel="signed logit, $x_t = yx$", ylabel="loss", xlim=(-5, 5), ylim=(0, 5))
     axis.legend(frameon=False)
     return plot
@@ -193,8 +193,8 @@ def star_figure() -> Plot:
 def derivative_figure() -> Plot:
     """Figure 6."""
     plot, (axis,) = blank()
-    for name, colour, _, slope in _variants():
-        axis.plot(X_T, slope, color=colour, label=name)
+    for name, color, _, slope in _variants():
+        axis.plot(X_T, slope, color=color, label=name)
     axis.axhline(-1, color="#bbbbbb", linewidth=0.8, zorder=0)
     axis.set(xlabel="signed logit, $x_t = yx$", ylabel="derivative in $x_t$", xlim=(-5, 5))
     axis.set_ylim(-1.2, 0.05)
@@ -207,9 +207,9 @@ def cumulative_figure(positives: np.ndarray, negatives: np.ndarray) -> Plot:
     plot, axes = blank(2)
     sides = (("positives", positives, 1.0), ("negatives", negatives, 0.0))
     for axis, (name, logits, y) in zip(axes, sides, strict=True):
-        for gamma, colour in zip(GAMMAS[:4], COLOURS, strict=False):
+        for gamma, color in zip(GAMMAS[:4], COLOURS, strict=False):
             losses = sigmoid_focal_loss(logits, np.full_like(logits, y), None, gamma)
-            axis.plot(*cumulative_share(losses), color=colour, label=rf"$\gamma$ = {gamma:g}")
+            axis.plot(*cumulative_share(losses), color=color, label=rf"$\gamma$ = {gamma:g}")
         axis.set(xlabel=f"fraction of {name}, easiest first", xlim=(0, 1), ylim=(0, 1))
     axes[0].set_ylabel("cumulative share of the loss")
     axes[0].legend(frameon=False)
@@ -226,9 +226,9 @@ def ulp_figure() -> Plot:
         exact = functions[order](x.astype(np.float64), y.astype(np.float64), None, 2.0)
         ours = functions[order](x, y, None, 2.0)
         sides = (("textbook", OTHER, textbook(x, 1.0, 2.0)[order]), ("focal", OURS, ours))
-        for label, colour, found in sides:
+        for label, color, found in sides:
             error = np.maximum(ulp_errors(found, exact), 0.05)
-            axis.plot(x, error, ".", color=colour, label=label, markersize=1.5)
+            axis.plot(x, error, ".", color=color, label=label, markersize=1.5)
         axis.axhline(14, color="#555555", linewidth=1, label=r"bound, 6 + 4$\gamma$")
         axis.set(yscale="log", ylim=(0.04, 1e8), xlim=(-28, 28))
         axis.set(xlabel="logit of a positive", ylabel=f"error of the {name}, ULP")
@@ -263,18 +263,18 @@ def initial_loss_figure() -> Plot:
     cases = (("CE", 0.5, 0.0, COLOURS[0]), (r"FL, $\gamma$ = 2", 0.25, 2.0, COLOURS[3]))
     counts = np.logspace(3, 5.5, 60)
     priors = np.logspace(-5, np.log10(0.5), 60)
-    for name, alpha, gamma, colour in cases:
+    for name, alpha, gamma, color in cases:
         for prior, style, word in ((0.01, "-", r"$\pi$ = 0.01"), (None, "--", "no prior")):
             losses = [
                 focal.expected_initial_loss(n, POSITIVES, CLASSES, prior, alpha, gamma)
                 for n in counts
             ]
-            axes[0].plot(counts, losses, style, color=colour, label=f"{name}, {word}")
+            axes[0].plot(counts, losses, style, color=color, label=f"{name}, {word}")
         losses = [
             focal.expected_initial_loss(ANCHORS, POSITIVES, CLASSES, prior, alpha, gamma)
             for prior in priors
         ]
-        axes[1].plot(priors, losses, color=colour, label=name)
+        axes[1].plot(priors, losses, color=color, label=name)
     for axis in axes:
         axis.set(xscale="log", yscale="log", ylim=(0.3, 3e5))
         axis.legend(frameon=False, loc="upper left", fontsize=9)

@@ -86,7 +86,7 @@ def patterns(settings: Settings) -> int:
     return -(-(1 << bits) // settings.stride)
 
 
-@np.errstate(invalid="ignore", over="ignore")  # signalling NaNs and infinities are logits here
+@np.errstate(invalid="ignore", over="ignore")  # signaling NaNs and infinities are logits here
 def sweep(settings: Settings, first: int, last: int) -> list[tuple[Tally, Tally]]:
     """Loss and gradient, for each gamma, at the patterns first to last - 1 of a sweep."""
     framework = FRAMEWORKS[settings.backend]()

@@ -81,10 +81,10 @@ def figure(found: dict[str, Errors]) -> Figure:
     plot = Figure(figsize=(8.5, 9), dpi=100, layout="constrained")
     axes = plot.subplots(len(NAMES), 2, sharex=True, sharey=True)
     for row, (backend, title) in zip(axes, NAMES.items(), strict=True):
-        for name, colour in (("textbook", PALETTE[6]), ("focal", PALETTE[0])):
+        for name, color in (("textbook", PALETTE[6]), ("focal", PALETTE[0])):
             for axis, error in zip(row, found[backend][name], strict=True):
                 shown = np.maximum(error, 0.05)
-                axis.plot(X, shown, ".", color=colour, label=name, markersize=1.5)
+                axis.plot(X, shown, ".", color=color, label=name, markersize=1.5)
         for axis, what in zip(row, ("loss", "gradient"), strict=True):
             bound = allowed_ulp("float32", GAMMA)
             axis.axhline(bound, color="#555555", linewidth=1, label=r"bound, 6 + 4$\gamma$")

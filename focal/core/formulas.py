@@ -177,36 +177,36 @@ class Sparse(NamedTuple):
 
     def value(self, xp: Namespace, x: Array, labels: Array) -> Array:
         """The loss of every logit."""
-        at, x_at, y_at = self._labelled(xp, x, labels)
+        at, x_at, y_at = self._labeled(xp, x, labels)
         background = self.formula.background(xp, x)
         return self._merge(xp, background, at, self.formula.value(xp, x_at, y_at), labels)
 
     def value_and_grad(self, xp: Namespace, x: Array, labels: Array) -> tuple[Array, Array]:
         """The loss of every logit and its derivative."""
-        at, x_at, y_at = self._labelled(xp, x, labels)
+        at, x_at, y_at = self._labeled(xp, x, labels)
         background = self.formula.background_and_grad(xp, x)
-        labelled = self.formula.value_and_grad(xp, x_at, y_at)
+        labeled = self.formula.value_and_grad(xp, x_at, y_at)
         value, grad = (
-            self._merge(xp, b, at, v, labels) for b, v in zip(background, labelled, strict=True)
+            self._merge(xp, b, at, v, labels) for b, v in zip(background, labeled, strict=True)
         )
         return value, grad
 
     def hess(self, xp: Namespace, x: Array, labels: Array) -> Array:
         """The second derivative at every logit."""
-        at, x_at, y_at = self._labelled(xp, x, labels)
+        at, x_at, y_at = self._labeled(xp, x, labels)
         background = self.formula.hess(xp, x, 0.0)
         return self._merge(xp, background, at, self.formula.hess(xp, x_at, y_at), labels)
 
-    def _labelled(self, xp: Namespace, x: Array, labels: Array) -> tuple[Array, Array, Array]:
+    def _labeled(self, xp: Namespace, x: Array, labels: Array) -> tuple[Array, Array, Array]:
         """Per row the index, logit and target of its label; of class 0 where it has none."""
         at = xp.maximum(labels, 0)[..., None]
         y_at = xp.astype(labels >= 0, x.dtype)[..., None]
         return at, xp.take_along_axis(x, at, axis=-1), y_at
 
     def _merge(
-        self, xp: Namespace, background: Array, at: Array, labelled: Array, labels: Array
+        self, xp: Namespace, background: Array, at: Array, labeled: Array, labels: Array
     ) -> Array:
-        return xp.keep_rows(xp.put_along_axis(background, at, labelled), labels >= -1)
+        return xp.keep_rows(xp.put_along_axis(background, at, labeled), labels >= -1)
 
 
 def alpha_t(alpha: Array, y: Array | float) -> Array:

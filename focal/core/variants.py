@@ -30,7 +30,7 @@ def quality_focal_loss(
         inputs: Logits of any shape and floating-point type.
         targets: Same shape as `inputs`, values in [0, 1], any real or boolean type.
         beta: Exponent, finite, >= 0; 0 is cross entropy. Below 1 the derivative grows without
-            bound towards p = y (it is finite at every number, and 0 there). Default 2. A number
+            bound toward p = y (it is finite at every number, and 0 there). Default 2. A number
             or an array without axes.
         reduction: "none" (default), "mean" over all elements, or "sum".
         weight: Factors that broadcast to the shape of `inputs`, multiplied into the loss.

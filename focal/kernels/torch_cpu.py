@@ -1,11 +1,11 @@
 """The focal loss and its derivative in PyTorch on a CPU, in place in buffers that fit the cache.
 
-For hard targets the loss depends on one number, the logit counted towards the wrong side:
+For hard targets the loss depends on one number, the logit counted toward the wrong side:
 `w = x` for y = 0 and `w = -x` for y = 1. With m = sigmoid(w) and p_t = sigmoid(-w),
 
     FL = a m^gamma softplus(w),    dFL/dw = a m^gamma (gamma p_t softplus(w) + m).
 
-Label smoothing s moves every target by e = s / 2 towards the other side. With p = sigmoid(w),
+Label smoothing s moves every target by e = s / 2 toward the other side. With p = sigmoid(w),
 
     m = e + (1 - 2 e) p,    ce = softplus(w) - e w,
     FL = a m^gamma ce,      dFL/dw = a m^gamma (gamma (1 - 2 e) (p (1 - p) / m) ce + p - e).
@@ -124,7 +124,7 @@ class Kernels:
         buffers: list[Tensor] = []
         listed = None
         if isinstance(t, Tensor):
-            listed = _labelled(t, classes) if sparse else _rare(t)
+            listed = _labeled(t, classes) if sparse else _rare(t)
         for start in range(0, len(x), rows):
             xb = x[start : start + rows].to(wide).reshape(-1)
             tb = t[start : start + rows] if isinstance(t, Tensor) else xb.new_ones(())
@@ -224,7 +224,7 @@ class _Everywhere(NamedTuple):
         _power(m, loss.gamma)
 
 
-def _labelled(labels: Tensor, classes: int) -> _Listed:
+def _labeled(labels: Tensor, classes: int) -> _Listed:
     """The logits of the labels' classes."""
     rows = torch.nonzero(labels >= 0)[:, 0]
     return _Listed(rows * classes + labels[rows])

@@ -13,7 +13,7 @@ from focal.retinanet.config import RetinaNetConfig
 __all__ = ["BACKBONES", "NORM_EPS", "Backbone", "backbone", "norm_groups"]
 
 NORM_EPS = 1e-5
-"""Added to the variance by every normalisation, batch or group."""
+"""Added to the variance by every normalization, batch or group."""
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ class RetinaNetConfig(_Config):
     box_beta: NonNegative = 1.0
     """Where smooth L1 turns from quadratic to linear; 0 is L1."""
     box_weight: NonNegative = 1.0
-    normaliser: Literal["batch", "image", "ema"] = "batch"
+    normalizer: Literal["batch", "image", "ema"] = "batch"
     """Divide by the positives of the batch (paper), of each image, or by a running mean."""
 
     # Inference

@@ -37,7 +37,7 @@ PREDICT_BATCH = 8
 def build(
     config: RetinaNetConfig, backend: str = "torch", seed: int = 0, device: str | None = None
 ) -> Any:
-    """A new detector with the paper's initialisation.
+    """A new detector with the paper's initialization.
 
     Args:
         config: The detector; `classes` must not be empty.

@@ -59,9 +59,9 @@ def normalizer(
         positives: `F.num_positives` of the whole batch.
         mean: The running mean before it.
     """
-    if config.normaliser == "image":
+    if config.normalizer == "image":
         return images, mean
-    if config.normaliser == "ema":
+    if config.normalizer == "ema":
         mean = running_mean(mean, positives)
         return mean, mean
     return positives, mean
@@ -96,7 +96,7 @@ def losses(
     logits, deltas = xp.astype(logits, xp.float32), xp.astype(deltas, xp.float32)
     positive = xp.astype(target.labels >= 0, xp.float32)
     weight = None
-    if config.normaliser == "image":  # each image's loss is divided by its own positives
+    if config.normalizer == "image":  # each image's loss is divided by its own positives
         weight = 1 / xp.maximum(xp.sum(positive, axis=-1, keepdims=True), 1.0)
         positive = positive * weight
         weight = weight[..., None]

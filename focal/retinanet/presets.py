@@ -62,7 +62,7 @@ _TORCHVISION: Mapping[str, Any] = {
     "allow_low_quality": True,
     "anchors": AnchorConfig(offset=0.0, rounded=True),
     "box_beta": 0.0,
-    "normaliser": "image",
+    "normalizer": "image",
     "max_detections": 300,
 }
 
@@ -82,7 +82,7 @@ CONVENTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "allow_low_quality": True,
             "anchors": AnchorConfig(offset=0.0),
             "box_beta": 0.0,
-            "normaliser": "ema",
+            "normalizer": "ema",
         },
     }
 )

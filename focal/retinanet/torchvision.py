@@ -34,7 +34,7 @@ def load_torchvision(
     """A detector with the weights of torchvision's `retinanet_resnet50_fpn` or `..._v2`.
 
     Which of the two it is, and how many classes it has, is read from the tensors. Conventions
-    are those of that model: P6 from P5 and L1 boxes in v1; P6 from C5, group normalisation in
+    are those of that model: P6 from P5 and L1 boxes in v1; P6 from C5, group normalization in
     the subnets and GIoU in v2; whole-pixel anchors at the corners of their cells in both.
 
     Args:
@@ -44,7 +44,7 @@ def load_torchvision(
         classes: Names by class index. Default: "0", "1", ...; torchvision's published weights
             count COCO's category ids, of which 0 is never used.
         canvas: (height, width) in pixels that images are scaled to fit.
-        norm_eps: What the backbone's batch normalisations add to the variance. Default: 0 for
+        norm_eps: What the backbone's batch normalizations add to the variance. Default: 0 for
             v1, as in torchvision's published weights, and 1e-5 for v2.
         device: As in `build`.
 
@@ -139,7 +139,7 @@ def from_torchvision(
 
     Args:
         tensors: The arrays of torchvision's state dict, of any of its versions.
-        norm_eps: What the batch normalisations of that network add to the variance. It is 0 in
+        norm_eps: What the batch normalizations of that network add to the variance. It is 0 in
             the published `retinanet_resnet50_fpn`, though not in `_v2`.
 
     Returns:

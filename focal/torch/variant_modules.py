@@ -58,7 +58,7 @@ class HeatmapFocalLoss(DenseLoss, function=variants.heatmap_focal_loss):
     Args:
         gamma: Focusing parameter >= 0. Default 2.
         beta: Exponent of the penalty's reduction, >= 0. Default 4.
-        reduction: "none", "mean", "sum" or "positives" (default): the papers' normaliser.
+        reduction: "none", "mean", "sum" or "positives" (default): the papers' normalizer.
 
     Example:
         >>> import torch

@@ -203,11 +203,11 @@ def types() -> Iterator[list[Case]]:
     yield wrong(T, dense.fromkeys(dense, (X, "y")), "targets must be ARRAY; got 'y'")
     yield wrong(T, dense, f"weight {real}", weight=COMPLEX)
     yield wrong(T, dense, "weight must be ARRAY; got 'w'", weight="w")
-    labelled = "sparse_sigmoid_focal_loss softmax_focal_loss"
-    yield wrong(T, each(labelled, INTEGERS, LABELS), f"inputs {floating}")
-    yield wrong(T, each(labelled, X, np.zeros(4)), f"labels {labels}; got float64")
-    yield wrong(T, each(labelled, X, np.zeros(4, bool)), f"labels {labels}; got bool")
-    yield wrong(T, each(labelled, X, None), "labels must be ARRAY; got None")
+    labeled = "sparse_sigmoid_focal_loss softmax_focal_loss"
+    yield wrong(T, each(labeled, INTEGERS, LABELS), f"inputs {floating}")
+    yield wrong(T, each(labeled, X, np.zeros(4)), f"labels {labels}; got float64")
+    yield wrong(T, each(labeled, X, np.zeros(4, bool)), f"labels {labels}; got bool")
+    yield wrong(T, each(labeled, X, None), "labels must be ARRAY; got None")
     pairs = "box_iou generalized_box_iou giou_loss"
     yield wrong(T, each(pairs, FLAGS, BOXES), f"boxes1 {bools}")
     yield wrong(T, each(pairs, BOXES, FLAGS), f"boxes2 {bools}")

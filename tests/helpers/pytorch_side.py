@@ -116,7 +116,7 @@ def bottleneck(
     )
 
 
-def optimise(
+def optimize(
     run: TrainConfig,
     start: Sequence[np.ndarray],
     gradients: Sequence[Sequence[np.ndarray]],

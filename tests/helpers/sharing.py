@@ -55,7 +55,7 @@ def trainer_cases() -> dict[str, tuple[RetinaNetConfig, TrainConfig]]:
         weight_decay=0.0,
         precision="float32",
     )
-    image, ema = (detector.replace(normaliser=word) for word in ("image", "ema"))
+    image, ema = (detector.replace(normalizer=word) for word in ("image", "ema"))
     return {
         "batch": (detector, run),
         "image": (image, run),

@@ -71,8 +71,8 @@ def test_the_optimizers_are_pytorchs(pytorch, optimizer):
     start = rng.normal(size=(5, 7)).astype(np.float32)
     scales, rates = (1.0, 0.1, 3.0, 0.01), (0.1, 0.3, 0.01, 0.2)
     slopes = [scale * rng.normal(size=start.shape).astype(np.float32) for scale in scales]
-    reference = pytorch(pytorch_side.optimise, run, [start], [[x] for x in slopes], rates)
-    rule, value = ours._optimiser(run), jnp.asarray(start)
+    reference = pytorch(pytorch_side.optimize, run, [start], [[x] for x in slopes], rates)
+    rule, value = ours._optimizer(run), jnp.asarray(start)
     slots = rule.init(value)
     for slope, rate, (expected,) in zip(slopes, rates, reference, strict=True):
         updates, slots = rule.update(jnp.asarray(slope), slots, value)

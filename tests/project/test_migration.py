@@ -414,11 +414,11 @@ def test_keras_cv_heatmap_peaks_are_above_the_threshold() -> None:
 
 
 def test_automl() -> None:
-    normaliser = 2 + 1.0
+    normalizer = 2 + 1.0
     labels = np.array([0, 2, -2, -1])
     one_hot = (labels[:, None] == np.arange(3)).astype(float)
-    there = (torchvision(one_hot, 0.25, 1.5) * (labels != -2)[:, None]).sum() / normaliser
-    here = sparse_sigmoid_focal_loss(X, labels, 0.25, 1.5, "sum") / normaliser
+    there = (torchvision(one_hot, 0.25, 1.5) * (labels != -2)[:, None]).sum() / normalizer
+    here = sparse_sigmoid_focal_loss(X, labels, 0.25, 1.5, "sum") / normalizer
     assert_allclose(here, there, **RIGHT)
     # Smoothing there is of the cross entropy alone.
     p, y = 1 / (1 + np.exp(-0.8)), 0.95

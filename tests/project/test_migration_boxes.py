@@ -309,7 +309,7 @@ def test_keras_labels_and_deltas() -> None:
     )
     assert_array_equal(labels, there)
     matched = labels >= 0
-    wanted = centre_code(boxes[box], ANCHORS_320)[:, YX] / variance
+    wanted = center_code(boxes[box], ANCHORS_320)[:, YX] / variance
     assert_allclose(deltas[:, YX][matched], wanted[matched], rtol=1e-4, atol=1e-5)
     assert matched.any() and not deltas[~matched].any()
 
@@ -317,18 +317,18 @@ def test_keras_labels_and_deltas() -> None:
 # ---------------------------------------------------------------- box coders
 
 
-def centre_code(boxes: np.ndarray, priors: np.ndarray) -> np.ndarray:
+def center_code(boxes: np.ndarray, priors: np.ndarray) -> np.ndarray:
     """dx, dy, dw, dh of the R-CNN paper."""
     size, prior = boxes[:, 2:] - boxes[:, :2], priors[:, 2:] - priors[:, :2]
     shift = (boxes[:, :2] + boxes[:, 2:] - priors[:, :2] - priors[:, 2:]) / 2
     return np.concatenate([shift / prior, np.log(size / prior)], axis=1)
 
 
-def centre_decode(deltas: np.ndarray, priors: np.ndarray) -> np.ndarray:
+def center_decode(deltas: np.ndarray, priors: np.ndarray) -> np.ndarray:
     prior = priors[:, 2:] - priors[:, :2]
-    centre = (priors[:, :2] + priors[:, 2:]) / 2 + deltas[:, :2] * prior
+    center = (priors[:, :2] + priors[:, 2:]) / 2 + deltas[:, :2] * prior
     half = np.exp(deltas[:, 2:]) * prior / 2
-    return np.concatenate([centre - half, centre + half], axis=1)
+    return np.concatenate([center - half, center + half], axis=1)
 
 
 RNG = np.random.default_rng(2)
@@ -338,34 +338,34 @@ WEIGHTS = np.array([10.0, 10.0, 5.0, 5.0])
 
 
 def test_torchvision_and_detectron2_coders() -> None:
-    code = centre_code(BOXES, PRIORS) * WEIGHTS
+    code = center_code(BOXES, PRIORS) * WEIGHTS
     assert_allclose(encode_boxes(BOXES, PRIORS, WEIGHTS), code, rtol=1e-9, atol=1e-12)
     deltas = np.random.default_rng(3).normal(0, 20, (20, 12))  # K = 3
     ours = decode_boxes(deltas.reshape(-1, 3, 4), PRIORS[:, None], WEIGHTS)
     for k in range(3):
         some = deltas[:, 4 * k : 4 * k + 4] / WEIGHTS
         some[:, 2:] = np.minimum(some[:, 2:], CLIP)
-        assert_allclose(ours[:, k], centre_decode(some, PRIORS), rtol=1e-9, atol=1e-9)
+        assert_allclose(ours[:, k], center_decode(some, PRIORS), rtol=1e-9, atol=1e-9)
         assert_array_equal(ours.reshape(-1, 12)[:, 4 * k : 4 * k + 4], ours[:, k])
 
 
 def test_a_box_without_area() -> None:
     boxes, priors = np.array([[3.0, 3, 3, 5]]), np.array([[0.0, 0, 4, 4]])
     with np.errstate(divide="ignore"):
-        assert centre_code(boxes, priors)[0, 2] == -math.inf
+        assert center_code(boxes, priors)[0, 2] == -math.inf
     assert np.isfinite(encode_boxes(boxes, priors)).all()
 
 
 def test_mmdetection_coder() -> None:
     means, stds = np.array([0.1, 0.0, 0.2, 0.0]), np.array([0.1, 0.1, 0.2, 0.2])
-    there = (centre_code(BOXES, PRIORS) - means) / stds
+    there = (center_code(BOXES, PRIORS) - means) / stds
     ours = encode_boxes(BOXES, PRIORS, 1 / stds) - means / stds
     assert_allclose(ours, there, rtol=1e-9, atol=1e-9)
     deltas = DELTAS * 8
-    denormalised = deltas * stds
-    denormalised[:, 2:] = np.clip(denormalised[:, 2:], -CLIP, CLIP)
+    denormalized = deltas * stds
+    denormalized[:, 2:] = np.clip(denormalized[:, 2:], -CLIP, CLIP)
     assert (deltas * stds)[:, 2:].min() < -CLIP  # so that the lower clamp is met
-    there = np.clip(centre_decode(denormalised, PRIORS), 0, 320)
+    there = np.clip(center_decode(denormalized, PRIORS), 0, 320)
     clamped = deltas.copy()
     clamped[:, 2:] = np.maximum(clamped[:, 2:], -CLIP / stds[2:])
     ours = clip_boxes(decode_boxes(clamped, PRIORS, 1 / stds), (320, 320))
@@ -377,20 +377,20 @@ def test_mmdetection_coder() -> None:
 def test_keras_and_tensorflow_coders() -> None:
     """(y, x) everywhere: the variances, too, belong to dy, dx, dh, dw."""
     variance = np.array([0.1, 0.3, 0.2, 0.5])
-    there = centre_code(BOXES, PRIORS)[:, YX] / variance
+    there = center_code(BOXES, PRIORS)[:, YX] / variance
     ours = encode_boxes(BOXES, PRIORS, (1 / variance)[YX])[..., YX]
     assert_allclose(ours, there, rtol=1e-9, atol=1e-9)
-    there = centre_decode((DELTAS * variance)[:, YX], PRIORS)[:, YX]
+    there = center_decode((DELTAS * variance)[:, YX], PRIORS)[:, YX]
     ours = decode_boxes(DELTAS[:, YX], PRIORS, (1 / variance)[YX], clip=80.0)[:, YX]
     assert_allclose(ours, there, rtol=1e-9, atol=1e-9)
     plain = encode_boxes(BOXES, PRIORS, 1 / variance)  # keras's "center_xywh"
-    assert_allclose(plain, centre_code(BOXES, PRIORS) / variance, rtol=1e-9, atol=1e-9)
+    assert_allclose(plain, center_code(BOXES, PRIORS) / variance, rtol=1e-9, atol=1e-9)
     huge = np.array([[0.0, 0, 30, 30]])
     assert_allclose(
-        decode_boxes(huge, PRIORS[:1], clip=80.0), centre_decode(huge, PRIORS[:1]), rtol=1e-9
+        decode_boxes(huge, PRIORS[:1], clip=80.0), center_decode(huge, PRIORS[:1]), rtol=1e-9
     )
     clamped = np.minimum(DELTAS[:, YX] / WEIGHTS, [math.inf, math.inf, CLIP, CLIP])
-    garden = centre_decode(clamped, PRIORS)[:, YX]
+    garden = center_decode(clamped, PRIORS)[:, YX]
     ours = decode_boxes(DELTAS[:, YX], PRIORS, WEIGHTS)[:, YX]
     assert_allclose(ours, garden, rtol=1e-9, atol=1e-9)
 
@@ -467,10 +467,10 @@ def test_model_garden_nms_below_a_half() -> None:
 def test_formats() -> None:
     x1, y1, x2, y2 = BOXES.T
     xywh = np.stack([x1, y1, x2 - x1, y2 - y1], axis=1)
-    centres = np.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], axis=1)
+    centers = np.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], axis=1)
     b = xywh
     assert_allclose(np.concatenate([b[:, :2], b[:, :2] + b[:, 2:]], axis=1), BOXES)
-    b = centres
+    b = centers
     ours = np.concatenate([b[:, :2] - b[:, 2:] / 2, b[:, :2] + b[:, 2:] / 2], axis=1)
     assert_allclose(ours, BOXES)
     assert_array_equal(np.stack([y1, x1, y2, x2], axis=1)[..., YX], BOXES)

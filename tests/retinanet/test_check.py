@@ -355,8 +355,8 @@ def test_bccd_is_what_its_readme_says(tmp_path, capsys):
     }
     assert record["errors"] == []
     warnings = {group["kind"]: group for group in record["warnings"]}
-    unlabelled = warnings["image without 'RBC', which 95.9% of the images have"]
-    assert unlabelled["splits"] == {"train": 8, "val": 4, "test": 3}
+    unlabeled = warnings["image without 'RBC', which 95.9% of the images have"]
+    assert unlabeled["splits"] == {"train": 8, "val": 4, "test": 3}
     twice = warnings["two boxes for one object (IoU 0.9 or more)"]
     assert twice["splits"] == {"train": 4, "val": 2, "test": 1}
     (alike,) = warnings["near-duplicate of an image in another split"]["findings"]

@@ -185,7 +185,7 @@ def test_options_reach_the_run(coco, tmp_path):
     detector, train = record["detector"], record["train"]
     assert (train["steps"], train["seed"], train["ema"]) == (1, 7, None)
     assert (train["crop"], train["clip_norm"], train["optimizer"]) == ([48, 40], 5, "sgd")
-    assert (detector["p6_from"], detector["normaliser"]) == ("p5", "image")
+    assert (detector["p6_from"], detector["normalizer"]) == ("p5", "image")
     assert (detector["alpha"], detector["max_detections"]) == (None, 9)
     # The convention places the anchors; their sizes are the preset's.
     assert detector["anchors"]["rounded"] and detector["anchors"]["offset"] == 0
@@ -329,7 +329,7 @@ def fails(capsys, *arguments):
         (("--steps", "0"), "steps must be >= 1; got 0"),
         (("--seed", "-1"), "seed must be >= 0; got -1"),
         (("--backend", "caffe"), "backend must be one of torch"),
-        (("--set", "colour=red"), "no field 'colour'"),
+        (("--set", "color=red"), "no field 'color'"),
         (("--set", "gamma"), "--set must be FIELD=VALUE; got 'gamma'"),
         (("--set", "gamma=-1"), "gamma must be a finite number >= 0; got -1"),
         (("--set", "gamma=much"), "gamma must be a number"),

@@ -47,7 +47,7 @@ def gradient(height=20, width=30):
     return np.stack([8 * x, 12 * y, 4 * (x + y)], axis=2).astype(np.uint8)
 
 
-def grey_of(path):
+def gray_of(path):
     image = read_image(path)
     assert image.dtype == np.uint8 and image.ndim == 3
     assert (image == image[..., :1]).all()
@@ -55,17 +55,17 @@ def grey_of(path):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
-def test_opaque_colours_are_read_unchanged(tmp_path, mode):
+def test_opaque_colors_are_read_unchanged(tmp_path, mode):
     image = read_image(save(tmp_path, Image.fromarray(gradient()).convert(mode)))
     np.testing.assert_array_equal(image, gradient())
     assert image.flags.writeable and image.flags.c_contiguous
 
 
 def test_greyscale_and_one_bit(tmp_path):
-    grey = gradient()[..., 0]
-    np.testing.assert_array_equal(grey_of(save(tmp_path, Image.fromarray(grey))), grey)
-    bits = grey > 100
-    np.testing.assert_array_equal(grey_of(save(tmp_path, Image.fromarray(bits))), bits * 255)
+    gray = gradient()[..., 0]
+    np.testing.assert_array_equal(gray_of(save(tmp_path, Image.fromarray(gray))), gray)
+    bits = gray > 100
+    np.testing.assert_array_equal(gray_of(save(tmp_path, Image.fromarray(bits))), bits * 255)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
@@ -73,7 +73,7 @@ def test_transparency_is_laid_over_white(tmp_path, mode):
     image = Image.new(mode, (3, 1), (0, 0, 0, 255) if mode == "RGBA" else (0, 255))
     image.putpixel((1, 0), (0, 0, 0, 0) if mode == "RGBA" else (0, 0))
     image.putpixel((2, 0), (0, 0, 0, 128) if mode == "RGBA" else (0, 128))
-    np.testing.assert_allclose(grey_of(save(tmp_path, image)), [[0, 255, 127]], atol=1)
+    np.testing.assert_allclose(gray_of(save(tmp_path, image)), [[0, 255, 127]], atol=1)
 
 
 @pytest.mark.parametrize("transparent", [None, 1, bytes([255, 0])])
@@ -112,7 +112,7 @@ INT16, INT32, FLOAT = np.uint16, np.int32, np.float32
 def test_values_of_more_than_8_bits_are_scaled(tmp_path, dtype, values, expected):
     for name in ("image.tif", "image.png")[: 2 if dtype is INT16 else 1]:
         path = save(tmp_path, Image.fromarray(np.array([values], dtype)), name)
-        np.testing.assert_array_equal(grey_of(path)[0], expected)
+        np.testing.assert_array_equal(gray_of(path)[0], expected)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -561,8 +561,8 @@ def find_box(image):
     found = []
     for profile in (weight.max(axis=0), weight.max(axis=1)):
         length = profile.sum()
-        centre = (profile * (np.arange(len(profile)) + 0.5)).sum() / length
-        found.append((centre - length / 2, centre + length / 2))
+        center = (profile * (np.arange(len(profile)) + 0.5)).sum() / length
+        found.append((center - length / 2, center + length / 2))
     (x1, x2), (y1, y2) = found
     return np.array([x1, y1, x2, y2])
 
@@ -702,28 +702,28 @@ def test_flips_setting_says_which_symmetries_occur():
         assert len({out.image.tobytes() for out in outs}) == count
 
 
-def test_colour_jitter():
+def test_color_jitter():
     image = gradient()
     rng = np.random.default_rng(0)
-    assert T.colour_jitter(image, 0.0, rng) is image
-    out = np.array([T.colour_jitter(image, 0.3, rng) for _ in range(200)]).astype(float)
+    assert T.color_jitter(image, 0.0, rng) is image
+    out = np.array([T.color_jitter(image, 0.3, rng) for _ in range(200)]).astype(float)
     assert out.shape == (200, *image.shape)
     means = out.mean(axis=(1, 2, 3)) / image.mean()
     assert 0.65 < means.min() < 0.8 and 1.2 < means.max() < 1.35
-    grey = np.full((8, 8, 3), 100, np.uint8)  # only the brightness can change plain gray
-    changed = T.colour_jitter(grey, 0.5, np.random.default_rng(3))
+    gray = np.full((8, 8, 3), 100, np.uint8)  # only the brightness can change plain gray
+    changed = T.color_jitter(gray, 0.5, np.random.default_rng(3))
     factor = np.random.default_rng(3).uniform(0.5, 1.5, 3)[0]
     np.testing.assert_allclose(changed, 100 * factor, atol=1)
 
 
-def test_colour_jitter_is_the_three_steps_in_one():
+def test_color_jitter_is_the_three_steps_in_one():
     image = gradient()
     brightness, contrast, saturation = np.random.default_rng(5).uniform(0.8, 1.2, 3)
-    grey = image @ np.array([0.299, 0.587, 0.114])
-    expected = grey[..., None] + saturation * (image - grey[..., None])
-    mean = grey[::4, ::4].mean()
+    gray = image @ np.array([0.299, 0.587, 0.114])
+    expected = gray[..., None] + saturation * (image - gray[..., None])
+    mean = gray[::4, ::4].mean()
     expected = brightness * (mean + contrast * (expected - mean))
-    out = T.colour_jitter(image, 0.2, np.random.default_rng(5))
+    out = T.color_jitter(image, 0.2, np.random.default_rng(5))
     np.testing.assert_allclose(out, np.clip(expected, 0, 255), atol=0.51)
 
 

@@ -227,7 +227,7 @@ def test_the_first_loss_is_the_expected_one():
 
 def test_conventions_differ_where_they_should():
     """Section 3 of the survey, where a row is a field of the config."""
-    fields = ("p6_from", "allow_low_quality", "box_beta", "normaliser", "max_detections")
+    fields = ("p6_from", "allow_low_quality", "box_beta", "normalizer", "max_detections")
     table = {
         name: [getattr(RetinaNetConfig(**changes), field) for field in fields]
         for name, changes in CONVENTIONS.items()

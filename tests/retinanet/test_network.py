@@ -291,13 +291,13 @@ def test_the_record_of_a_run(name, backend):
         (CONFIG, SGD.replace(ema=0.99)),
         (
             FIVE_LEVELS.replace(
-                norm="frozen_batch", p6_from="p5", normaliser="image", box_loss="giou"
+                norm="frozen_batch", p6_from="p5", normalizer="image", box_loss="giou"
             ),
             SGD.replace(clip_norm=0.1),
         ),
         (
             FIVE_LEVELS.replace(
-                backbone="resnet18", norm="group", head_norm="group", normaliser="ema", gamma=1.5
+                backbone="resnet18", norm="group", head_norm="group", normalizer="ema", gamma=1.5
             ),
             SGD,
         ),

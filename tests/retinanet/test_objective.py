@@ -34,7 +34,7 @@ def array(library, x):
 
 def own_normalizer(library, target, config):
     """Of a batch alone: its images, or its positives."""
-    if config.normaliser == "image":
+    if config.normalizer == "image":
         return target.labels.shape[0]
     return library.num_positives(target.labels)
 
@@ -111,13 +111,13 @@ def naive_image(logits, deltas, boxes, labels, config):
     return np.array([classification, box * config.box_weight, positive.sum()])
 
 
-def naive(batch, config, normaliser=None):
+def naive(batch, config, normalizer=None):
     images = np.array([naive_image(*image, config) for image in zip(*batch, strict=True)])
     count = images[:, 2].sum()
-    if config.normaliser == "image":
+    if config.normalizer == "image":
         parts = (images[:, :2] / np.maximum(images[:, 2:], 1)).mean(axis=0)
     else:
-        parts = images[:, :2].sum(axis=0) / max(1, count if normaliser is None else normaliser)
+        parts = images[:, :2].sum(axis=0) / max(1, count if normalizer is None else normalizer)
     return [*parts, count]
 
 
@@ -129,8 +129,8 @@ CONFIGS = {
     "cross entropy": CONFIG.replace(alpha=None, gamma=0.0),
     "low quality": CONFIG.replace(allow_low_quality=True, foreground=0.7, background=0.3),
     "low quality above a floor": CONFIG.replace(allow_low_quality=0.65, foreground=0.8),
-    "each image": CONFIG.replace(normaliser="image"),
-    "each image, giou": CONFIG.replace(normaliser="image", box_loss="giou", box_weight=2.0),
+    "each image": CONFIG.replace(normalizer="image"),
+    "each image, giou": CONFIG.replace(normalizer="image", box_loss="giou", box_weight=2.0),
 }
 
 
@@ -159,12 +159,12 @@ def test_deltas_lead_from_the_anchor_to_its_box(library, seed):
         assert not target.deltas[image][~positive].any()
 
 
-@pytest.mark.parametrize("normaliser", [1.0, 2.5, 37.5])
+@pytest.mark.parametrize("normalizer", [1.0, 2.5, 37.5])
 @pytest.mark.parametrize("word", ["batch", "ema"])
-def test_a_normalizer_of_the_callers(library, normaliser, word):
+def test_a_normalizer_of_the_callers(library, normalizer, word):
     batch = make_batch()
-    _, found = run(library, batch, CONFIG.replace(normaliser=word), normaliser)
-    assert found == pytest.approx(naive(batch, CONFIG, normaliser), rel=1e-5)
+    _, found = run(library, batch, CONFIG.replace(normalizer=word), normalizer)
+    assert found == pytest.approx(naive(batch, CONFIG, normalizer), rel=1e-5)
 
 
 def test_replicas_with_the_common_normalizer_add_up_to_the_whole_batch(library):
@@ -190,10 +190,10 @@ def test_padding_does_nothing(library, config):
 
 
 @pytest.mark.parametrize("rows", [0, 8])
-@pytest.mark.parametrize("normaliser", ["batch", "image"])
-def test_images_without_boxes_are_background(library, rows, normaliser):
+@pytest.mark.parametrize("normalizer", ["batch", "image"])
+def test_images_without_boxes_are_background(library, rows, normalizer):
     batch = make_batch(counts=(0, 0), rows=rows)
-    config = CONFIG.replace(normaliser=normaliser)
+    config = CONFIG.replace(normalizer=normalizer)
     target, found = run(library, batch, config)
     assert (target.labels == -1).all()
     assert found == pytest.approx(naive(batch, config), rel=1e-5)
@@ -231,13 +231,13 @@ def gradients(batch, config):
     return [x.numpy() for x in found], Targets(*(x.numpy() for x in target))
 
 
-@pytest.mark.parametrize("normaliser", ["batch", "image"])
-def test_the_gradient_is_the_closed_form(normaliser):
+@pytest.mark.parametrize("normalizer", ["batch", "image"])
+def test_the_gradient_is_the_closed_form(normalizer):
     batch = make_batch()
-    config = CONFIG.replace(normaliser=normaliser, box_weight=1.5)
+    config = CONFIG.replace(normalizer=normalizer, box_weight=1.5)
     (by_logits, by_deltas), target = gradients(batch, config)
     positive = target.labels >= 0
-    if normaliser == "image":
+    if normalizer == "image":
         scale = 3 * np.maximum(1, positive.sum(axis=1))[:, None, None]
     else:
         scale = positive.sum()
@@ -272,12 +272,12 @@ def test_extreme_outputs_have_finite_losses_and_gradients(library):
 # Batches with nothing to find, in every framework that differentiates
 
 
-@pytest.mark.parametrize("normaliser", ["batch", "image"])
+@pytest.mark.parametrize("normalizer", ["batch", "image"])
 @pytest.mark.parametrize("labels", [(-1, -1), (-2, -2), (-1, -2)], ids=str)
-def test_batches_without_positives(autodiff, labels, normaliser):
+def test_batches_without_positives(autodiff, labels, normalizer):
     """All background, all ignored, and one image of each: finite, and the closed form's slope."""
     library = importlib.import_module(f"focal.{autodiff.name}")
-    config = CONFIG.replace(normaliser=normaliser)
+    config = CONFIG.replace(normalizer=normalizer)
     logits, deltas, _, _ = make_batch(counts=(0, 0))
     assigned = np.repeat(np.array(labels, np.int32)[:, None], len(ANCHORS), axis=1)
     wanted = np.zeros_like(deltas)
@@ -290,7 +290,7 @@ def test_batches_without_positives(autodiff, labels, normaliser):
         return parts.classification + parts.box
 
     x, d = autodiff.asarray(logits), autodiff.asarray(deltas)
-    scale = 2 if normaliser == "image" else 1
+    scale = 2 if normalizer == "image" else 1
     loss = F.sigmoid_focal_loss(logits, np.zeros_like(logits), config.alpha, config.gamma)
     slope = F.sigmoid_focal_loss_grad(logits, np.zeros_like(logits), config.alpha, config.gamma)
     used = (assigned == -1)[..., None]

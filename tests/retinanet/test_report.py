@@ -12,7 +12,7 @@ from PIL import Image
 
 from focal.retinanet.data import Example, ShapesDataset
 from focal.retinanet.report.curves import loss_plot
-from focal.retinanet.report.draw import PALETTE, class_colour, draw_boxes, save_image, side_by_side
+from focal.retinanet.report.draw import PALETTE, class_color, draw_boxes, save_image, side_by_side
 from focal.retinanet.report.report import detections_picture, write_report
 from focal.retinanet.training.metrics import read_metrics
 
@@ -27,10 +27,10 @@ HOSTILE = (
 
 
 def rgb(label):
-    return tuple(bytes.fromhex(class_colour(label)[1:]))
+    return tuple(bytes.fromhex(class_color(label)[1:]))
 
 
-def grey(height=100, width=120, value=90):
+def gray(height=100, width=120, value=90):
     return np.full((height, width, 3), value, np.uint8)
 
 
@@ -70,9 +70,9 @@ def size_of(path):
 
 @pytest.mark.parametrize("value", [0, 90, 255])
 @pytest.mark.parametrize("label", range(len(PALETTE) + 2))
-def test_the_edge_has_the_class_colour_and_a_halo_of_another(label, value):
+def test_the_edge_has_the_class_color_and_a_halo_of_another(label, value):
     box = np.array([[30, 40, 90, 80]], np.float32)
-    out = draw_boxes(grey(value=value), box, np.array([label]), ("x",) * 20)
+    out = draw_boxes(gray(value=value), box, np.array([label]), ("x",) * 20)
     for y, x in [(60, 30), (60, 89), (79, 60)]:
         assert tuple(out[y, x]) == rgb(label)
     assert tuple(out[60, 29]) == tuple(out[60, 90]) in {(0, 0, 0), (255, 255, 255)}
@@ -80,7 +80,7 @@ def test_the_edge_has_the_class_colour_and_a_halo_of_another(label, value):
 
 
 def test_the_image_given_is_not_drawn_on_and_may_be_read_only_or_a_view():
-    image = grey()
+    image = gray()
     image.flags.writeable = False
     out = draw_boxes(image[:, ::-1], [[10, 10, 50, 50]], [0], ("x",))
     assert (image == 90).all() and (out != 90).any()
@@ -88,7 +88,7 @@ def test_the_image_given_is_not_drawn_on_and_may_be_read_only_or_a_view():
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 3.0, 2.6])
 def test_scale_scales_picture_and_boxes(scale):
-    out = draw_boxes(grey(), np.array([[40, 40, 80, 80]]), np.array([1]), ("a", "b"), scale=scale)
+    out = draw_boxes(gray(), np.array([[40, 40, 80, 80]]), np.array([1]), ("a", "b"), scale=scale)
     assert out.shape == (round(100 * scale), round(120 * scale), 3) and out.dtype == np.uint8
     assert tuple(out[round(60 * scale), round(40 * scale)]) == rgb(1)
     assert tuple(out[round(60 * scale), round(80 * scale) - 1]) == rgb(1)
@@ -96,23 +96,23 @@ def test_scale_scales_picture_and_boxes(scale):
 
 def test_without_boxes_the_picture_is_the_image():
     for boxes in (np.zeros((0, 4)), np.zeros(0), []):
-        out = draw_boxes(grey(), boxes, np.zeros(0, int), ("x",), np.zeros(0))
-        assert np.array_equal(out, grey())
+        out = draw_boxes(gray(), boxes, np.zeros(0, int), ("x",), np.zeros(0))
+        assert np.array_equal(out, gray())
 
 
 def test_a_box_on_the_border_is_drawn_inside_the_picture():
-    out = draw_boxes(grey(), np.array([[0, 0, 120, 100]]), np.array([0]), ("x",))
+    out = draw_boxes(gray(), np.array([[0, 0, 120, 100]]), np.array([0]), ("x",))
     assert (out[50:, [0, -1]] == rgb(0)).all() and (out[-1] == rgb(0)).all()
     for corner in ([-50, -50, 20, 20], [100, 80, 500, 1e30]):
-        out = draw_boxes(grey(), np.array([corner]), np.array([0]), ("x",), np.array([0.5]))
+        out = draw_boxes(gray(), np.array([corner]), np.array([0]), ("x",), np.array([0.5]))
         assert out.shape == (100, 120, 3) and (out == rgb(0)).all(axis=2).any()
 
 
 def test_a_one_pixel_box_is_one_pixel_with_a_halo():
-    out = draw_boxes(grey(), np.array([[60, 50, 61, 51]]), np.array([0]), ("",))
+    out = draw_boxes(gray(), np.array([[60, 50, 61, 51]]), np.array([0]), ("",))
     assert tuple(out[50, 60]) == rgb(0)
-    coloured = np.argwhere((out != 90).any(axis=2))
-    assert coloured.min(axis=0).tolist() == [49, 59] and coloured.max(axis=0).tolist() == [51, 61]
+    colored = np.argwhere((out != 90).any(axis=2))
+    assert colored.min(axis=0).tolist() == [49, 59] and colored.max(axis=0).tolist() == [51, 61]
 
 
 @pytest.mark.parametrize(
@@ -120,37 +120,37 @@ def test_a_one_pixel_box_is_one_pixel_with_a_halo():
     [[130, 5, 140, 9], [-9, 5, -1, 9], [5, 100, 9, 130], [np.nan, 1, 2, 3], [1, 2, np.inf, 4]],
 )
 def test_boxes_outside_and_not_finite_are_left_out(box):
-    out = draw_boxes(grey(), np.array([box]), np.array([0]), ("x",), np.array([0.5]))
-    assert np.array_equal(out, grey())
+    out = draw_boxes(gray(), np.array([box]), np.array([0]), ("x",), np.array([0.5]))
+    assert np.array_equal(out, gray())
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 200), (200, 3), (12, 12), (30, 30), (400, 300)])
 @pytest.mark.parametrize("label", range(len(HOSTILE)))
 def test_any_name_fits_any_picture(shape, label):
     boxes = np.array([[0, 0, 1, 1], [0, 0, *shape[::-1]]], float)
-    out = draw_boxes(grey(*shape), boxes, [label] * 2, HOSTILE, [0.5, np.nan])
+    out = draw_boxes(gray(*shape), boxes, [label] * 2, HOSTILE, [0.5, np.nan])
     assert out.shape == (*shape, 3)
 
 
 def test_a_tag_stays_inside_the_picture_and_off_the_others():
     boxes = np.array([[100, 90, 119, 99], [1, 1, 8, 8], [40, 40, 70, 60], [40, 40, 71, 61]])
-    out = draw_boxes(grey(), boxes, [0, 1, 2, 3], ("name",) * 4, [1, 1, 1, 1])
+    out = draw_boxes(gray(), boxes, [0, 1, 2, 3], ("name",) * 4, [1, 1, 1, 1])
     for label in range(4):  # a tag is mostly its color: far more of it than in the outline
         assert (out == rgb(label)).all(axis=2).sum() > 250
 
 
 def test_lengths_must_agree():
     with pytest.raises(ValueError):
-        draw_boxes(grey(), np.zeros((2, 4)), [0], ("x",))
+        draw_boxes(gray(), np.zeros((2, 4)), [0], ("x",))
     with pytest.raises(ValueError):
-        draw_boxes(grey(), np.zeros((2, 4)), [0, 0], ("x",), [0.5])
+        draw_boxes(gray(), np.zeros((2, 4)), [0, 0], ("x",), [0.5])
 
 
 # ---------------------------------------------------------------- sheets and files
 
 
 def test_a_sheet_holds_its_pictures_unchanged():
-    left, right = grey(100, 300, 10), grey(80, 250, 20)
+    left, right = gray(100, 300, 10), gray(80, 250, 20)
     sheet = side_by_side([(left, right), (right, left)], legend=list(enumerate(HOSTILE)))
     assert sheet.shape[1] > 600 and sheet.dtype == np.uint8
     assert (sheet == 10).all(axis=2).sum() == 2 * 100 * 300
@@ -186,7 +186,7 @@ def test_images_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_detections_below_the_threshold_are_not_shown(tmp_path):
-    example = Example(grey(256, 256), np.zeros((0, 4), np.float32), np.zeros(0, int), 1)
+    example = Example(gray(256, 256), np.zeros((0, 4), np.float32), np.zeros(0, int), 1)
     found = {"boxes": np.array([[20, 60, 90, 120], [120, 60, 200, 120]], np.float32)}
     found |= {"scores": np.array([0.9, 0.2]), "labels": np.array([0, 2])}
     out = detections_picture([example], [found], HOSTILE, tmp_path / "d.png")
@@ -255,7 +255,7 @@ def test_a_full_report_is_escaped_and_self_contained(tmp_path):
     lines = train_line(20) + eval_line(20, **per_class) + eval_line(30, "<test>", AP=0.625)
     (tmp_path / "metrics.jsonl").write_text(lines)
     loss_plot(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
-    save_image(tmp_path / "detections.png", grey())
+    save_image(tmp_path / "detections.png", gray())
     page = page_of(tmp_path)
 
     images = re.findall(r'src="data:image/png;base64,([^"]*)"', page)

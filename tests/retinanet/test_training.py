@@ -132,7 +132,7 @@ def test_the_loss_is_the_sum_of_its_parts_over_the_positives():
     assert parts["positives"] > 0
 
     # A running mean begins at 100 and takes a tenth of each batch's positives.
-    running, _ = trainer_and_batch(config=CONFIG.replace(normaliser="ema"))
+    running, _ = trainer_and_batch(config=CONFIG.replace(normalizer="ema"))
     found = {k: float(v) for k, v in running.step(0, batch, 1e-3).items()}
     ratio = parts["positives"] / (90 + 0.1 * parts["positives"])
     assert found["positives"] == parts["positives"]
@@ -166,11 +166,11 @@ def test_the_average_of_the_weights():
         np.testing.assert_allclose(trainer.weights()[name], expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("normaliser", ["batch", "image", "ema"])
-def test_images_without_boxes_are_no_trouble(tmp_path, normaliser):
+@pytest.mark.parametrize("normalizer", ["batch", "image", "ema"])
+def test_images_without_boxes_are_no_trouble(tmp_path, normalizer):
     empty = shapes(num_images=3, num_objects=0)
     assert empty.max_boxes == 0
-    fit(tmp_path, RUN.replace(steps=2), CONFIG.replace(normaliser=normaliser), data=empty)
+    fit(tmp_path, RUN.replace(steps=2), CONFIG.replace(normalizer=normalizer), data=empty)
     (line,) = lines(tmp_path)
     assert 0 < line["classification"] < math.inf
     assert line["box"] == 0 and line["positives"] == 1  # never less, as a normalizer
@@ -345,7 +345,7 @@ AUGMENTED = RUN.replace(crop=(48, 56), zoom=(0.8, 1.25), flips="d4", jitter=0.2)
         (RUN, CONFIG),
         (RUN.replace(optimizer="sgd", workers=1, eval_every=2), CONFIG),
         (AUGMENTED.replace(ema=0.9, schedule="cosine", clip_norm=1.0), CONFIG),
-        (RUN.replace(ema=0.99), CONFIG.replace(normaliser="ema", norm="group")),
+        (RUN.replace(ema=0.99), CONFIG.replace(normalizer="ema", norm="group")),
     ],
     ids=["adamw", "sgd", "augmented", "running means"],
 )
@@ -515,13 +515,13 @@ def signal_at(monkeypatch, step, *numbers):
     """These signals come during the step with this number."""
     whole = Trainer.step
 
-    def signalled(self, number, batch, rate):
+    def signaled(self, number, batch, rate):
         if number == step:
             for n in numbers:
                 signal.raise_signal(n)
         return whole(self, number, batch, rate)
 
-    monkeypatch.setattr(Trainer, "step", signalled)
+    monkeypatch.setattr(Trainer, "step", signaled)
 
 
 @pytest.fixture
@@ -560,14 +560,14 @@ def test_a_signal_stops_an_evaluation(tmp_path, monkeypatch, step):
     fit(whole, run, validation=validation)
     evaluate_model = loop.evaluate_model
 
-    def signalled(*arguments):
+    def signaled(*arguments):
         if lines(stopped)[-1]["step"] == step:
             signal.raise_signal(signal.SIGTERM)
             raise AssertionError("it went on")
         return evaluate_model(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "evaluate_model", signalled)
+        patch.setattr(loop, "evaluate_model", signaled)
         with pytest.raises(Stopped, match=f"stopped by SIGTERM after step {step} of 6"):
             fit(stopped, run, validation=validation)
     fit(stopped, run, validation=validation, resume=True)
@@ -658,7 +658,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, call):
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_step_that_is_not_finite_changes_nothing(optimizer):
     run = RUN.replace(optimizer=optimizer, ema=0.9)
-    trainer, batch = trainer_and_batch(run, CONFIG.replace(normaliser="ema"))
+    trainer, batch = trainer_and_batch(run, CONFIG.replace(normalizer="ema"))
     parts = trainer.step(0, batch, 1e-3)
     assert trainer.healthy and 0 < parts["gradient_norm"] < math.inf
     spoilt = trainer.state()
@@ -696,9 +696,9 @@ def test_a_first_loss_that_is_not_finite_names_the_part(tmp_path):
     assert checkpoints(tmp_path) == []
 
 
-@pytest.mark.parametrize("normaliser", ["batch", "image", "ema"])
-def test_the_first_loss_is_the_one_to_expect(tmp_path, caplog, normaliser):
-    config = CONFIG.replace(normaliser=normaliser)
+@pytest.mark.parametrize("normalizer", ["batch", "image", "ema"])
+def test_the_first_loss_is_the_one_to_expect(tmp_path, caplog, normalizer):
+    config = CONFIG.replace(normalizer=normalizer)
     batch = next(train_batches(shapes(), config, RUN))
     fit(tmp_path, RUN.replace(log_every=1, steps=1), config)
     expected = first_loss(batch.boxes, batch.labels, (64, 64), config)

@@ -91,7 +91,7 @@ def test_optimizers_are_pytorchs(pytorch, optimizer):
     start = [rng.normal(size=s).astype(np.float32) for s in ((3, 4), (5,))]
     gradients = [[5 * rng.normal(size=x.shape) for x in start] for _ in range(6)]
     rates = (0.01, 0.02, 0.1, 0.001, 0.01, 0.01)
-    *_, expected = pytorch(pytorch_side.optimise, run, start, gradients, rates)
+    *_, expected = pytorch(pytorch_side.optimize, run, start, gradients, rates)
 
     variables = [keras.Variable(x) for x in start]
     ours = backend_tf._optimizer(run)

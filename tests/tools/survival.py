@@ -40,7 +40,7 @@ COMMON = """
     crop=[64,56] flips=d4 jitter=0.2 workers=1 log_every=1 eval_every=7
 """.split()
 VARIANTS = {
-    "adamw": ["optimizer=adamw", "learning_rate=1e-3", "ema=0.9", "normaliser=ema"],
+    "adamw": ["optimizer=adamw", "learning_rate=1e-3", "ema=0.9", "normalizer=ema"],
     "sgd": ["optimizer=sgd", "learning_rate=0.01", "ema=None", "schedule=step", "norm=group"],
 }
 CLOCKS = ("images_per_second", "seconds")

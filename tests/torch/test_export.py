@@ -138,8 +138,8 @@ def test_suppression_and_every_class_took_part(model):
 
 def test_an_image_without_detections(session):
     """The network of a uniform canvas sees nothing but its prior: all is padding."""
-    grey = np.full((1, *CONFIG.canvas, 3), (124, 116, 104), np.uint8)
-    boxes, scores, labels, count = by_onnx(session)(grey, np.array([CONFIG.canvas]))
+    gray = np.full((1, *CONFIG.canvas, 3), (124, 116, 104), np.uint8)
+    boxes, scores, labels, count = by_onnx(session)(gray, np.array([CONFIG.canvas]))
     assert count.tolist() == [0]
     assert not boxes.any() and not scores.any() and (labels == -1).all()
 

@@ -165,7 +165,7 @@ def _draw(rng: np.random.Generator, size: tuple[int, int], shapes: list[_Shape])
     image = _background(rng, size)
     for shape in shapes:
         under = image.resize((1, 1), Image.Resampling.BOX, box=shape.box).getpixel((0, 0))
-        image.paste(_colour_unlike(under, rng), shape.box[:2], _mask(shape))
+        image.paste(_color_unlike(under, rng), shape.box[:2], _mask(shape))
     noise = rng.integers(-16, 17, (*size, 3), np.int16)
     return np.asarray(np.clip(np.asarray(image) + noise, 0, 255), np.uint8)
 
@@ -183,13 +183,13 @@ def _mask(shape: _Shape) -> Image.Image:
     return mask.reduce(_OVERSAMPLE)
 
 
-def _colour_unlike(under: Any, rng: np.random.Generator) -> tuple[int, ...]:
+def _color_unlike(under: Any, rng: np.random.Generator) -> tuple[int, ...]:
     """A random color that differs from the color `under` by 70 or more in some channel."""
-    colours = rng.integers(256, size=(8, 3))
-    contrast = np.abs(colours - under).max(axis=1)
+    colors = rng.integers(256, size=(8, 3))
+    contrast = np.abs(colors - under).max(axis=1)
     # The first far enough; once in millions of draws there is none, then the farthest.
     chosen = np.minimum(contrast, 70).argmax()
-    return tuple(colours[chosen].tolist())
+    return tuple(colors[chosen].tolist())
 
 
 def _background(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
@@ -201,17 +201,17 @@ def _background(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
     soft = soft.resize((width // 4 + 1, height // 4 + 1), Image.Resampling.BICUBIC)
     amount = height * width / 128**2
     draw = ImageDraw.Draw(soft)
-    for x, y, w, h, *colour in _clutter(rng, round(5 * amount), size, (8, 40), base):
-        draw.ellipse((x / 4, y / 4, (x + w) / 4, (y + h) / 4), fill=tuple(colour))
+    for x, y, w, h, *color in _clutter(rng, round(5 * amount), size, (8, 40), base):
+        draw.ellipse((x / 4, y / 4, (x + w) / 4, (y + h) / 4), fill=tuple(color))
     image = soft.resize((width, height), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(image)
-    for x, y, w, h, *colour in _clutter(rng, round(8 * amount), size, (-50, 50), base):
-        draw.line((x, y, x + w, y + h), fill=tuple(colour), width=1 + (x + y) % 2)
-    for x, y, w, h, *colour in _clutter(rng, round(4 * amount), size, (10, 30), base):
+    for x, y, w, h, *color in _clutter(rng, round(8 * amount), size, (-50, 50), base):
+        draw.line((x, y, x + w, y + h), fill=tuple(color), width=1 + (x + y) % 2)
+    for x, y, w, h, *color in _clutter(rng, round(4 * amount), size, (10, 30), base):
         start = 3 * (x + y + h)
-        draw.arc((x, y, x + w, y + h), start, start + 100, fill=tuple(colour), width=2)
-    for x, y, w, h, *colour in _clutter(rng, round(10 * amount), size, (1, 4), base):
-        draw.rectangle((x, y, x + w, y + h), fill=tuple(colour))
+        draw.arc((x, y, x + w, y + h), start, start + 100, fill=tuple(color), width=2)
+    for x, y, w, h, *color in _clutter(rng, round(10 * amount), size, (1, 4), base):
+        draw.rectangle((x, y, x + w, y + h), fill=tuple(color))
     return image
 
 
@@ -221,6 +221,6 @@ def _clutter(
     """Rows of x, y, w, h, red, green, blue; the colors are within 100 of `base`."""
     place = rng.integers(0, [size[1], size[0]], (count, 2))
     span = rng.integers(extent[0], extent[1], (count, 2), endpoint=True)
-    colour = np.clip(base + rng.integers(-100, 101, (count, 3)), 0, 255)
-    rows: list[list[int]] = np.concatenate([place, span, colour], axis=1).tolist()
+    color = np.clip(base + rng.integers(-100, 101, (count, 3)), 0, 255)
+    rows: list[list[int]] = np.concatenate([place, span, color], axis=1).tolist()
     return rows

@@ -17,7 +17,7 @@ from focal.retinanet.data.images import resize
 
 __all__ = [
     "augment",
-    "colour_jitter",
+    "color_jitter",
     "d4",
     "fit",
     "place",
@@ -129,7 +129,7 @@ def d4(image: np.ndarray, boxes: np.ndarray, symmetry: int) -> tuple[np.ndarray,
     return image, np.stack([x1, y1, x2, y2], axis=1)
 
 
-def colour_jitter(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+def color_jitter(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
     """Change brightness, contrast and saturation, each by a factor in [1 - s, 1 + s].
 
     All three are affine in the color, so together they are one 3 x 4 matrix: `saturation` blends
@@ -139,14 +139,14 @@ def colour_jitter(image: np.ndarray, strength: float, rng: np.random.Generator) 
     if strength == 0:
         return image
     brightness, contrast, saturation = rng.uniform(1 - strength, 1 + strength, 3)
-    grey = np.array([0.299, 0.587, 0.114])
-    mean = grey @ image[::4, ::4].mean(axis=(0, 1))  # every 16th pixel is enough for a mean
+    gray = np.array([0.299, 0.587, 0.114])
+    mean = gray @ image[::4, ::4].mean(axis=(0, 1))  # every 16th pixel is enough for a mean
     matrix = np.empty((3, 4))
-    matrix[:, :3] = saturation * np.eye(3) + (1 - saturation) * grey
+    matrix[:, :3] = saturation * np.eye(3) + (1 - saturation) * gray
     matrix[:, :3] *= brightness * contrast
     matrix[:, 3] = brightness * (1 - contrast) * mean
-    coloured = Image.fromarray(np.ascontiguousarray(image)).convert("RGB", matrix.ravel().tolist())
-    return np.array(coloured)
+    colored = Image.fromarray(np.ascontiguousarray(image)).convert("RGB", matrix.ravel().tolist())
+    return np.array(colored)
 
 
 def augment(
@@ -170,7 +170,7 @@ def augment(
     image, boxes, labels, scale = random_crop_zoom(
         example.image, example.boxes, example.labels, window, zoom, rng
     )
-    image = colour_jitter(image, jitter, rng)
+    image = color_jitter(image, jitter, rng)
     image, boxes = d4(image, boxes, symmetry)
     return Example(image, boxes, labels, example.image_id), scale
 

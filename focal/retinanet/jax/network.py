@@ -247,7 +247,7 @@ class FeaturePyramid(nnx.Module):
 
 
 def _upsample(x: Array, shape: tuple[int, ...]) -> Array:
-    """Twice the map by nearest neighbours, less the last row or column where `shape` is odd."""
+    """Twice the map by nearest neighbors, less the last row or column where `shape` is odd."""
     doubled = x.repeat(2, axis=1).repeat(2, axis=2)
     return doubled[:, : shape[1], : shape[2]]
 
@@ -308,7 +308,7 @@ class RegressionHead(nnx.Module):
 
 
 class RetinaNet(nnx.Module):
-    """The detector of a config, from normalised images to the raw outputs for each anchor."""
+    """The detector of a config, from normalized images to the raw outputs for each anchor."""
 
     backend = "jax"
 
@@ -328,7 +328,7 @@ class RetinaNet(nnx.Module):
         """Class logits and box deltas of every anchor.
 
         Args:
-            images: (N, H, W, 3), normalised; any size.
+            images: (N, H, W, 3), normalized; any size.
 
         Returns:
             Class logits (N, anchors, K) and box deltas (N, anchors, 4). Anchors are ordered by

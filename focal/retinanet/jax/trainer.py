@@ -53,7 +53,7 @@ __all__ = [
 def replicas(device: str | None = None) -> Replicas:
     """All devices of this kind, of all processes.
 
-    `jax.distributed` is initialised where JAX_COORDINATOR_ADDRESS is set and it is not yet;
+    `jax.distributed` is initialized where JAX_COORDINATOR_ADDRESS is set and it is not yet;
     JAX_NUM_PROCESSES and JAX_PROCESS_ID go with it, where JAX does not find them by itself.
     """
     if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():
@@ -150,7 +150,7 @@ class Trainer:
         self.static = nnx.graphdef(model), train.replace(precision=precision)
         parameters, statistics = nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
         average = nnx.merge_state(parameters, statistics) if train.ema else nnx.State({})
-        slots = _optimiser(train).init(parameters)
+        slots = _optimizer(train).init(parameters)
         run = _Run(parameters, statistics, average, slots, jnp.float32(EMA_START), jnp.bool(True))
         self.run = _own_copy(run, self.place)
 
@@ -211,7 +211,7 @@ def _raw_outputs(
 ) -> tuple[Array, Array]:
     model = nnx.merge(graphdef, variables)
     model.eval()  # this copy of it, whatever mode the caller's is in
-    return model(_normalised(images, model.config))
+    return model(_normalized(images, model.config))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -250,7 +250,7 @@ def _train_step(
         model = nnx.merge(graphdef, parameters, statistics, copy=True)
         # The type is that of the layers; the weights are float32.
         model.train(dtype=jnp.dtype(train.precision), recompute=train.recompute)
-        parts = losses(F, *model(_normalised(images, config)), anchors, target, config, divisor)
+        parts = losses(F, *model(_normalized(images, config)), anchors, target, config, divisor)
         return parts.classification + parts.box, (parts, nnx.state(model, nnx.Not(nnx.Param)))
 
     def accumulate(carry: Any, piece: tuple[Array, Targets]) -> tuple[Any, None]:
@@ -265,7 +265,7 @@ def _train_step(
         accumulate, (zeros, run.statistics), pieces, unroll=train.accumulate == 1
     )
 
-    updates, slots = _optimiser(train).update(gradient, run.slots, run.parameters)
+    updates, slots = _optimizer(train).update(gradient, run.slots, run.parameters)
     # The optimizer has learning rate 1: with a rate of its own each would be compiled again.
     updates = optax.tree.scale(learning_rate, updates)
     parameters = optax.apply_updates(run.parameters, updates)
@@ -281,7 +281,7 @@ def _train_step(
     return kept._replace(healthy=healthy), (loss, *parts, positives, norm)
 
 
-def _optimiser(train: TrainConfig) -> optax.GradientTransformation:
+def _optimizer(train: TrainConfig) -> optax.GradientTransformation:
     """PyTorch's rule of that name, with learning rate 1."""
     clip = optax.clip_by_global_norm(train.clip_norm) if train.clip_norm else optax.identity()
     if train.optimizer == "adamw":
@@ -316,7 +316,7 @@ def _fast_precision(model: RetinaNet) -> str:
     return "float32" if _device(model).platform == "cpu" else "bfloat16"
 
 
-def _normalised(images: Array, config: RetinaNetConfig) -> Array:
+def _normalized(images: Array, config: RetinaNetConfig) -> Array:
     """uint8 to float32 with the config's mean and standard deviation."""
     mean, std = np.array(config.mean, np.float32), np.array(config.std, np.float32)
     return images.astype(jnp.float32) * (1 / (255 * std)) - mean / std

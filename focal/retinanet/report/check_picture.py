@@ -24,7 +24,7 @@ from focal.retinanet.report.draw import PALETTE, save_figure
 __all__ = ["check_picture"]
 
 _INK, _ANCHOR = "#333333", "#111111"
-_COLOURS = tuple(colour for colour in PALETTE if colour != "#ffffff")
+_COLOURS = tuple(color for color in PALETTE if color != "#ffffff")
 _ROWS = 10  # largest number of classes in the panel of shares
 _POINTS = 20_000  # largest number of points of the scatter plot, a random sample
 
@@ -42,8 +42,8 @@ def check_picture(
     """
     classes, total = record["classes"], len(boxes.label)
     groups = [
-        (_label(name), colour, boxes.label == label)
-        for label, (name, colour) in enumerate(zip(classes, _COLOURS, strict=False))
+        (_label(name), color, boxes.label == label)
+        for label, (name, color) in enumerate(zip(classes, _COLOURS, strict=False))
     ]
     if len(classes) > len(_COLOURS):  # too many to tell them apart
         groups = [(f"{len(classes)} classes", _COLOURS[0], np.ones(total, bool))]
@@ -72,9 +72,9 @@ def _shapes(axis: Axes, boxes: Boxes, groups: Groups, config: RetinaNetConfig) -
     """Width against height, with the shapes of the anchors."""
     sizes = boxes.size * boxes.scale[:, None]
     shown = np.random.default_rng(0).permutation(len(sizes))[:_POINTS]
-    for name, colour, own in groups:
+    for name, color, own in groups:
         width, height = sizes[shown[own[shown]]].T
-        axis.scatter(width, height, s=9, color=colour, alpha=0.35, linewidths=0, label=name)
+        axis.scatter(width, height, s=9, color=color, alpha=0.35, linewidths=0, label=name)
     width, height = np.concatenate(anchor_shapes(config)).T
     squares: dict[str, Any] = {"marker": "s", "facecolors": "none", "edgecolors": _ANCHOR}
     axis.scatter(width, height, s=26, label="anchors", **squares)
@@ -145,11 +145,11 @@ def _shares(axis: Axes, record: Mapping[str, Any]) -> None:
 
 def _hist(axis: Axes, values: np.ndarray, edges: np.ndarray, groups: Groups) -> None:
     """A histogram per class, normalized by the number of its boxes."""
-    for name, colour, own in groups:
+    for name, color, own in groups:
         share, _ = np.histogram(values[own], edges)
         share = share / max(1, own.sum())
-        axis.stairs(share, edges, fill=True, color=colour, alpha=0.35)
-        axis.stairs(share, edges, color=colour, linewidth=1.5, label=name)
+        axis.stairs(share, edges, fill=True, color=color, alpha=0.35)
+        axis.stairs(share, edges, color=color, linewidth=1.5, label=name)
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.set(ylabel="share of the class's boxes", ylim=(0, None))
 

@@ -30,11 +30,11 @@ def loss_plot(metrics_path: Path, out: Path) -> Path:
     figure = Figure(figsize=(8, 1.5 * sum(heights) ** 0.85), dpi=100, layout="constrained")
     grid = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)
     axes: list[Axes] = grid[:, 0].tolist()
-    for key, colour in _LOSSES.items():
+    for key, color in _LOSSES.items():
         x, y = curve(train, key)
-        axes[0].plot(x, np.where(y > 0, y, np.nan), color=colour, alpha=0.25, linewidth=1)
+        axes[0].plot(x, np.where(y > 0, y, np.nan), color=color, alpha=0.25, linewidth=1)
         mean = _smooth(y)
-        axes[0].plot(x, np.where(mean > 0, mean, np.nan), color=colour, label=key, linewidth=2)
+        axes[0].plot(x, np.where(mean > 0, mean, np.nan), color=color, label=key, linewidth=2)
         if (y > 0).any():
             axes[0].set_yscale("log")
             axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -48,10 +48,10 @@ def loss_plot(metrics_path: Path, out: Path) -> Path:
     axes[-1].set_xlabel("step")
     axes[-1].xaxis.set_major_formatter("{x:,.0f}")
     for (split, lines), style in zip(evals.items(), ("-", "--", ":", "-.")):  # noqa: B905
-        for key, colour in _APS.items():
+        for key, color in _APS.items():
             # The font lacks some glyphs, and $ would start math mode.
             name = f"{key}, {split}".encode("ascii", "replace").decode().replace("$", "")
-            axes[1].plot(*curve(lines, key), style, color=colour, marker="o", ms=4, label=name)
+            axes[1].plot(*curve(lines, key), style, color=color, marker="o", ms=4, label=name)
         axes[1].set(ylabel="average precision", ylim=(0, 1))
     for axis in axes:
         axis.grid(color="#dddddd", linewidth=0.6)

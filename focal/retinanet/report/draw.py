@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from focal.files import write_atomically
 from focal.retinanet.data.images import resize
 
-__all__ = ["PALETTE", "class_colour", "draw_boxes", "save_figure", "save_image", "side_by_side"]
+__all__ = ["PALETTE", "class_color", "draw_boxes", "save_figure", "save_image", "side_by_side"]
 
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#f0e442", "#56b4e9", "#d55e00", "#ffffff")
 """Okabe and Ito's colors, safe for color blindness, and white; class k has color k modulo 8."""
@@ -29,7 +29,7 @@ _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 _PAD = 2  # left and right of a tag's text, in pixels
 
 
-def class_colour(label: int) -> str:
+def class_color(label: int) -> str:
     """The color of a class, the same in every picture, as `#rrggbb`."""
     return PALETTE[label % len(PALETTE)]
 
@@ -68,7 +68,7 @@ def draw_boxes(
     items.sort(key=lambda item: _shared(item[0], item[0]), reverse=True)
     for halo in (1, 0):
         for box, label, _ in items:
-            _frame(draw, box, line, class_colour(label), halo)
+            _frame(draw, box, line, class_color(label), halo)
     taken: list[_Box] = []
     for box, label, end in reversed(items):
         room = min(width - 2 * _PAD - font.getlength(end), 10 * font.size)
@@ -78,8 +78,8 @@ def draw_boxes(
             continue  # nothing to write, or no room for it
         x1, y1, x2, y2 = place = _place(box, size, (width, height), taken)
         taken.append(place)
-        draw.rectangle((x1, y1, x2 - 1, y2 - 1), fill=class_colour(label))
-        draw.text((x1 + _PAD, y1), text, _contrast(class_colour(label)), font)
+        draw.rectangle((x1, y1, x2 - 1, y2 - 1), fill=class_color(label))
+        draw.text((x1 + _PAD, y1), text, _contrast(class_color(label)), font)
     return np.array(canvas)
 
 
@@ -109,7 +109,7 @@ def side_by_side(
     for x, y, label, name in places:
         middle, half = 3 * size + y, size * 0.35
         swatch = x, middle - half, x + 2 * half, middle + half
-        draw.rectangle(swatch, class_colour(label), _INK)
+        draw.rectangle(swatch, class_color(label), _INK)
         draw.text((x + size, middle), name, _INK, font, anchor="lm")
     for pair, height in zip(rows, heights, strict=True):
         for left, column, picture in zip(lefts, widths, pair, strict=True):
@@ -151,9 +151,9 @@ def _fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     return short
 
 
-def _contrast(colour: str) -> str:
+def _contrast(color: str) -> str:
     """Black or white, whichever differs more from the color."""
-    red, green, blue = bytes.fromhex(colour[1:])
+    red, green, blue = bytes.fromhex(color[1:])
     return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 100 else "#ffffff"
 
 
@@ -164,14 +164,14 @@ def _pixels(box: np.ndarray, width: int, height: int) -> _Box:
     return x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)
 
 
-def _frame(draw: ImageDraw.ImageDraw, box: _Box, line: int, colour: str, halo: int) -> None:
+def _frame(draw: ImageDraw.ImageDraw, box: _Box, line: int, color: str, halo: int) -> None:
     """An outline inside the box, or its halo, which is wider on both sides."""
     x1, y1, x2, y2 = box
     side = min(x2 - x1, y2 - y1)
     # Pillow would draw a line of more than half the box's width beyond its other side.
     line = min(min(line, max(1, side // 4)) + 2 * halo, (side + 1) // 2 + halo)
     outer = x1 - halo, y1 - halo, x2 - 1 + halo, y2 - 1 + halo
-    draw.rectangle(outer, outline=_contrast(colour) if halo else colour, width=line)
+    draw.rectangle(outer, outline=_contrast(color) if halo else color, width=line)
 
 
 def _place(box: _Box, size: tuple[int, int], canvas: tuple[int, int], taken: list[_Box]) -> _Box:

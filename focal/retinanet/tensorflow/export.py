@@ -28,7 +28,7 @@ def export_saved_model(model: RetinaNet, path: str | os.PathLike[str]) -> None:
     images, is any from 1 on; H and W are the config's canvas, D its `max_detections`. In:
 
     - `images` (B, H, W, 3) uint8: RGB, scaled to fit the canvas, in its top left corner, the rest
-      of the colour `fill`
+      of the color `fill`
     - `sizes` (B, 2) int64: the (height, width) in pixels that each image covers of the canvas
 
     Out, of each image the best first:

@@ -91,7 +91,7 @@ class BatchNorm(keras.layers.Layer):
         self.keep: Callable[[BatchNorm, tuple[Tensor, Tensor]], None] | None = None
 
     def call(self, x: Tensor, training: bool = False) -> Tensor:
-        """Normalise x, of shape (N, H, W, channels)."""
+        """Normalize x, of shape (N, H, W, channels)."""
         if self.frozen:
             # As one scale and shift, the backward pass needs no feature map: the fused kernel does.
             scale = self.gamma * ops.rsqrt(self.moving_variance + NORM_EPS)
@@ -379,7 +379,7 @@ class RegressionHead(keras.layers.Layer):
 
 
 class RetinaNet(keras.Model):
-    """The detector of a config, from normalised images to the raw outputs for each anchor."""
+    """The detector of a config, from normalized images to the raw outputs for each anchor."""
 
     backend = "tensorflow"
 
@@ -400,7 +400,7 @@ class RetinaNet(keras.Model):
         """Class logits and box deltas of every anchor.
 
         Args:
-            images: (N, H, W, 3), normalised; any size.
+            images: (N, H, W, 3), normalized; any size.
 
         Returns:
             Class logits (N, anchors, K) and box deltas (N, anchors, 4). Anchors are ordered by

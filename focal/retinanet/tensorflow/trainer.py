@@ -98,7 +98,7 @@ def build(config: RetinaNetConfig, seed: int, device: str | None = None) -> Reti
         model = build_network(config, seed)
 
     def raw(images: Tensor) -> tuple[Tensor, Tensor]:
-        return model(_normalised(config, images), training=False)
+        return model(_normalized(config, images), training=False)
 
     # An attribute of the model, so that its graphs are freed with the model.
     model.raw_outputs = tf.function(raw, autograph=False, reduce_retracing=True)
@@ -359,7 +359,7 @@ class Trainer:
         weights = [w.value for w in model.trainable_variables]
         with _computing(model, self.precision):
             with tf.GradientTape() as tape:
-                logits, found = model(_normalised(config, images), training=True)
+                logits, found = model(_normalized(config, images), training=True)
                 target = Targets(labels, deltas)
                 parts = losses(F, logits, found, anchors, target, config, divisor)
                 loss = parts.classification + parts.box
@@ -423,7 +423,7 @@ def _place(device: str | None) -> str:
     return place
 
 
-def _normalised(config: RetinaNetConfig, images: Tensor) -> Tensor:
+def _normalized(config: RetinaNetConfig, images: Tensor) -> Tensor:
     """(B, H, W, 3) uint8 to float32."""
     mean, std = np.array(config.mean, np.float32), np.array(config.std, np.float32)
     return tf.cast(images, tf.float32) * (1 / (255 * std)) - mean / std

@@ -45,7 +45,7 @@ def export_onnx(model: RetinaNet, path: str | os.PathLike[str]) -> None:
     `max_detections`. In:
 
     - `images` (B, H, W, 3) uint8: RGB, scaled to fit the canvas, in its top left corner, the rest
-      of the colour `fill`. As decoders give them; the graph normalises and transposes.
+      of the color `fill`. As decoders give them; the graph normalizes and transposes.
     - `sizes` (B, 2) int64: the (height, width) in pixels that each image covers of the canvas
 
     Out, of each image the best first:

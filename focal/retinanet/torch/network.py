@@ -44,7 +44,7 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x, of shape (N, channels, H, W)."""
+        """Normalize x, of shape (N, channels, H, W)."""
         # As one scale and shift, autograd saves no feature map: `F.batch_norm` would save x.
         scale = self.weight * (self.running_var + NORM_EPS).rsqrt()
         shift = self.bias - self.running_mean * scale
@@ -71,7 +71,7 @@ def _conv(
     return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=bias)
 
 
-def _initialise(module: nn.Module, weight: Callable[[Tensor], Tensor]) -> None:
+def _initialize(module: nn.Module, weight: Callable[[Tensor], Tensor]) -> None:
     """Draw the weights of all convolutions in the module with `weight`; set their biases to 0."""
     for conv in module.modules():
         if isinstance(conv, nn.Conv2d):
@@ -178,7 +178,7 @@ class ResNet(nn.Module):
             )
             for i, depth in enumerate(net.depths)
         )
-        _initialise(self, partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu"))
+        _initialize(self, partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu"))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(N, 3, H, W) to C3, C4 and C5, at strides 8, 16 and 32."""
@@ -205,7 +205,7 @@ class FeaturePyramid(nn.Module):
         if 7 in config.levels:
             self.extra_blocks["p7"] = _conv(c, c, 3, stride=2, bias=True)
         # As in Detectron: keeps the variance of the features, unlike the Gaussian of the subnets.
-        _initialise(self, partial(nn.init.kaiming_uniform_, a=1))
+        _initialize(self, partial(nn.init.kaiming_uniform_, a=1))
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """C3 to C5 to P3, P4, ..., each (N, channels, H, W)."""
@@ -253,7 +253,7 @@ class ClassificationHead(nn.Module):
         outputs = config.anchors.per_cell * config.num_classes
         self.conv = _tower(config)
         self.cls_logits = _conv(config.channels, outputs, 3, bias=True)
-        _initialise(self, partial(nn.init.normal_, std=0.01))
+        _initialize(self, partial(nn.init.normal_, std=0.01))
         # Every score starts at the prior; else the many negatives dominate the first loss.
         init_prior_bias_(self.cls_logits, config.prior)
 
@@ -270,7 +270,7 @@ class RegressionHead(nn.Module):
         super().__init__()
         self.conv = _tower(config)
         self.bbox_reg = _conv(config.channels, 4 * config.anchors.per_cell, 3, bias=True)
-        _initialise(self, partial(nn.init.normal_, std=0.01))
+        _initialize(self, partial(nn.init.normal_, std=0.01))
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
         """The levels, each (N, channels, H, W), to box deltas (N, anchors, 4)."""
@@ -278,7 +278,7 @@ class RegressionHead(nn.Module):
 
 
 class RetinaNet(nn.Module):
-    """The detector of a config, from normalised images to the raw outputs for each anchor."""
+    """The detector of a config, from normalized images to the raw outputs for each anchor."""
 
     backend = "torch"
 
@@ -303,7 +303,7 @@ class RetinaNet(nn.Module):
         """Class logits and box deltas of every anchor.
 
         Args:
-            images: (N, 3, H, W), normalised; any size. Channels-last is the faster layout.
+            images: (N, 3, H, W), normalized; any size. Channels-last is the faster layout.
 
         Returns:
             Class logits (N, anchors, K) and box deltas (N, anchors, 4). Anchors are ordered by

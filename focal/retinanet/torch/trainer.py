@@ -51,7 +51,7 @@ PATIENCE = timedelta(hours=2)
 def replicas(device: str | None = None) -> Replicas:
     """The processes of torchrun, or of a launcher that sets its variables: one for each device.
 
-    `torch.distributed` is initialised where it is not yet.
+    `torch.distributed` is initialized where it is not yet.
     """
     if not distributed.is_available():
         return Replicas()
@@ -125,7 +125,7 @@ def _evaluating(model: RetinaNet) -> Iterator[None]:
 def raw_outputs(model: RetinaNet, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Class logits (B, N, K) and deltas (B, N, 4) of uint8 canvases (B, H, W, 3)."""
     with _evaluating(model):
-        logits, deltas = model(_normalised(model, images))
+        logits, deltas = model(_normalized(model, images))
     return logits.float().cpu().numpy(), deltas.float().cpu().numpy()
 
 
@@ -141,7 +141,7 @@ def detect(
 def detections_of(model: RetinaNet, images: np.ndarray | Tensor, sizes: Tensor) -> Detections:
     """`detect` in PyTorch operations alone, for `torch.compile` and exports."""
     anchors = _anchors(images.shape[1:3], model.config, _device(model))
-    logits, deltas = model(_normalised(model, images))
+    logits, deltas = model(_normalized(model, images))
     return detections(F, logits, deltas, anchors, sizes, model.config)
 
 
@@ -237,7 +237,7 @@ class Trainer:
             last = first + rows == len(images)
             with contextlib.nullcontext() if last else self.no_sync():
                 with _autocast(self.device, self.precision):
-                    logits, deltas = self.network(_normalised(self.model, images[piece]))
+                    logits, deltas = self.network(_normalized(self.model, images[piece]))
                 part = Targets(target.labels[piece], target.deltas[piece])
                 loss = losses(F, logits, deltas, anchors, part, self.model.config, divisor)
                 # Normalized by the positives of all replicas, the gradients are to be added up;
@@ -287,7 +287,7 @@ class Trainer:
             index, key = name.split("/", 1)
             tensor, parameter = torch.tensor(value), self.parameters[int(index)]
             if tensor.shape == parameter.shape:
-                # Fused optimisers take it as it lies in memory: it must lie as the parameter does.
+                # Fused optimizers take it as it lies in memory: it must lie as the parameter does.
                 tensor = torch.empty_like(parameter).copy_(tensor)
             slots.setdefault(int(index), {})[key] = tensor
         full = self.optimizer.state_dict()
@@ -320,7 +320,7 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _normalised(model: RetinaNet, images: np.ndarray | Tensor) -> Tensor:
+def _normalized(model: RetinaNet, images: np.ndarray | Tensor) -> Tensor:
     """(B, H, W, 3) uint8 to (B, 3, H, W) float32, channels-last in memory as it came."""
     device = _device(model)
     batch, height, width, channels = images.shape

@@ -25,10 +25,10 @@ def first_loss(
         boxes: (B, M, 4), padded with zeros.
         labels: (B, M), padded with -1.
         canvas: (height, width) of the images.
-        config: Anchors, matching, alpha, gamma, prior and normaliser.
+        config: Anchors, matching, alpha, gamma, prior and normalizer.
 
     Returns:
-        `focal.expected_initial_loss` of the batch, with the config's normaliser.
+        `focal.expected_initial_loss` of the batch, with the config's normalizer.
     """
     anchors = F.anchors(canvas, config.anchors)
     counts = []
@@ -41,10 +41,10 @@ def first_loss(
         rest = config.num_classes, config.prior, config.alpha, config.gamma
         return F.expected_initial_loss(int(used), int(positives), *rest)
 
-    if config.normaliser == "image":
+    if config.normalizer == "image":
         return float(np.mean([loss(*each) for each in counts]))
     total, positives = np.sum(counts, axis=0)
-    if config.normaliser == "ema":
+    if config.normalizer == "ema":
         least = max(1, positives)
         return loss(total, positives) * least / running_mean(EMA_START, least)
     return loss(total, positives)

@@ -68,7 +68,7 @@ def train(
 
     Args:
         config: The detector; its classes are those of the dataset.
-        train_config: Optimiser, schedule, augmentation, records.
+        train_config: Optimizer, schedule, augmentation, records.
         dataset: What to learn from.
         validation: What to evaluate on, every `eval_every` steps and at the end; None: never.
         out: The run folder; made if it does not exist.
