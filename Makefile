@@ -38,7 +38,7 @@ test-versions:
 # About two minutes of training on two cores; STEPS=200 makes it a short trial.
 STEPS ?= 2200
 demo: $(READY)
-	$(RUN) -m focal train --data shapes --preset tiny --canvas 128x128 --steps $(STEPS) --out runs/demo
+	$(RUN) -m focal train --data shapes --preset tiny --image-size 128x128 --steps $(STEPS) --out runs/demo
 	$(RUN) -m focal evaluate runs/demo/weights.safetensors --data shapes --split test --out runs/demo/test.json
 
 lint: $(ALL)

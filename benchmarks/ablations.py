@@ -54,7 +54,7 @@ class Setting(NamedTuple):
 SHAPES = Setting(
     RetinaNetConfig(
         classes=("circle", "square", "triangle"),
-        canvas=(96, 96),
+        image_size=(96, 96),
         backbone="tiny",
         norm="batch",
         levels=(3, 4, 5),
@@ -79,7 +79,7 @@ SHAPES = Setting(
 BCCD = Setting(
     SHAPES.detector.replace(
         classes=("RBC", "WBC", "Platelets"),
-        canvas=(192, 256),
+        image_size=(192, 256),
         head_norm="none",
         anchors=AnchorConfig(strides=(8, 16, 32), sizes=(16.0, 32.0, 64.0)),
     ),
@@ -202,7 +202,7 @@ def run_cell(setting: Setting, train: Dataset, test: Dataset) -> dict[str, Any]:
 
 def anchors_of(config: RetinaNetConfig) -> int:
     """The number of anchors of an image."""
-    height, width = config.canvas
+    height, width = config.image_size
     cells = sum(-(-height // s) * -(-width // s) for s in config.anchors.strides)
     return cells * config.anchors.per_cell
 
@@ -227,7 +227,7 @@ def plan(options: argparse.Namespace) -> Iterator[tuple[str, str, Setting]]:
 
 def datasets(options: argparse.Namespace) -> dict[str, tuple[Dataset, Dataset]]:
     """What to train on and what to measure on."""
-    size = SHAPES.detector.canvas
+    size = SHAPES.detector.image_size
     found = {
         "shapes": tuple(
             Kept(ShapesDataset(s, size, n, num_objects=NUM_OBJECTS, object_size=OBJECT_SIZE))

@@ -62,12 +62,12 @@ def training_steps() -> dict[str, Any]:
     """Steps of the preset `tiny` as it is, and of the paper's network on half its canvas."""
     tiny, r50 = PRESETS["tiny"], PRESETS["r50"]
     assert tiny.train.crop == (240, 240) and tiny.train.batch_size == 8
-    small = tiny.detector.canvas
-    half = tuple(side // 2 for side in r50.detector.canvas)
+    small = tiny.detector.image_size
+    half = tuple(side // 2 for side in r50.detector.image_size)
     return {
         "tiny, 240x240, batch of 8": training_step(tiny.detector, tiny.train, small, 30, 12),
         f"r50, {half[0]}x{half[1]}, batch of 2": training_step(
-            r50.detector.replace(canvas=half),
+            r50.detector.replace(image_size=half),
             r50.train.replace(batch_size=2, crop=None),
             half,
             repetitions=5,

@@ -125,7 +125,7 @@ def anchor_logits(model: Any, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]
         are not ignored.
     """
     config = model.config
-    grid = make_anchors(config.canvas, config.anchors).astype(np.float32)
+    grid = make_anchors(config.image_size, config.anchors).astype(np.float32)
     positives, negatives = [], []
     batches = eval_batches(dataset, config, 8)
     with contextlib.closing(batches):

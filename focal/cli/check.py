@@ -19,7 +19,7 @@ or val split; classes that differ between splits. Everything else is a warning: 
 dropped or clipped, duplicate images, boxes and files, images in two splits, images without a class,
 boxes of an unusual size, and more.
 
-Box sizes and anchor coverage are those of --preset, --convention and --canvas, on whole images
+Box sizes and anchor coverage are those of --preset, --convention and --image-size, on whole images
 without augmentation.
 
 exit status: 0 if there are no errors, whatever the warnings; 1 if there are errors;

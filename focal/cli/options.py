@@ -44,7 +44,12 @@ def add_detector(parser: argparse.ArgumentParser) -> None:
         help="whose anchors, matching and box loss: paper (default), torchvision, "
         "torchvision_v2, detectron2",
     )
-    parser.add_argument("--canvas", metavar="HxW", help="canvas in pixels, such as 256x320")
+    parser.add_argument(
+        "--image-size",
+        "--canvas",  # its old name
+        metavar="HxW",
+        help="pixels that images are scaled to fit, such as 256x320",
+    )
 
 
 def add_backend(parser: argparse.ArgumentParser) -> None:
@@ -55,17 +60,18 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
 
 def configs(options: argparse.Namespace) -> Configs:
     """The recorded settings of a run to resume, else the preset's; other options override them."""
-    from focal.retinanet.config import parse_fields
+    from focal.retinanet.config import FORMER, parse_fields
 
     named = options.preset is not None or options.convention is not None
     if options.resume and not named and (options.out / "config.json").is_file():
         detector, run = _recorded(options.out / "config.json")
     else:
         detector, run = _preset(options.preset or "tiny", options.convention or "paper")
-    own = {"canvas": options.canvas, "steps": options.steps, "seed": options.seed}
+    own = {"image_size": options.image_size, "steps": options.steps, "seed": options.seed}
     changes = {field: _value(str(value)) for field, value in own.items() if value is not None}
     for assignment in options.set:
         field, separator, text = assignment.partition("=")
+        field = FORMER.get(field, field)
         if not separator:
             raise ValueError(f"--set must be FIELD=VALUE; got {assignment!r}")
         if field not in {**vars(run), **vars(detector)}:
@@ -82,7 +88,7 @@ def open_dataset(data: str, split: str, detector: RetinaNetConfig) -> Dataset:
     from focal.retinanet.data import CocoDataset, ShapesDataset
 
     if data == "shapes":
-        return ShapesDataset(split, size=detector.canvas)
+        return ShapesDataset(split, size=detector.image_size)
     return CocoDataset(data, split)
 
 

@@ -20,7 +20,7 @@ __all__ = ["add", "run"]
 
 EPILOG = """\
 examples:
-  focal train --data shapes --canvas 128x128 --steps 1500 --out runs/shapes
+  focal train --data shapes --image-size 128x128 --steps 1500 --out runs/shapes
       train on the generated set, which needs no download
   focal train --data path/to/coco --preset tiny --out runs/mine
       train on your own images: a folder with instances_{train,val,test}.json and images/,

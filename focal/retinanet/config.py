@@ -8,16 +8,28 @@ detector (network, anchors, target rules, loss, inference) and is stored in the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Self,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from focal.core import checks
 from focal.core.anchors import AnchorConfig
 
-__all__ = ["RetinaNetConfig", "TrainConfig", "parse_fields"]
+__all__ = ["FORMER", "RetinaNetConfig", "TrainConfig", "parse_fields"]
 
 BackboneName = Literal["tiny", "resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d"]
 
@@ -31,6 +43,21 @@ Fraction = Annotated[float, (0, 1)]
 Size = tuple[Count, Count]
 
 
+FORMER = {"canvas": "image_size", "normaliser": "normalizer"}
+"""Old names of fields, which work for one release."""
+
+
+def _current(values: Mapping[str, Any], warns: bool = True) -> dict[str, Any]:
+    """The values under the current names of the fields."""
+    for name in values.keys() & FORMER.keys() if warns else ():
+        warnings.warn(
+            f"RetinaNetConfig.{name} is deprecated and will be removed; use {FORMER[name]}",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+    return {FORMER.get(name, name): value for name, value in values.items()}
+
+
 @dataclass(frozen=True)
 class _Config:
     """What the two have in common."""
@@ -41,7 +68,7 @@ class _Config:
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)
+        return dataclasses.replace(self, **_current(changes))
 
     def to_json(self) -> str:
         """The config as JSON; `from_json` reads it back."""
@@ -57,13 +84,14 @@ class _Config:
 class RetinaNetConfig(_Config):
     """The detector: network, anchors, targets, loss and inference.
 
-    The defaults are the paper's RetinaNet-50 (arXiv:1708.02002), except for the canvas.
+    The defaults are the paper's RetinaNet-50 (arXiv:1708.02002), except for the image size.
     """
 
     classes: tuple[str, ...] = ()
     """Names of the foreground classes; class index k is `classes[k]`. Their number is K."""
-    canvas: Size = (1024, 1024)
-    """(height, width) in pixels. Images are scaled to fit, keeping their aspect ratio."""
+    image_size: Size = (1024, 1024)
+    """(height, width) in pixels of the canvas. Images are scaled to fit it, keeping their aspect
+    ratio, and padded."""
 
     # Network
     backbone: BackboneName = "resnet50"
@@ -127,10 +155,29 @@ class RetinaNetConfig(_Config):
                 f"got {self.anchors.strides}"
             )
 
+    if not TYPE_CHECKING:  # a type checker would accept any name
+
+        def __getattr__(self, name: str) -> Any:
+            if name not in FORMER:
+                raise AttributeError(f"RetinaNetConfig has no field {name!r}")
+            _current({name: None})
+            return getattr(self, FORMER[name])
+
     @property
     def num_classes(self) -> int:
         """K, the number of foreground classes; there is no background class."""
         return len(self.classes)
+
+
+_init = RetinaNetConfig.__init__
+
+
+@functools.wraps(_init)
+def _init_by_any_name(self: RetinaNetConfig, *values: Any, **named: Any) -> None:
+    _init(self, *values, **_current(named))
+
+
+RetinaNetConfig.__init__ = _init_by_any_name  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
@@ -201,7 +248,7 @@ class TrainConfig(_Config):
 
 def parse_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """Fields as JSON has them, as the dataclasses take them: tuples, and `AnchorConfig`."""
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in _current(values, False).items()}
     if isinstance(anchors := values.get("anchors"), dict):
         fields["anchors"] = AnchorConfig(**parse_fields(anchors))
     return fields

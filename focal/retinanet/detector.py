@@ -227,10 +227,10 @@ def _canvases(
             raise ValueError(
                 f"{name}: images[{index}] must have shape (height, width, 3); got {image.shape}"
             )
-        fitted.append(fit(image, np.zeros((0, 4)), config.canvas))
-    canvases = [place(image, config.canvas, fill) for image, _, _ in fitted]
+        fitted.append(fit(image, np.zeros((0, 4)), config.image_size))
+    canvases = [place(image, config.image_size, fill) for image, _, _ in fitted]
     return (
-        np.stack(canvases) if canvases else np.zeros((0, *config.canvas, 3), np.uint8),
+        np.stack(canvases) if canvases else np.zeros((0, *config.image_size, 3), np.uint8),
         np.array([image.shape[:2] for image, _, _ in fitted], np.int64).reshape(-1, 2),
         np.array([scale for _, _, scale in fitted], np.float64),
     )

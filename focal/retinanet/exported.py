@@ -16,7 +16,8 @@ def description(config: RetinaNetConfig) -> dict[str, Any]:
     """What is needed to prepare images and to read the labels, as JSON can hold it."""
     return {
         "classes": config.classes,
-        "canvas": config.canvas,
+        "image_size": config.image_size,
+        "canvas": config.image_size,  # its old name
         "fill": np.rint(255 * np.array(config.mean)).astype(int).tolist(),
         "config": json.loads(config.to_json()),
     }

@@ -47,7 +47,7 @@ def detections(
     """
     xp, classes = F.xp, logits.shape[-1]
     scores, positions, start = [], [], 0
-    for rows, columns in level_shapes(config.canvas, config.anchors):
+    for rows, columns in level_shapes(config.image_size, config.anchors):
         count = rows * columns * config.anchors.per_cell
         flat = xp.reshape(logits[:, start : start + count, :], (-1, count * classes))
         best, at = xp.top_k(flat, min(config.candidates, count * classes))

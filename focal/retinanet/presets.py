@@ -24,7 +24,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         # Small enough to learn from scratch on a CPU: 0.93 M parameters, anchors from 20 pixels.
         "tiny": Preset(
             RetinaNetConfig(
-                canvas=(256, 320),
+                image_size=(256, 320),
                 backbone="tiny",
                 norm="batch",
                 levels=(3, 4, 5),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,10 @@ def load_torchvision(
     backend: str = "torch",
     *,
     classes: Sequence[str] | None = None,
-    canvas: tuple[int, int] = (1024, 1024),
+    image_size: tuple[int, int] = (1024, 1024),
     norm_eps: float | None = None,
     device: str | None = None,
+    canvas: tuple[int, int] | None = None,
 ) -> Any:
     """A detector with the weights of torchvision's `retinanet_resnet50_fpn` or `..._v2`.
 
@@ -43,10 +45,11 @@ def load_torchvision(
         backend: "torch", "jax" or "tensorflow".
         classes: Names by class index. Default: "0", "1", ...; torchvision's published weights
             count COCO's category ids, of which 0 is never used.
-        canvas: (height, width) in pixels that images are scaled to fit.
+        image_size: (height, width) in pixels that images are scaled to fit.
         norm_eps: What the backbone's batch normalizations add to the variance. Default: 0 for
             v1, as in torchvision's published weights, and 1e-5 for v2.
         device: As in `build`.
+        canvas: The old name of `image_size`, for one release.
 
     Returns:
         The framework's own model, as from `build`.
@@ -57,6 +60,13 @@ def load_torchvision(
 
     Source: torchvision's `retinanet_resnet50_fpn` and `retinanet_resnet50_fpn_v2`.
     """
+    if canvas is not None:
+        warnings.warn(
+            "load_torchvision: canvas is deprecated and will be removed; use image_size",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        image_size = canvas
     tensors = read_torchvision(source)
     if _LOGITS not in tensors:
         raise ValueError(
@@ -66,7 +76,7 @@ def load_torchvision(
     second = "head.classification_head.conv.0.1.weight" in tensors
     convention = CONVENTIONS["torchvision_v2" if second else "torchvision"]
     config = RetinaNetConfig(
-        canvas=canvas, norm="batch" if second else "frozen_batch", **convention
+        image_size=image_size, norm="batch" if second else "frozen_batch", **convention
     )
     count = len(tensors[_LOGITS]) // config.anchors.per_cell
     if classes is None:

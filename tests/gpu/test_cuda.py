@@ -39,7 +39,7 @@ def test_targets_and_nms_equal_those_of_the_cpu():
 
 def test_the_detector_trains_and_agrees_with_the_cpu(tmp_path):
     detector, run = PRESETS["tiny"]
-    detector = detector.replace(canvas=(64, 64), classes=("circle", "square", "triangle"))
+    detector = detector.replace(image_size=(64, 64), classes=("circle", "square", "triangle"))
     run = run.replace(steps=20, batch_size=4, crop=None, precision="float32")
     data = ShapesDataset("train", size=(64, 64), num_images=16)
     model = train(detector, run, data, None, tmp_path, device="cuda")

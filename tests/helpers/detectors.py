@@ -11,7 +11,7 @@ from focal.retinanet.presets import PRESETS
 
 CONFIG = PRESETS["tiny"].detector.replace(
     classes=("circle", "square", "triangle"),
-    canvas=(64, 64),
+    image_size=(64, 64),
     channels=16,
     head_depth=1,
     anchors=AnchorConfig(strides=(8, 16, 32), sizes=(12.0, 24.0, 48.0)),

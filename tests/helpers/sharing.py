@@ -41,7 +41,7 @@ def trainer_cases() -> dict[str, tuple[RetinaNetConfig, TrainConfig]]:
     """Detector and run of each case, by name."""
     detector = PRESETS["tiny"].detector.replace(
         classes=("circle", "square"),
-        canvas=(32, 32),
+        image_size=(32, 32),
         norm="group",
         channels=8,
         head_depth=1,

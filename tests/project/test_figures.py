@@ -27,7 +27,7 @@ from focal.retinanet.data import ShapesDataset
 PAGE = ROOT / "docs" / "figures.md"
 CONFIG = PRESETS["tiny"].detector.replace(
     classes=("circle", "square", "triangle"),
-    canvas=(64, 64),
+    image_size=(64, 64),
     channels=16,
     head_depth=1,
     anchors=AnchorConfig(strides=(8, 16, 32), sizes=(12.0, 24.0, 48.0)),
@@ -66,7 +66,7 @@ def test_the_cumulative_share():
 def test_every_logit_of_an_anchor_in_use_is_counted_once():
     data = ShapesDataset("test", size=(64, 64), num_images=3)  # of a batch of 8
     positives, negatives = anchor_logits(build(CONFIG, device="cpu"), data)
-    anchors = F.anchors(CONFIG.canvas, CONFIG.anchors).astype(np.float32)
+    anchors = F.anchors(CONFIG.image_size, CONFIG.anchors).astype(np.float32)
     labels = [
         F.assign_targets(anchors, e.boxes, e.labels, 0.5, 0.4, CONFIG.allow_low_quality)[0]
         for e in map(data.__getitem__, range(3))

@@ -285,13 +285,13 @@ def test_unusual_boxes_and_missing_classes(tmp_path):
 @pytest.mark.parametrize("placement", [{}, {"offset": 0.0, "rounded": True}, {"offset": 0.3}])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_best_anchor_is_the_best_of_all(preset, placement):
-    config = PRESETS[preset].detector.replace(canvas=(200, 260))
+    config = PRESETS[preset].detector.replace(image_size=(200, 260))
     config = config.replace(anchors=dataclasses.replace(config.anchors, **placement))
     rng = np.random.default_rng(0)
     low = rng.uniform(0, 1, (100, 2)) * [250, 190]
     high = np.minimum(low + np.exp(rng.uniform(0, 5.5, (100, 2))), [260, 200])
     boxes = np.concatenate([low, high], axis=1)
-    every = anchors(config.canvas, config.anchors).astype(np.float64)
+    every = anchors(config.image_size, config.anchors).astype(np.float64)
     np.testing.assert_allclose(
         best_iou(boxes, config), box_iou(every, boxes).max(axis=0), atol=1e-5
     )
@@ -302,7 +302,7 @@ def test_statistics_by_class_and_size(tmp_path, data):
     # On the canvas one pixel is four: 200 x 100, 48 x 64 and 8 x 160; anchors are 20 to 127.
     data["train"]["annotations"][1]["bbox"] = [50, 0, 2, 40]
     data["train"]["annotations"][0]["bbox"] = [0, 0, 50, 25]
-    config = TINY.replace(canvas=(160, 240))
+    config = TINY.replace(image_size=(160, 240))
     _, splits = check_data(write(tmp_path, data))
     boxes = read_boxes(splits, config)
     record = check_record([], splits, boxes, config, {"data": "x"})

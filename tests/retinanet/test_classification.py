@@ -13,7 +13,7 @@ from focal.retinanet.classification import OHEM_CANDIDATES, classification_loss
 
 CONFIG = RetinaNetConfig(
     classes=("a", "b"),
-    canvas=(32, 32),
+    image_size=(32, 32),
     levels=(3,),
     anchors=AnchorConfig(strides=(8,), sizes=(16.0,), scales=(1.0, 1.2), ratios=(1.0,)),
 )
@@ -25,7 +25,7 @@ VARIANTS = {
         loss="ohem", alpha=None, gamma=0.0, ohem_examples=9, ohem_iou=0.6, ohem_ratio=3.0
     ),
 }
-ANCHORS = F.anchors(CONFIG.canvas, CONFIG.anchors).astype(np.float32)  # 32
+ANCHORS = F.anchors(CONFIG.image_size, CONFIG.anchors).astype(np.float32)  # 32
 FRAMEWORKS = [name for name in BACKENDS if name != "array_api_strict"]
 
 

@@ -31,7 +31,16 @@ from focal.retinanet.training.run_folder import read_checkpoint
 from focal.retinanet.weights import load_weights, save_weights
 
 QUICK = [
-    *("--canvas", "64x64", "--set", "batch_size=2", "--set", "channels=16", "--set", "workers=0"),
+    *(
+        "--image-size",
+        "64x64",
+        "--set",
+        "batch_size=2",
+        "--set",
+        "channels=16",
+        "--set",
+        "workers=0",
+    ),
     *("--set", "precision=float32", "--set", "candidates=50", "--device", "cpu"),
 ]
 CHECKPOINT = "checkpoint-000003.safetensors"
@@ -119,7 +128,7 @@ def test_shapes_need_nothing_but_a_folder_to_write(tmp_path):
     record = json.loads((out / "config.json").read_text())
     assert record["command"].startswith(f"focal train --data shapes --steps 4 --out {out}")
     assert record["data"] == "shapes" and record["focal"] == focal.__version__
-    assert record["detector"]["canvas"] == [64, 64] and record["detector"]["channels"] == 16
+    assert record["detector"]["image_size"] == [64, 64] and record["detector"]["channels"] == 16
     assert record["train"]["steps"] == 4 and record["train"]["batch_size"] == 2
 
     assert [(x["kind"], x["step"]) for x in metrics(out)] == [("train", 4), ("eval", 4)]
@@ -190,16 +199,16 @@ def test_options_reach_the_run(coco, tmp_path):
     # The convention places the anchors; their sizes are the preset's.
     assert detector["anchors"]["rounded"] and detector["anchors"]["offset"] == 0
     assert detector["anchors"]["sizes"] == [20, 40, 80]
-    assert load(tmp_path / "weights.safetensors").config.canvas == (64, 64)
+    assert load(tmp_path / "weights.safetensors").config.image_size == (64, 64)
 
 
 def test_fields_that_only_fit_together(tmp_path):
     options = argparse.Namespace(preset=None, convention=None, resume=False, steps=None, seed=None)
-    options.canvas = "96x128"
+    options.image_size = "96x128"
     anchors = '{"strides": [16, 32], "sizes": [30, 60]}'
     options.set = ["levels=[4,5]", f"anchors={anchors}", "crop=48x64", "flips=eightfold"]
     detector, train = configs(options)
-    assert detector.canvas == (96, 128) and train.crop == (48, 64)
+    assert detector.image_size == (96, 128) and train.crop == (48, 64)
     assert detector.levels == (4, 5)
     assert detector.anchors == focal.AnchorConfig(strides=(16, 32), sizes=(30, 60))
     assert train.flips == "d4"  # "eightfold" is its old name
@@ -323,9 +332,9 @@ def fails(capsys, *arguments):
             ("--convention", "mine"),
             "--convention must be one of paper, torchvision, torchvision_v2, detectron2",
         ),
-        (("--canvas", "64"), "canvas must be (height, width); got 64"),
-        (("--canvas", "0x64"), "canvas must be >= 1; got 0"),
-        (("--canvas", "wide"), "canvas must be (height, width); got 'wide'"),
+        (("--image-size", "64"), "image_size must be (height, width); got 64"),
+        (("--image-size", "0x64"), "image_size must be >= 1; got 0"),
+        (("--image-size", "wide"), "image_size must be (height, width); got 'wide'"),
         (("--steps", "0"), "steps must be >= 1; got 0"),
         (("--seed", "-1"), "seed must be >= 0; got -1"),
         (("--backend", "caffe"), "backend must be one of torch"),

@@ -575,7 +575,7 @@ def pictures(draw):
     return white_box(height, width, (x1, y1, x2, y2))
 
 
-@given(picture=pictures(), canvas=st.tuples(st.integers(30, 160), st.integers(30, 160)))
+@given(picture=pictures(), image_size=st.tuples(st.integers(30, 160), st.integers(30, 160)))
 @settings(max_examples=100, deadline=None)
 def test_fit_keeps_box_on_its_pixels(picture, canvas):
     image, boxes = picture
@@ -731,7 +731,7 @@ def test_color_jitter_is_the_three_steps_in_one():
 
 
 SHAPES = ShapesDataset("train", size=(64, 96), num_images=13)
-CONFIG = RetinaNetConfig(classes=SHAPES.classes, canvas=(64, 64))
+CONFIG = RetinaNetConfig(classes=SHAPES.classes, image_size=(64, 64))
 TRAIN = TrainConfig(batch_size=4, zoom=(0.7, 1.4), flips="d4", jitter=0.2, workers=1)
 
 

@@ -26,7 +26,7 @@ from focal.retinanet.data import ShapesDataset, train_batches
 from focal.retinanet.objective import losses, targets
 
 CONFIG = PRESETS["tiny"].detector.replace(
-    classes=("ball", "cube"), canvas=(48, 64), channels=16, head_depth=1, max_detections=20
+    classes=("ball", "cube"), image_size=(48, 64), channels=16, head_depth=1, max_detections=20
 )
 
 
@@ -143,14 +143,14 @@ def test_boxes_are_in_pixels_of_the_image(model, monkeypatch):
 
 def test_raw_outputs_have_an_entry_for_each_anchor(model):
     logits, deltas = raw_outputs(model, [picture(48, 64), picture(5, 300), picture(1, 1)])
-    anchors = len(F.anchors(CONFIG.canvas, CONFIG.anchors))
+    anchors = len(F.anchors(CONFIG.image_size, CONFIG.anchors))
     assert logits.shape == (3, anchors, 2) and deltas.shape == (3, anchors, 4)
     assert logits.dtype == deltas.dtype == np.float32
     assert np.isfinite(logits).all() and np.isfinite(deltas).all()
 
 
 def test_no_images(model):
-    anchors = len(F.anchors(CONFIG.canvas, CONFIG.anchors))
+    anchors = len(F.anchors(CONFIG.image_size, CONFIG.anchors))
     assert predict(model, []) == []
     assert [x.shape for x in raw_outputs(model, [])] == [(0, anchors, 2), (0, anchors, 4)]
 
@@ -201,12 +201,12 @@ def test_what_is_no_image(model, function, image, error, message):
 def first_loss(prior):
     """Classification loss of a new detector on a batch of shapes, and what it should be."""
     data = ShapesDataset("train", num_images=4, num_objects=4)  # few, so that the prior matters
-    config = CONFIG.replace(classes=data.classes, canvas=(128, 128), prior=prior)
+    config = CONFIG.replace(classes=data.classes, image_size=(128, 128), prior=prior)
     run = TrainConfig(batch_size=4, workers=0, flips="none")
     batch = next(train_batches(data, config, run))
     logits, deltas = raw_outputs(build(config, device="cpu"), batch.images)
     assert np.abs(deltas).max() < 0.5
-    anchors = F.anchors(config.canvas, config.anchors)
+    anchors = F.anchors(config.image_size, config.anchors)
     target = targets(F, anchors, batch.boxes, batch.labels, config)
     found = losses(F, logits, deltas, anchors, target, config, F.num_positives(target.labels))
     used, positives = (target.labels != -2).sum(), (target.labels >= 0).sum()
@@ -283,6 +283,20 @@ def test_configs_survive_json(preset):
         assert type(config).from_json(config.to_json()) == config
 
 
+def test_old_names_of_fields_still_work():
+    new = RetinaNetConfig(image_size=(64, 96), normalizer="image")
+    with pytest.warns(DeprecationWarning, match="RetinaNetConfig.canvas .* use image_size"):
+        assert RetinaNetConfig(canvas=(64, 96), normalizer="image") == new
+    with pytest.warns(DeprecationWarning, match="RetinaNetConfig.normaliser .* use normalizer"):
+        assert new.replace(normalizer="batch").replace(normaliser="image") == new
+    with pytest.warns(DeprecationWarning, match="use image_size"):
+        assert new.canvas == (64, 96)
+    old = new.to_json().replace("image_size", "canvas").replace("normalizer", "normaliser")
+    assert RetinaNetConfig.from_json(old) == new
+    with pytest.raises(AttributeError, match="RetinaNetConfig has no field 'canvass'"):
+        new.canvass  # noqa: B018
+
+
 def test_configs_cannot_be_changed_in_place():
     with pytest.raises(dataclasses.FrozenInstanceError):
         CONFIG.gamma = 3.0
@@ -292,8 +306,8 @@ def test_configs_cannot_be_changed_in_place():
     ("change", "message"),
     [
         ({"backbone": "vgg"}, "backbone must be one of 'tiny', .*; got 'vgg'"),
-        ({"canvas": (0, 5)}, "canvas must be >= 1; got 0"),
-        ({"canvas": 64}, "canvas must be .*height, width.*; got 64"),
+        ({"image_size": (0, 5)}, "image_size must be >= 1; got 0"),
+        ({"image_size": 64}, "image_size must be .*height, width.*; got 64"),
         ({"alpha": 2}, "alpha must lie in"),
         ({"gamma": -1}, "gamma must be"),
         ({"foreground": 1.5}, "foreground must be"),

@@ -13,12 +13,12 @@ from focal.retinanet.objective import Targets, losses, targets
 
 CONFIG = RetinaNetConfig(
     classes=("a", "b", "c"),
-    canvas=(64, 48),
+    image_size=(64, 48),
     levels=(3, 4, 5),
     anchors=AnchorConfig(strides=(8, 16, 32), sizes=(10.0, 20.0, 40.0), scales=(1.0,)),
     box_beta=0.1,
 )
-ANCHORS = F.anchors(CONFIG.canvas, CONFIG.anchors)
+ANCHORS = F.anchors(CONFIG.image_size, CONFIG.anchors)
 
 
 @pytest.fixture(params=("numpy", "torch"))

@@ -13,14 +13,14 @@ from focal.retinanet.postprocess import Detections, detections
 
 CONFIG = RetinaNetConfig(
     classes=("a", "b", "c"),
-    canvas=(64, 48),
+    image_size=(64, 48),
     levels=(3, 4, 5),
     anchors=AnchorConfig(strides=(8, 16, 32), sizes=(12.0, 24.0, 48.0), scales=(1.0,)),
     score_threshold=0.2,
     candidates=60,
     max_detections=20,
 )
-ANCHORS = F.anchors(CONFIG.canvas, CONFIG.anchors)
+ANCHORS = F.anchors(CONFIG.image_size, CONFIG.anchors)
 SIZES = np.array([[64, 48], [40, 48], [64, 1]])
 NAMESPACES = ("numpy", "torch")
 
@@ -47,7 +47,7 @@ def outputs(seed, classes=3, spread=2.0, batch=3):
 def naive(logits, deltas, size, config):
     """Boxes, scores and labels of one image, best first."""
     candidates, start = [], 0
-    for rows, columns in level_shapes(config.canvas, config.anchors):
+    for rows, columns in level_shapes(config.image_size, config.anchors):
         stop = start + rows * columns * config.anchors.per_cell
         level = [
             (float(logits[anchor, label]), anchor, label)
@@ -130,12 +130,12 @@ def test_numpy_and_torch_agree(seed):
 
 FOUR = RetinaNetConfig(
     classes=("a", "b"),
-    canvas=(8, 32),
+    image_size=(8, 32),
     levels=(3,),
     anchors=AnchorConfig(strides=(8,), sizes=(8.0,), scales=(1.0,), ratios=(1.0,)),
     score_threshold=0.5,
 )
-CELLS = F.anchors(FOUR.canvas, FOUR.anchors)  # [0, 8], [8, 16], [16, 24], [24, 32] in x
+CELLS = F.anchors(FOUR.image_size, FOUR.anchors)  # [0, 8], [8, 16], [16, 24], [24, 32] in x
 
 
 def found_by_hand(name, logits, deltas=None, size=(8, 32), config=FOUR):

@@ -157,7 +157,7 @@ def test_a_step_of_replicas_is_one_of_the_whole_batch(framework, name):
 
 # The command line
 
-TRAIN = ["train", "--data", "shapes", "--canvas", "64x64", "--steps", "4"]
+TRAIN = ["train", "--data", "shapes", "--image-size", "64x64", "--steps", "4"]
 for _setting in (
     "batch_size=4",
     "norm=group",

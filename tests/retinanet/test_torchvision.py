@@ -52,7 +52,7 @@ def published():
     for version, norm in (("torchvision", "frozen_batch"), ("torchvision_v2", "batch")):
         config = RetinaNetConfig(
             classes=tuple(str(k) for k in range(91)),
-            canvas=CANVAS,
+            image_size=CANVAS,
             norm=norm,
             **CONVENTIONS[version],
         )
@@ -70,7 +70,7 @@ def test_a_published_state_dict_loads_into_every_backend(published, backend, ver
     network = published[version]
     source = network.state_dict()
     source = older_names(source) if version == "torchvision" else source
-    model = load_torchvision(source, backend, canvas=CANVAS, norm_eps=1e-5, device="cpu")
+    model = load_torchvision(source, backend, image_size=CANVAS, norm_eps=1e-5, device="cpu")
     assert model.config == network.config
     tensors, expected = backend_module(backend).state(model), state(network)
     assert tensors.keys() == expected.keys()
@@ -82,10 +82,10 @@ def test_published_v1_weights_were_trained_without_epsilon(published):
     source = published["torchvision"].state_dict()
     weight = "backbone.body.bn1.weight"
     var = source["backbone.body.bn1.running_var"].numpy()
-    loaded = state(load_torchvision(source, canvas=CANVAS, device="cpu"))[weight]
+    loaded = state(load_torchvision(source, image_size=CANVAS, device="cpu"))[weight]
     np.testing.assert_allclose(loaded, np.sqrt((var + 1e-5) / var), rtol=1e-6)
     second = published["torchvision_v2"].state_dict()
-    assert (state(load_torchvision(second, canvas=CANVAS, device="cpu"))[weight] == 1).all()
+    assert (state(load_torchvision(second, image_size=CANVAS, device="cpu"))[weight] == 1).all()
 
 
 def test_names_of_classes(published):

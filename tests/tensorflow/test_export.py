@@ -23,7 +23,7 @@ from focal.retinanet.tensorflow.export import export_saved_model  # noqa: E402
 
 CONFIG = PRESETS["tiny"].detector.replace(
     classes=("RBC", "WBC", "Platelets"),
-    canvas=(128, 160),
+    image_size=(128, 160),
     channels=16,
     head_depth=1,
     candidates=300,
@@ -69,7 +69,7 @@ def folder(model, tmp_path_factory):
 
 def on_canvas(images, description):
     """Images on the canvas that the description asks for, and what each covers of it."""
-    canvas, fill = tuple(description["canvas"]), np.uint8(description["fill"])
+    canvas, fill = tuple(description["image_size"]), np.uint8(description["fill"])
     fitted = [fit(image, np.zeros((0, 4)), canvas) for image in images]
     canvases = np.stack([place(image, canvas, fill) for image, _, _ in fitted])
     sizes = np.array([image.shape[:2] for image, _, _ in fitted], np.int64)
@@ -136,7 +136,7 @@ def test_fewer_detections_are_padded(tmp_path):
     images = [np.zeros((64, 80, 3), np.uint8), *[ShapesDataset("test", num_images=1)[0].image] * 2]
     export_saved_model(model, tmp_path / "out")
     loaded = tf.saved_model.load(str(tmp_path / "out"))
-    canvases, sizes, scales = on_canvas(images, {"canvas": (128, 160), "fill": (124, 116, 104)})
+    canvases, sizes, scales = on_canvas(images, {"image_size": (128, 160), "fill": (124, 116, 104)})
     found = {k: v.numpy() for k, v in loaded.detect(canvases, sizes).items()}
     assert 0 < same_detections(model, images, scales, found) < 120
 
@@ -144,7 +144,7 @@ def test_fewer_detections_are_padded(tmp_path):
 def test_the_description(folder):
     description = json.loads((folder / "assets" / "detector.json").read_text())
     assert description["classes"] == ["RBC", "WBC", "Platelets"]
-    assert description["canvas"] == [128, 160]
+    assert description["image_size"] == [128, 160]
     assert description["fill"] == [124, 116, 104]  # 255 times the mean
     assert type(CONFIG).from_json(json.dumps(description["config"])) == CONFIG
     asset = tf.saved_model.load(str(folder)).description.asset_path.numpy().decode()

@@ -21,7 +21,7 @@ from focal.retinanet.tensorflow import trainer as backend_tf  # noqa: E402
 
 SMALL = RetinaNetConfig(
     classes=("circle", "square", "triangle"),
-    canvas=(64, 96),
+    image_size=(64, 96),
     backbone="tiny",
     norm="batch",
     channels=16,

@@ -62,7 +62,7 @@ NAMES = ("a.jpg", "b.jpg", "sub/c.png")
 SECONDS = 30  # a case that takes longer hangs
 ERROR, SKIP, FINE = "error", "skip", "fine"
 NAN, INF = float("nan"), float("inf")
-DETECTOR = PRESETS["tiny"].detector.replace(canvas=(32, 48))
+DETECTOR = PRESETS["tiny"].detector.replace(image_size=(32, 48))
 RUN = PRESETS["tiny"].train.replace(batch_size=2, workers=0, crop=None)
 JUNK = [
     *(None, True, False, -1, 0, 7, 1.5, 2**40, 2**70, 10**400, NAN, INF, -1e308),

@@ -26,7 +26,7 @@ from focal.retinanet.training.loop import train
 
 CONFIG = PRESETS["tiny"].detector.replace(
     classes=("circle", "square", "triangle"),
-    canvas=(64, 64),
+    image_size=(64, 64),
     channels=16,
     head_depth=1,
     candidates=50,

@@ -126,7 +126,7 @@ class Run:
         options = [*COMMON, *VARIANTS[self.variant], f"save_every={self.save_every}"]
         options.append(f"keep={KEEP}")
         return [
-            *("train", "--data", str(self.data), "--out", str(self.out), "--canvas", "64x64"),
+            *("train", "--data", str(self.data), "--out", str(self.out), "--image-size", "64x64"),
             *("--backend", self.backend, "--device", "cpu", "--steps", str(self.steps)),
             *(word for option in options for word in ("--set", option)),
         ]

@@ -38,7 +38,7 @@ from focal.retinanet.torch.export import export_onnx, export_program
 needs_bccd = pytest.mark.skipif(not BCCD.is_dir(), reason="the BCCD images are not here")
 CONFIG = PRESETS["tiny"].detector.replace(
     classes=("ball", "cube", "ring"),
-    canvas=(120, 160),  # the levels have odd sizes
+    image_size=(120, 160),  # the levels have odd sizes
     channels=16,
     head_depth=1,
     candidates=300,  # more than one block of suppression
@@ -138,8 +138,8 @@ def test_suppression_and_every_class_took_part(model):
 
 def test_an_image_without_detections(session):
     """The network of a uniform canvas sees nothing but its prior: all is padding."""
-    gray = np.full((1, *CONFIG.canvas, 3), (124, 116, 104), np.uint8)
-    boxes, scores, labels, count = by_onnx(session)(gray, np.array([CONFIG.canvas]))
+    gray = np.full((1, *CONFIG.image_size, 3), (124, 116, 104), np.uint8)
+    boxes, scores, labels, count = by_onnx(session)(gray, np.array([CONFIG.image_size]))
     assert count.tolist() == [0]
     assert not boxes.any() and not scores.any() and (labels == -1).all()
 
@@ -148,7 +148,9 @@ def test_an_image_without_detections(session):
 def test_onnx_on_real_images(tmp_path):
     data = CocoDataset(BCCD, "test")
     images = [data[i].image for i in range(0, len(data), 9)]
-    model = spread(CONFIG.replace(classes=data.classes, canvas=(240, 320), candidates=1000), images)
+    model = spread(
+        CONFIG.replace(classes=data.classes, image_size=(240, 320), candidates=1000), images
+    )
     export_onnx(model, tmp_path / "detector.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "detector.onnx")
     assert_equal_to_predict(by_onnx(session), model, images, 100)
@@ -175,7 +177,7 @@ def test_the_file_is_valid_and_says_what_it_is(file, session):
     texts = meta.custom_metadata_map
     assert texts["format"] == "focal.retinanet.onnx"
     assert json.loads(texts["classes"]) == ["ball", "cube", "ring"]
-    assert json.loads(texts["canvas"]) == [120, 160]
+    assert json.loads(texts["image_size"]) == [120, 160]
     assert json.loads(texts["fill"]) == [124, 116, 104]
     assert RetinaNetConfig.from_json(texts["config"]) == CONFIG
     assert "(x1, y1, x2, y2) in pixels of the canvas" in meta.description

@@ -69,7 +69,7 @@ def train_batches(
         share: (index, count) of the equal part of each batch that this replica takes.
 
     Returns:
-        Batches on a canvas of `train.crop`, no larger than `config.canvas`.
+        Batches on a canvas of `train.crop`, no larger than `config.image_size`.
 
     Raises:
         ValueError: the dataset has no images.
@@ -78,8 +78,8 @@ def train_batches(
     count, size = len(dataset), train.batch_size
     if count == 0:
         raise ValueError(f"train_batches: {dataset.name} has no images")
-    height, width = map(min, train.crop or config.canvas, config.canvas)
-    fitted = _FittedImages(dataset, config.canvas, cache_bytes)
+    height, width = map(min, train.crop or config.image_size, config.image_size)
+    fitted = _FittedImages(dataset, config.image_size, cache_bytes)
     order = functools.lru_cache(maxsize=2)(
         lambda epoch: np.random.default_rng([train.seed, _ORDER, epoch]).permutation(count)
     )
@@ -117,12 +117,12 @@ def eval_batches(
     def item(index: int) -> tuple[Example, float]:
         last = min(index, count - 1)
         with _naming(dataset, last):
-            example, scale = _fit(dataset[last], config.canvas)
+            example, scale = _fit(dataset[last], config.image_size)
         return (example if index < count else example._replace(image_id=-1)), scale
 
     def batch(first: int) -> Batch:
         items = [item(index) for index in range(first, first + batch_size)]
-        return _collate(items, config.canvas, dataset.max_boxes, config)
+        return _collate(items, config.image_size, dataset.max_boxes, config)
 
     return _prefetch(batch, range(0, count, batch_size), workers)
 

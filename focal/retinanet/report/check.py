@@ -145,7 +145,7 @@ def read_boxes(splits: Sequence[Split], config: RetinaNetConfig) -> Boxes:
         own = ~split.objects.crowd
         _, image, label, box, area, _ = (column[own] for column in split.objects)
         sizes = np.array([(i.height, i.width) for i in split.images], float).reshape(-1, 2)
-        scale = scales(sizes[image], config.canvas)
+        scale = scales(sizes[image], config.image_size)
         index = np.array([classes.index(name) for name in split.classes], int)
         size, iou = box[:, 2:] - box[:, :2], best_iou(box * scale[:, None], config)
         columns.append((np.full(len(box), number), index[label], size, scale, area, iou))

@@ -55,7 +55,7 @@ def check_picture(
     _shares(axes[1, 1], record)
     for axis in axes.ravel():
         axis.spines[["top", "right"]].set_visible(False)
-    height, width = config.canvas
+    height, width = config.image_size
     figure.suptitle(
         f"{_label(Path(record['data']).resolve().name)}: {total:,} boxes "
         f"on a canvas of {height} x {width}, "

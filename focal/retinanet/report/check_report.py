@@ -43,7 +43,7 @@ def check_record(
     classes = all_classes(splits)
     return {
         **notes,
-        "canvas": list(config.canvas),
+        "image_size": list(config.image_size),
         "foreground": config.foreground,
         "anchors": {"sizes": config.anchors.sizes, "strides": config.anchors.strides},
         "classes": classes,
@@ -132,7 +132,7 @@ def check_text(record: Mapping[str, Any], limit: int = EXAMPLES) -> str:
             lines += [f"          {sentence}" for sentence in group["findings"][:limit]]
             if group["count"] > limit:
                 lines.append(f"          and {group['count'] - limit} more")
-    height, breadth = record["canvas"]
+    height, breadth = record["image_size"]
     lines += [
         "",
         "sizes in pixels (square root of width x height) at 5%, 50%, 95%, and the share of boxes",

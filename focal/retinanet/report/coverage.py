@@ -39,7 +39,7 @@ def best_iou(boxes: np.ndarray, config: RetinaNetConfig) -> np.ndarray:
     boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
     best = np.zeros(len(boxes))
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2
-    shapes = level_shapes(config.canvas, config.anchors)
+    shapes = level_shapes(config.image_size, config.anchors)
     for cell, stride, (rows, columns) in zip(
         _cells(config), config.anchors.strides, shapes, strict=True
     ):

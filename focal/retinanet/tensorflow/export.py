@@ -39,7 +39,8 @@ def export_saved_model(model: RetinaNet, path: str | os.PathLike[str]) -> None:
     - `count` (B,) int64: how many there are; what comes after is padding, boxes and scores of 0
       and labels of -1
 
-    `assets/detector.json` has `classes`, `canvas` (height, width), `fill` and the whole `config`.
+    `assets/detector.json` has `classes`, `image_size` (height, width), `fill` and the whole
+    `config`.
 
     Args:
         model: From `build` or `load`, with the backend "tensorflow".
@@ -55,7 +56,7 @@ def export_saved_model(model: RetinaNet, path: str | os.PathLike[str]) -> None:
         >>> import numpy as np, tensorflow as tf
         >>> from focal.retinanet import PRESETS, build
         >>> from focal.retinanet.tensorflow.export import export_saved_model
-        >>> config = PRESETS["tiny"].detector.replace(classes=("cell",), canvas=(64, 64))
+        >>> config = PRESETS["tiny"].detector.replace(classes=("cell",), image_size=(64, 64))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     export_saved_model(build(config, "tensorflow"), folder)
         ...     detector = tf.saved_model.load(folder)
@@ -87,7 +88,7 @@ def export_saved_model(model: RetinaNet, path: str | os.PathLike[str]) -> None:
 
 
 def _write(model: RetinaNet, folder: Path) -> None:
-    height, width = model.config.canvas
+    height, width = model.config.image_size
 
     def detect(images: Tensor, sizes: Tensor) -> dict[str, Tensor]:
         # Without the device that the model is on: the loaded graph runs on whatever there is.

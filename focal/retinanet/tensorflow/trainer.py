@@ -159,7 +159,7 @@ def _postprocess(config: RetinaNetConfig) -> Callable[[Tensor, Tensor, Tensor], 
     """
 
     def found(logits: Tensor, deltas: Tensor, sizes: Tensor) -> Detections:
-        anchors = F.anchors(config.canvas, config.anchors)
+        anchors = F.anchors(config.image_size, config.anchors)
         return detections(F, logits, deltas, anchors, sizes, config)
 
     return tf.function(found, autograph=False, reduce_retracing=True)

@@ -73,7 +73,7 @@ def export_onnx(model: RetinaNet, path: str | os.PathLike[str]) -> None:
         >>> import numpy as np, onnxruntime
         >>> from focal.retinanet import PRESETS, build
         >>> from focal.retinanet.torch.export import export_onnx
-        >>> config = PRESETS["tiny"].detector.replace(classes=("cell",), canvas=(64, 64))
+        >>> config = PRESETS["tiny"].detector.replace(classes=("cell",), image_size=(64, 64))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = os.path.join(folder, "detector.onnx")
         ...     export_onnx(build(config), path)
@@ -127,7 +127,7 @@ def export_program(model: RetinaNet) -> torch.export.ExportedProgram:
         >>> import torch
         >>> from focal.retinanet import PRESETS, build
         >>> from focal.retinanet.torch.export import export_program
-        >>> config = PRESETS["tiny"].detector.replace(classes=("cell",), canvas=(64, 64))
+        >>> config = PRESETS["tiny"].detector.replace(classes=("cell",), image_size=(64, 64))
         >>> detector = export_program(build(config)).module()
         >>> images = torch.zeros(3, 64, 64, 3, dtype=torch.uint8)
         >>> boxes, scores, labels, count = detector(images, torch.tensor([[64, 64]] * 3))
@@ -150,8 +150,8 @@ def _program(model: RetinaNet, name: str) -> torch.export.ExportedProgram:
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     detector = _Detector(network).eval().requires_grad_(False)
     # A batch of two: a size of one would be taken for a constant.
-    images = torch.zeros(2, *model.config.canvas, 3, dtype=torch.uint8)
-    sizes = torch.tensor([model.config.canvas] * 2)
+    images = torch.zeros(2, *model.config.image_size, 3, dtype=torch.uint8)
+    sizes = torch.tensor([model.config.image_size] * 2)
     batch = {0: torch.export.Dim("batch", min=1)}
     return torch.export.export(detector, (images, sizes), dynamic_shapes=(batch, batch))
 
