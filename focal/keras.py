@@ -27,7 +27,7 @@ from keras import ops
 from numpy.typing import ArrayLike
 
 from focal.core import checks
-from focal.core.prior import prior_bias
+from focal.core.prior import class_prior_bias, tile_bias
 from focal.core.renamed import renamed
 
 __all__ = [
@@ -567,22 +567,12 @@ class PriorBias(keras.initializers.Initializer):
     """
 
     def __init__(self, pi: ArrayLike = 0.01) -> None:
-        self._bias = np.atleast_1d(prior_bias(pi))
-        if self._bias.ndim != 1:
-            raise ValueError(
-                f"PriorBias: pi must be a number or one per class; got shape {self._bias.shape}"
-            )
+        self._bias = class_prior_bias("PriorBias", pi)
         self.pi = np.asarray(pi, np.float64).tolist()
 
     def __call__(self, shape: Sequence[int], dtype: Any = None) -> Tensor:
         """The bias of a layer."""
-        size = self._bias.size
-        if len(shape) != 1 or shape[0] % size:
-            raise ValueError(
-                f"PriorBias: the bias must have one axis, of a multiple of {size} (the length of "
-                f"pi); got shape {tuple(shape)}"
-            )
-        bias = np.tile(self._bias, shape[0] // size)
+        bias = tile_bias("PriorBias", self._bias, shape)
         return ops.convert_to_tensor(bias, dtype or keras.config.floatx())
 
     def get_config(self) -> dict[str, Any]:

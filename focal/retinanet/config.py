@@ -164,6 +164,11 @@ class RetinaNetConfig(_Config):
             return getattr(self, FORMER[name])
 
     @property
+    def fill(self) -> tuple[int, ...]:
+        """The mean color, in [0, 255], that images are padded with."""
+        return tuple(round(255 * x) for x in self.mean)
+
+    @property
     def num_classes(self) -> int:
         """K, the number of foreground classes; there is no background class."""
         return len(self.classes)

@@ -217,7 +217,6 @@ def _canvases(
     """Images on the canvas, the (height, width) that each covers, and its scale."""
     from focal.retinanet.data.transforms import fit, place
 
-    fill = np.rint(255 * np.array(config.mean)).astype(np.uint8)
     fitted = []
     for index, image in enumerate(images):
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
@@ -228,7 +227,7 @@ def _canvases(
                 f"{name}: images[{index}] must have shape (height, width, 3); got {image.shape}"
             )
         fitted.append(fit(image, np.zeros((0, 4)), config.image_size))
-    canvases = [place(image, config.image_size, fill) for image, _, _ in fitted]
+    canvases = [place(image, config.image_size, config.fill) for image, _, _ in fitted]
     return (
         np.stack(canvases) if canvases else np.zeros((0, *config.image_size, 3), np.uint8),
         np.array([image.shape[:2] for image, _, _ in fitted], np.int64).reshape(-1, 2),

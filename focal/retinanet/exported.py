@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import numpy as np
-
 from focal.retinanet.config import RetinaNetConfig
 
 __all__ = ["description"]
@@ -18,6 +16,6 @@ def description(config: RetinaNetConfig) -> dict[str, Any]:
         "classes": config.classes,
         "image_size": config.image_size,
         "canvas": config.image_size,  # its old name
-        "fill": np.rint(255 * np.array(config.mean)).astype(int).tolist(),
+        "fill": config.fill,
         "config": json.loads(config.to_json()),
     }

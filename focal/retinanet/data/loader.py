@@ -180,14 +180,13 @@ def _collate(
     config: RetinaNetConfig,
 ) -> Batch:
     rows = max(8, -(-max_boxes // 8) * 8)  # a multiple of 8: fewer shapes to compile
-    fill = np.rint(255 * np.array(config.mean)).astype(np.uint8)
     boxes = np.zeros((len(items), rows, 4), np.float32)
     labels = np.full((len(items), rows), -1, np.int64)
     for row, (example, _) in enumerate(items):
         boxes[row, : len(example.boxes)] = example.boxes
         labels[row, : len(example.labels)] = example.labels
     return Batch(
-        images=np.stack([place(example.image, canvas, fill) for example, _ in items]),
+        images=np.stack([place(example.image, canvas, config.fill) for example, _ in items]),
         boxes=boxes,
         labels=labels,
         sizes=np.array([example.image.shape[:2] for example, _ in items], np.int64),

@@ -10,6 +10,7 @@ import math
 from typing import Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image
 
 from focal.retinanet.data.dataset import Example
@@ -52,7 +53,7 @@ def fit(
     return image, (np.asarray(boxes, np.float64) * scale).astype(np.float32), scale
 
 
-def place(image: np.ndarray, canvas: tuple[int, int], fill: np.ndarray) -> np.ndarray:
+def place(image: np.ndarray, canvas: tuple[int, int], fill: ArrayLike) -> np.ndarray:
     """A (height, width, 3) canvas of color `fill` with `image` at its top-left corner."""
     out = np.empty((*canvas, 3), np.uint8)
     height, width = image.shape[:2]
