@@ -575,7 +575,7 @@ def pictures(draw):
     return white_box(height, width, (x1, y1, x2, y2))
 
 
-@given(picture=pictures(), image_size=st.tuples(st.integers(30, 160), st.integers(30, 160)))
+@given(picture=pictures(), canvas=st.tuples(st.integers(30, 160), st.integers(30, 160)))
 @settings(max_examples=100, deadline=None)
 def test_fit_keeps_box_on_its_pixels(picture, canvas):
     image, boxes = picture

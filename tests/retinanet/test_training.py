@@ -718,7 +718,7 @@ def test_a_missing_prior_bias_is_told_once(tmp_path, caplog, monkeypatch):
     start = state(without_bias(CONFIG, 0, "cpu"))
     fit(tmp_path / "a")
     (record,) = caplog.records
-    assert record.levelname == "WARNING" and "is the prior bias missing" in record.getMessage()
+    assert record.levelname == "WARNING" and "Is the prior bias missing" in record.getMessage()
     fit(tmp_path / "a", resume=True)  # not on going on, nor with weights of one's own
     fit(tmp_path / "b", RUN.replace(steps=1), initial=start)
     assert [x for x in caplog.records if x.levelname == "WARNING"] == [record]
