@@ -259,11 +259,16 @@ def _train_step(
         (_, (parts, statistics)), gradient = gradient_of(run.parameters, statistics, *piece)
         return (jax.tree.map(jnp.add, sums, (parts, gradient)), statistics), None
 
-    zeros = Losses(*jnp.zeros(2)), jax.tree.map(jnp.zeros_like, run.parameters)
-    pieces = _pieces((images, target), replicas, train.accumulate)
-    ((parts, gradient), statistics), _ = jax.lax.scan(
-        accumulate, (zeros, run.statistics), pieces, unroll=train.accumulate == 1
-    )
+    if train.accumulate == 1:  # without a loop, in which XLA's convolutions are slow on a CPU
+        (_, (parts, statistics)), gradient = gradient_of(
+            run.parameters, run.statistics, images, target
+        )
+    else:
+        zeros = Losses(*jnp.zeros(2)), jax.tree.map(jnp.zeros_like, run.parameters)
+        pieces = _pieces((images, target), replicas, train.accumulate)
+        ((parts, gradient), statistics), _ = jax.lax.scan(
+            accumulate, (zeros, run.statistics), pieces
+        )
 
     updates, slots = _optimizer(train).update(gradient, run.slots, run.parameters)
     # The optimizer has learning rate 1: with a rate of its own each would be compiled again.
