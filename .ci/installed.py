@@ -29,7 +29,7 @@ command = Path(sys.executable).with_name("focal")
 for arguments, status, said in [
     (["--version"], 0, f"focal {focal.__version__}\n"),
     (["prior-bias", "0.1"], 0, f"{focal.prior_bias(0.1)}\n"),
-    (["check", "."], 2, "focal: tqdm is not installed; pip install"),
+    (["check", "."], 2, "focal: tqdm is not installed; install it with"),
 ]:
     done = subprocess.run([command, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == status, done
