@@ -241,7 +241,9 @@ def datasets(options: argparse.Namespace) -> dict[str, tuple[Dataset, Dataset]]:
 
 def key(line: Mapping[str, Any]) -> str:
     """What makes a cell the same: dataset, name and every setting."""
-    return json.dumps([line["data"], line["name"], line["detector"], line["train"]])
+    detector = RetinaNetConfig.from_json(json.dumps(line["detector"]))
+    train = TrainConfig.from_json(json.dumps(line["train"]))
+    return json.dumps([line["data"], line["name"], detector.to_json(), train.to_json()])
 
 
 def read_cells(path: Path) -> dict[str, dict[str, Any]]:

@@ -35,7 +35,7 @@ from focal.retinanet.detector import backend_module, load
 from focal.retinanet.report.draw import PALETTE
 
 GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)
-COLOURS = (PALETTE[0], PALETTE[6], PALETTE[1], PALETTE[3], PALETTE[2])
+COLORS = (PALETTE[0], PALETTE[6], PALETTE[1], PALETTE[3], PALETTE[2])
 OURS, OTHER = PALETTE[0], PALETTE[6]
 SATURATED = 16.64
 """From this logit on, the float32 sigmoid is 1 and `1 - p_t` is 0."""
@@ -155,7 +155,7 @@ def loss_figure() -> Plot:
     p = np.linspace(0.002, 0.998, 500)
     logits = np.log(p) - np.log1p(-p)
     plot, (axis,) = blank()
-    for gamma, color in zip(GAMMAS, COLOURS, strict=True):
+    for gamma, color in zip(GAMMAS, COLORS, strict=True):
         loss = sigmoid_focal_loss(logits, np.ones_like(p), None, gamma)
         name = r"$\gamma$ = 0, cross entropy" if gamma == 0 else rf"$\gamma$ = {gamma:g}"
         axis.plot(p, loss, color=color, label=name)
@@ -170,10 +170,10 @@ def _variants() -> list[tuple[str, str, np.ndarray, np.ndarray]]:
     """Name, color, loss and derivative in x_t of figures 5 and 6, over `X_T`."""
     y = np.ones_like(X_T)
     found = []
-    for name, gamma, color in (("CE", 0.0, COLOURS[0]), (r"FL, $\gamma$ = 2", 2.0, COLOURS[3])):
+    for name, gamma, color in (("CE", 0.0, COLORS[0]), (r"FL, $\gamma$ = 2", 2.0, COLORS[3])):
         loss = sigmoid_focal_loss(X_T, y, None, gamma)
         found.append((name, color, loss, sigmoid_focal_loss_grad(X_T, y, None, gamma)))
-    for gamma, beta, color in ((2.0, 1.0, COLOURS[1]), (4.0, 0.0, COLOURS[4])):
+    for gamma, beta, color in ((2.0, 1.0, COLORS[1]), (4.0, 0.0, COLORS[4])):
         name = rf"FL*, $\gamma$ = {gamma:g}, $\beta$ = {beta:g}"
         loss = sigmoid_focal_loss_star(X_T, y, None, gamma, beta)
         found.append((name, color, loss, sigmoid_focal_loss_star_grad(X_T, y, None, gamma, beta)))
@@ -207,7 +207,7 @@ def cumulative_figure(positives: np.ndarray, negatives: np.ndarray) -> Plot:
     plot, axes = blank(2)
     sides = (("positives", positives, 1.0), ("negatives", negatives, 0.0))
     for axis, (name, logits, y) in zip(axes, sides, strict=True):
-        for gamma, color in zip(GAMMAS[:4], COLOURS, strict=False):
+        for gamma, color in zip(GAMMAS[:4], COLORS, strict=False):
             losses = sigmoid_focal_loss(logits, np.full_like(logits, y), None, gamma)
             axis.plot(*cumulative_share(losses), color=color, label=rf"$\gamma$ = {gamma:g}")
         axis.set(xlabel=f"fraction of {name}, easiest first", xlim=(0, 1), ylim=(0, 1))
@@ -260,7 +260,7 @@ def saturation_figure() -> Plot:
 def initial_loss_figure() -> Plot:
     """The initial classification loss, with and without the prior."""
     plot, axes = blank(2)
-    cases = (("CE", 0.5, 0.0, COLOURS[0]), (r"FL, $\gamma$ = 2", 0.25, 2.0, COLOURS[3]))
+    cases = (("CE", 0.5, 0.0, COLORS[0]), (r"FL, $\gamma$ = 2", 0.25, 2.0, COLORS[3]))
     counts = np.logspace(3, 5.5, 60)
     priors = np.logspace(-5, np.log10(0.5), 60)
     for name, alpha, gamma, color in cases:

@@ -46,9 +46,9 @@ def add_detector(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--image-size",
-        "--canvas",  # its old name
+        "--canvas",
         metavar="HxW",
-        help="pixels that images are scaled to fit, such as 256x320",
+        help="pixels that images are scaled to fit, such as 256x320 (--canvas is its old name)",
     )
 
 
@@ -67,8 +67,10 @@ def configs(options: argparse.Namespace) -> Configs:
         detector, run = _recorded(options.out / "config.json")
     else:
         detector, run = _preset(options.preset or "tiny", options.convention or "paper")
-    own = {"image_size": options.image_size, "steps": options.steps, "seed": options.seed}
-    changes = {field: _value(str(value)) for field, value in own.items() if value is not None}
+    own = {"steps": options.steps, "seed": options.seed}
+    changes = {field: value for field, value in own.items() if value is not None}
+    if options.image_size is not None:
+        changes["image_size"] = _size(options.image_size)
     for assignment in options.set:
         field, separator, text = assignment.partition("=")
         field = FORMER.get(field, field)
@@ -130,6 +132,15 @@ def _recorded(path: Path) -> Configs:
         return detector, TrainConfig(**parse_fields(record["train"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: expected the record of a run; {error!r}") from error
+
+
+def _size(text: str) -> Any:
+    size = _value(text)
+    if not isinstance(size, list) or len(size) != 2 or 0 in size:
+        raise ValueError(
+            f"--image-size must be HEIGHTxWIDTH in pixels, such as 256x320; got {text!r}"
+        )
+    return size
 
 
 def _value(text: str) -> Any:

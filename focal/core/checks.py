@@ -287,7 +287,7 @@ def check_shape(
 def check_broadcasts(
     function: str, parameter: str, array: Array, other: str, shape: tuple[int, ...]
 ) -> None:
-    """A shape that broadcasts to `shape` as it is."""
+    """A shape that broadcasts to `shape`, which must not grow."""
     own = tuple(array.shape)
     padded = (1,) * (len(shape) - len(own)) + own
     if len(own) > len(shape) or not all(

@@ -359,7 +359,7 @@ def reduce(
 def sum_or_mean(
     xp: Namespace, total: Array, elements: Array, reduction: str, count: Array | None
 ) -> Array:
-    """`total`, or that over `count`: by default the number of elements, at least 1."""
+    """`total`, or `total / count` for a mean; by default the number of elements, at least 1."""
     if reduction == "sum":
         return total
     return total / (checks.count(xp, elements, total.dtype) if count is None else count)
@@ -386,7 +386,7 @@ def focal_formula(
     inputs: Array,
     axis: int = -1,
 ) -> tuple[SigmoidFocal, Array | None]:
-    """The formula; where alpha is one per class, without it, and the alphas beside it."""
+    """The formula and None; for one alpha per class, the formula without alpha, and the alphas."""
     exponent = checks.check_scalar(xp, name, "gamma", gamma, inputs, low=0)
     smoothing = checks.check_scalar(xp, name, "label_smoothing", label_smoothing, inputs, 0, 1)
     if not checks.is_sequence(alpha):

@@ -152,7 +152,7 @@ def expected_initial_loss(
 def class_prior_bias(function: str, pi: ArrayLike) -> np.ndarray[Any, Any]:
     """The prior bias of each class, for the bias of a layer."""
     bias = np.atleast_1d(prior_bias(pi))
-    if bias.ndim != 1:
+    if bias.ndim != 1 or not bias.size:
         raise ValueError(
             f"{function}: pi must be a number or one per class; got shape {bias.shape}"
         )
@@ -165,8 +165,8 @@ def tile_bias(
     """The bias of each class, repeated to the shape of a layer's bias."""
     if len(shape) != 1 or shape[0] % bias.size:
         raise ValueError(
-            f"{function}: the bias must have one axis, of a multiple of {bias.size} (the length of "
-            f"pi); got shape {tuple(shape)}"
+            f"{function}: the length of the bias must be a multiple of that of pi ({bias.size}); "
+            f"got shape {tuple(shape)}"
         )
     return np.tile(bias, shape[0] // bias.size)
 

@@ -49,12 +49,15 @@ FORMER = {"canvas": "image_size", "normaliser": "normalizer"}
 
 def _current(values: Mapping[str, Any], warns: bool = True) -> dict[str, Any]:
     """The values under the current names of the fields."""
-    for name in values.keys() & FORMER.keys() if warns else ():
-        warnings.warn(
-            f"RetinaNetConfig.{name} is deprecated and will be removed; use {FORMER[name]}",
-            DeprecationWarning,
-            stacklevel=3,
-        )
+    for name in values.keys() & FORMER.keys():
+        if FORMER[name] in values:
+            raise TypeError(f"RetinaNetConfig: {name} is the old name of {FORMER[name]}; got both")
+        if warns:
+            warnings.warn(
+                f"RetinaNetConfig.{name} is deprecated and will be removed; use {FORMER[name]}",
+                DeprecationWarning,
+                stacklevel=3,
+            )
     return {FORMER.get(name, name): value for name, value in values.items()}
 
 
@@ -64,7 +67,13 @@ class _Config:
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
             _check(type(self).__name__, name, getattr(self, name), hint)
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Unpickle, also what was pickled under old names."""
+        self.__dict__.update(_current(state, warns=False))
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed."""
@@ -253,7 +262,9 @@ class TrainConfig(_Config):
 
 def parse_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """Fields as JSON has them, as the dataclasses take them: tuples, and `AnchorConfig`."""
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in _current(values, False).items()}
+    fields = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in _current(values, warns=False).items()
+    }
     if isinstance(anchors := values.get("anchors"), dict):
         fields["anchors"] = AnchorConfig(**parse_fields(anchors))
     return fields

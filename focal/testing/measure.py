@@ -166,5 +166,5 @@ def _second_status(
     at = np.unravel_index(np.argmax(error / allowed), error.shape)
     if error[at] <= allowed[at]:
         return "close"
-    where = f"logit {grid.inputs[mask][at]:g}, target {grid.target_of_logit[mask][at]:g}"
+    where = f"input {grid.inputs[mask][at]:g}, target {grid.target_of_logit[mask][at]:g}"
     return f"not close: {got[at]:.4g} instead of {exact.exact[at]:.4g} at {where}"

@@ -59,7 +59,7 @@ class Errors:
     """The errors of the values, or of the gradients, over the grid and all parameters.
 
     Attributes:
-        ulp: Largest error in units in the last place, relative to what is allowed at its place.
+        ulp: Error in units in the last place where it is largest compared with what is allowed.
         allowed: What is allowed at that place: the bound, `atol`, and the rounding error of a
             margin or a smoothed label.
         relative: Largest relative error of results that are normal numbers.

@@ -35,7 +35,7 @@ Alphas = Number | Sequence[float] | None
 
 
 class Loss(nn.Module):
-    """A loss function and its parameters, which are attributes; those that are tensors, buffers.
+    """A loss function and its parameters. They are attributes; tensors become buffers.
 
     They are checked when the module is made, by a call on a single zero logit.
     """

@@ -1,9 +1,12 @@
-"""The relatives of focal loss as `torch.nn.Module`s; the mean by default, as in `torch.nn`."""
+"""The variants of focal loss as `torch.nn.Module`s; the mean by default, as in `torch.nn`."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from focal.core import variants
 from focal.core.namespace import Reduction, SparseReduction
+from focal.core.renamed import renamed
 from focal.torch.modules import DenseLoss, Number
 
 __all__ = ["AsymmetricLoss", "HeatmapFocalLoss", "QualityFocalLoss", "VarifocalLoss"]
@@ -106,3 +109,7 @@ class AsymmetricLoss(DenseLoss, function=variants.asymmetric_loss):
             margin=margin,
             reduction=reduction,
         )
+
+
+if not TYPE_CHECKING:  # for modules that were pickled whole
+    __getattr__ = renamed(__name__, {"AsymmetricFocalLoss": "AsymmetricLoss"})

@@ -409,7 +409,7 @@ WRONG: dict[str, Callable[[ModuleType], Any]] = {
     "ValueError: PriorBias: pi must be a number or one per class; got shape (1, 1)": (
         lambda K: K.PriorBias([[0.1]])
     ),
-    "ValueError: PriorBias: the bias must have one axis, of a multiple of 2 (the length of pi); "
+    "ValueError: PriorBias: the length of the bias must be a multiple of that of pi (2); "
     "got shape (3,)": lambda K: K.PriorBias([0.1, 0.2])((3,)),
     "ValueError: sigmoid_focal_loss: targets must have the shape of inputs; got inputs (48, 3), "
     "targets (48,)": lambda K: K.SigmoidFocalLoss()(LABELS, LOGITS),

@@ -458,7 +458,7 @@ def test_prior_bias_init():
     assert bias.dtype == jnp.float32
     assert_allclose(jax.nn.sigmoid(bias), [0.01, 0.1, 0.5] * 2, rtol=1e-6)
     assert init(None, (3,), jnp.bfloat16).dtype == jnp.bfloat16
-    with pytest.raises(ValueError, match=r"a multiple of 3 \(the length of pi\); got shape \(4,\)"):
+    with pytest.raises(ValueError, match=r"a multiple of that of pi \(3\); got shape \(4,\)"):
         init(None, (4,))
     with pytest.raises(ValueError, match="a number or one per class"):
         F.prior_bias_init([[0.1]])

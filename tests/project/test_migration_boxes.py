@@ -93,14 +93,14 @@ class Rule:
 INVERSE = tuple(1 / r for r in RATIOS)
 CORNER = AnchorConfig(offset=0.0, ratios=RATIOS)
 WHOLE = AnchorConfig(offset=0.0, ratios=RATIOS, rounded=True)
-CENTRE, WIDE = AnchorConfig(ratios=RATIOS), AnchorConfig(ratios=INVERSE)
+CENTER, WIDE = AnchorConfig(ratios=RATIOS), AnchorConfig(ratios=INVERSE)
 
 ANCHORS = {
     "torchvision": (Rule(step="whole", rounded=True), lambda s: stretched(s, WHOLE, True)),
     "detectron2": (Rule(scales_first=True), lambda s: reordered(anchors(s, CORNER), CORNER)),
     "detectron2's constructor": (
         Rule(scales_first=True, offset=0.5),
-        lambda s: reordered(anchors(s, CENTRE), CENTRE),
+        lambda s: reordered(anchors(s, CENTER), CENTER),
     ),
     "mmdetection": (Rule(), lambda s: anchors(s, CORNER)),
     "keras-hub": (Rule(step="whole", rounded=True), lambda s: stretched(s, WHOLE, True)),
@@ -139,7 +139,7 @@ def test_automl_anchors() -> None:
 def test_where_the_greatest_stride_divides_the_image_nothing_stretches() -> None:
     for size in ((512, 512), (640, 1024)):
         assert_allclose(stretched(size, WHOLE, True), anchors(size, WHOLE), atol=0)
-        assert_allclose(stretched(size, CENTRE, False), anchors(size, CENTRE), atol=1e-4)
+        assert_allclose(stretched(size, CENTER, False), anchors(size, CENTER), atol=1e-4)
 
 
 def test_torchvision_strides_at_800_by_1088() -> None:

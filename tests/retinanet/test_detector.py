@@ -293,6 +293,13 @@ def test_old_names_of_fields_still_work():
         assert new.canvas == (64, 96)
     old = new.to_json().replace("image_size", "canvas").replace("normalizer", "normaliser")
     assert RetinaNetConfig.from_json(old) == new
+    with pytest.raises(TypeError, match="canvas is the old name of image_size; got both"):
+        RetinaNetConfig(canvas=(64, 96), image_size=(64, 96))
+    values = dict(vars(new))
+    values["canvas"] = values.pop("image_size")  # what was pickled before
+    pickled = object.__new__(RetinaNetConfig)
+    pickled.__setstate__(values)
+    assert pickled == new and RetinaNetConfig(classes=["a", "b"]).classes == ("a", "b")
     with pytest.raises(AttributeError, match="RetinaNetConfig has no field 'canvass'"):
         new.canvass  # noqa: B018
 

@@ -320,6 +320,13 @@ def test_the_last_checkpoints_are_kept(tmp_path, keep, expected):
 # Going on
 
 
+def test_the_same_run_writes_the_same_bytes(tmp_path):
+    for name in "ab":
+        fit(tmp_path / name, RUN.replace(steps=1))
+    first, second = ((tmp_path / name / "weights.safetensors").read_bytes() for name in "ab")
+    assert first == second
+
+
 class Stop(Exception):
     pass
 
@@ -415,7 +422,7 @@ def test_the_newest_checkpoint_that_is_whole_is_taken(tmp_path, caplog, left):
     cut, going_on = (record.getMessage() for record in caplog.records)
     assert f"{path}: expected a whole saf" in cut
     assert cut.endswith("; taking checkpoint-000003.safetensors")
-    assert going_on == f"going on from {damaged / 'checkpoint-000003.safetensors'}, after step 3"
+    assert going_on == f"resuming from {damaged / 'checkpoint-000003.safetensors'}, after step 3"
     assert_same_run(damaged, whole)
 
 
@@ -656,8 +663,9 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, call):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_step_that_is_not_finite_changes_nothing(optimizer):
-    run = RUN.replace(optimizer=optimizer, ema=0.9)
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_a_step_that_is_not_finite_changes_nothing(optimizer, clip_norm):
+    run = RUN.replace(optimizer=optimizer, clip_norm=clip_norm, ema=0.9)
     trainer, batch = trainer_and_batch(run, CONFIG.replace(normalizer="ema"))
     parts = trainer.step(0, batch, 1e-3)
     assert trainer.healthy and 0 < parts["gradient_norm"] < math.inf

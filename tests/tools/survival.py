@@ -258,7 +258,7 @@ def kill(run: Run, aim: str, ready: Callable[[], bool], delay: float) -> dict[st
     log = run.log.read_text(errors="replace")
     if newest:
         going_on = f"checkpoint-{newest:06d}.safetensors, after step {newest}\n"
-        assert "going on from" not in log or going_on in log
+        assert "resuming from" not in log or going_on in log
     partial = [path.name.split(".")[1] for path in run.partial_files()]
     steps = run.steps_logged()
     if partial:
@@ -267,7 +267,7 @@ def kill(run: Run, aim: str, ready: Callable[[], bool], delay: float) -> dict[st
         phase = "starting"
     else:
         phase = "between writings"
-    return {"aim": aim, "phase": phase, "step": steps, "resumed": "going on from" in log}
+    return {"aim": aim, "phase": phase, "step": steps, "resumed": "resuming from" in log}
 
 
 def survive(
@@ -282,7 +282,7 @@ def survive(
         tally.resumed += found["resumed"]
         tally.check_files(run)
     run.finish()
-    tally.resumed += "going on from" in run.log.read_text()
+    tally.resumed += "resuming from" in run.log.read_text()
     tally.check_files(run)
     tally.check_equal(run, whole)
 

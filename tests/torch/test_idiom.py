@@ -483,7 +483,7 @@ def test_init_prior_bias():
     F.init_prior_bias_(layer, [0.01, 0.1, 0.5])
     torch.testing.assert_close(torch.sigmoid(layer.bias), torch.tensor([0.01, 0.1, 0.5] * 2))
     assert layer.bias.requires_grad
-    with pytest.raises(ValueError, match=r"a multiple of 4 \(the length of pi\); got shape \(6,\)"):
+    with pytest.raises(ValueError, match=r"a multiple of that of pi \(4\); got shape \(6,\)"):
         F.init_prior_bias_(layer, [0.1] * 4)
     with pytest.raises(TypeError, match="one-dimensional bias; got Conv2d"):
         F.init_prior_bias_(torch.nn.Conv2d(4, 6, 3, bias=False))

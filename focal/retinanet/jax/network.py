@@ -66,7 +66,7 @@ class FrozenBatchNorm(nnx.BatchNorm):
 
 
 def _batch_norm(channels: int) -> nnx.BatchNorm:
-    """PyTorch's running variance is unbiased, this one is not: n / (n - 1) of n pixels apart."""
+    """Of n pixels its running variance is (n - 1) / n of PyTorch's, which is unbiased."""
     return nnx.BatchNorm(
         channels, momentum=0.9, epsilon=NORM_EPS, use_fast_variance=False, rngs=nnx.Rngs(0)
     )

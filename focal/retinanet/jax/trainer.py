@@ -288,7 +288,9 @@ def _train_step(
 
 def _optimizer(train: TrainConfig) -> optax.GradientTransformation:
     """PyTorch's rule of that name, with learning rate 1."""
-    clip = optax.clip_by_global_norm(train.clip_norm) if train.clip_norm else optax.identity()
+    clip = optax.identity()
+    if train.clip_norm is not None:
+        clip = optax.clip_by_global_norm(train.clip_norm)
     if train.optimizer == "adamw":
         return optax.chain(clip, optax.adamw(1.0, weight_decay=train.weight_decay))
     decay = optax.add_decayed_weights(train.weight_decay)

@@ -24,7 +24,7 @@ from focal.retinanet.report.draw import PALETTE, save_figure
 __all__ = ["check_picture"]
 
 _INK, _ANCHOR = "#333333", "#111111"
-_COLOURS = tuple(color for color in PALETTE if color != "#ffffff")
+_COLORS = tuple(color for color in PALETTE if color != "#ffffff")
 _ROWS = 10  # largest number of classes in the panel of shares
 _POINTS = 20_000  # largest number of points of the scatter plot, a random sample
 
@@ -43,10 +43,10 @@ def check_picture(
     classes, total = record["classes"], len(boxes.label)
     groups = [
         (_label(name), color, boxes.label == label)
-        for label, (name, color) in enumerate(zip(classes, _COLOURS, strict=False))
+        for label, (name, color) in enumerate(zip(classes, _COLORS, strict=False))
     ]
-    if len(classes) > len(_COLOURS):  # too many to tell them apart
-        groups = [(f"{len(classes)} classes", _COLOURS[0], np.ones(total, bool))]
+    if len(classes) > len(_COLORS):  # too many to tell them apart
+        groups = [(f"{len(classes)} classes", _COLORS[0], np.ones(total, bool))]
     figure = Figure(figsize=(11, 8.6), dpi=100, layout="constrained")
     axes = figure.subplots(2, 2)
     _shapes(axes[0, 0], boxes, groups, config)

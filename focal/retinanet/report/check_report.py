@@ -44,6 +44,7 @@ def check_record(
     return {
         **notes,
         "image_size": list(config.image_size),
+        "canvas": list(config.image_size),  # its old name
         "foreground": config.foreground,
         "anchors": {"sizes": config.anchors.sizes, "strides": config.anchors.strides},
         "classes": classes,

@@ -146,7 +146,11 @@ def detections_of(model: RetinaNet, images: np.ndarray | Tensor, sizes: Tensor) 
 
 
 class Trainer:
-    """One training run: the network, its optimizer, and the moving average of its weights."""
+    """One training run: the network, its optimizer, and the moving average of its weights.
+
+    With several processes, `replicas` must be that of `replicas()`: positives are counted over all
+    processes of `torch.distributed`.
+    """
 
     def __init__(
         self, model: RetinaNet, train: TrainConfig, replicas: Replicas | None = None

@@ -128,7 +128,7 @@ class RunFolder:
         self._remove_older(path)  # the process may have been killed before it could
         lines = [line for line in read_lines(self.metrics) if line["step"] <= steps]
         write_atomically(self.metrics, "".join(plain_json(x) + "\n" for x in lines).encode())
-        _log.info("going on from %s, after step %d", path, steps)
+        _log.info("resuming from %s, after step %d", path, steps)
         return tensors, steps, float(found["seconds"])
 
     def save_checkpoint(
