@@ -581,12 +581,12 @@ class PriorBias(keras.initializers.Initializer):
 
 
 def _adapter(name: str) -> ModuleType:
-    """`focal.torch` where Keras runs on PyTorch, and so on; `name` is for the message."""
+    """The losses of the framework that Keras runs on; `name` is for the message."""
     backend = keras.backend.backend()
     if backend == "tensorflow":
-        import focal.tensorflow
+        import focal.tensorflow._losses
 
-        return focal.tensorflow
+        return focal.tensorflow._losses
     if backend == "jax":
         import focal.jax
 

@@ -18,25 +18,27 @@ As in TensorFlow, whatever converts to a tensor is taken: variables, NumPy array
 from typing import TYPE_CHECKING
 
 from focal.core import anchors as _anchors
-from focal.core import box_losses, boxes, losses, softmax, targets, variants
+from focal.core import box_losses, boxes, targets
 from focal.core import nms as _nms
 from focal.core.anchors import AnchorConfig
 from focal.core.prior import expected_initial_loss, inverse_frequency_alpha, prior_bias
 from focal.core.renamed import renamed
 from focal.keras import PriorBias, SigmoidFocalLoss, SoftmaxFocalLoss, SparseSigmoidFocalLoss
 from focal.tensorflow._bind import bind
+from focal.tensorflow._losses import (
+    asymmetric_loss,
+    balanced_cross_entropy,
+    heatmap_focal_loss,
+    quality_focal_loss,
+    sigmoid_focal_loss,
+    sigmoid_focal_loss_star,
+    softmax_focal_loss,
+    sparse_sigmoid_focal_loss,
+    varifocal_loss,
+)
 from focal.tensorflow._namespace import xp as xp
 from focal.tensorflow.replicas import num_positives
 
-sigmoid_focal_loss = bind(losses.sigmoid_focal_loss, xp, __name__)
-sparse_sigmoid_focal_loss = bind(losses.sparse_sigmoid_focal_loss, xp, __name__)
-softmax_focal_loss = bind(softmax.softmax_focal_loss, xp, __name__)
-sigmoid_focal_loss_star = bind(losses.sigmoid_focal_loss_star, xp, __name__)
-balanced_cross_entropy = bind(losses.balanced_cross_entropy, xp, __name__)
-quality_focal_loss = bind(variants.quality_focal_loss, xp, __name__)
-varifocal_loss = bind(variants.varifocal_loss, xp, __name__)
-heatmap_focal_loss = bind(variants.heatmap_focal_loss, xp, __name__)
-asymmetric_loss = bind(variants.asymmetric_loss, xp, __name__)
 smooth_l1_loss = bind(box_losses.smooth_l1_loss, xp, __name__)
 giou_loss = bind(box_losses.giou_loss, xp, __name__)
 

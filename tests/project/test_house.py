@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import graphlib
 import importlib
 import inspect
 import re
@@ -116,6 +117,25 @@ def test_keras_imports_an_adapter_only_when_a_loss_is_made() -> None:
     assert frameworks == {"keras"}
     users = {p for p in ROOT.rglob("*.py") if any(n.startswith("focal.keras") for n in imports(p))}
     assert users == {ROOT / "tensorflow" / "__init__.py"}
+
+
+def module_file(name: str) -> Path:
+    """The file of a module, or of the module that a name is in."""
+    path = ROOT.joinpath(*name.split(".")[1:])
+    while not path.with_suffix(".py").is_file() and not (path / "__init__.py").is_file():
+        path = path.parent
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def test_no_imports_in_a_circle() -> None:
+    """Not even those within functions."""
+    graph = {
+        path: {module_file(name) for name in imports(path) if name.split(".")[0] == "focal"}
+        for path in ROOT.rglob("*.py")
+    }
+    order = list(graphlib.TopologicalSorter(graph).static_order())  # an error, if there is one
+    assert set(order) == set(graph)
+    assert order.index(ROOT / "keras.py") < order.index(ROOT / "tensorflow" / "__init__.py")
 
 
 def test_importing_keras_loads_only_what_keras_does() -> None:
