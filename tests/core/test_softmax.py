@@ -41,6 +41,11 @@ def test_float64_is_the_definition(backend: Backend, case: dict[str, Any]) -> No
     assert worst_ulps(grad, [case["grad"]], "float64") <= rounding(x, gamma)[0]
 
 
+def test_an_alpha_of_minus_1_is_off(backend: Backend) -> None:
+    x, labels = np.array([[0.5, -1.0, 2.0], [1.0, 0.0, -3.0]]), np.array([0, 2])
+    assert_array_equal(backend(NAME, x, labels, -1), backend(NAME, x, labels, None))
+
+
 @given(rows(lowest_label=0), any_gammas)
 def test_value_and_gradient_follow_the_reference(
     backend: Backend, example: Rows, gamma: float
