@@ -29,8 +29,9 @@ __all__ = ["check_loss"]
 
 NAME = "check_loss"
 Params = dict[str, Any]
-SAMPLE = 3
-"""Rows that a loss is called with first, to check the shape that it returns."""
+SAMPLE = 5
+"""Rows that a loss is called with first, to check the shape that it returns; not as many as there
+are classes, or (N, N) would pass for (N, K)."""
 
 
 def check_loss(

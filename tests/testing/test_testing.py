@@ -749,8 +749,12 @@ def test_a_report_of_a_loss_that_passes() -> None:
         ),
         (
             {"fn": lambda x, y: x.sum()},
-            r"check_loss: fn must return the unreduced loss, of shape \(3,\) for inputs \(3,\); "
+            r"check_loss: fn must return the unreduced loss, of shape \(5,\) for inputs \(5,\); "
             r"got \(\)",
+        ),
+        (
+            {"fn": lambda x, t: x[:, :1] + t, "reference": "sparse_sigmoid_focal_loss"},
+            r"unreduced loss, of shape \(5, 3\) for inputs \(5, 3\); got \(5, 5\)",
         ),
     ],
 )
