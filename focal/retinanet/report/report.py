@@ -31,7 +31,7 @@ figure { margin: 1rem 0 } figcaption, .dim { color: var(--dim); font-size: .9rem
 table { border-collapse: collapse; width: 100% }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: left }
 td { overflow-wrap: anywhere; min-width: 4rem } th { font-weight: 600; overflow-wrap: anywhere }
-.number { text-align: right; font-variant-numeric: tabular-nums; width: 5rem }
+.number { text-align: right; font-variant-numeric: tabular-nums; width: 7rem }
 .bar { background: linear-gradient(var(--bar) 0 0) left / var(--share) .6rem no-repeat }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft); padding: .8rem }
 summary { cursor: pointer; font-weight: 600; padding: .4rem 0 }
