@@ -74,7 +74,7 @@ ROOMS = {
         "focal/retinanet/torch/*.py focal/retinanet/jax/*.py focal/retinanet/tensorflow/*.py "
         "focal/retinanet/training/*.py focal/retinanet/*.py",
         (
-            ("{backend}", "tests/{backend}/test_network.py tests/retinanet/test_[cnpw]*.py"),
+            ("{backend}", "tests/{backend}/test_network.py tests/retinanet/test_[cenpw]*.py"),
             ("{backend}", "tests/retinanet/test_t*.py tests/retinanet/test_objective.py"),
             ("{backend}", "tests/retinanet/test_detector.py tests/{backend}/test_export.py"),
             ("{backend}", "tests/retinanet/test_replicas.py"),
