@@ -63,7 +63,7 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """A test that skips itself; a condition declared as `skipif` (a GPU, a data set) may."""
+    """A test that skips itself; a condition of the machine, declared as `skipif`, may."""
     report = yield
     left_out = call.excinfo is not None and call.excinfo.errisinstance(LeftOut)
     if item.get_closest_marker("skipif") is None and not left_out:

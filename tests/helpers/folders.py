@@ -1,10 +1,10 @@
-"""Where things are: the project, its tests, and a data set that lies beside a checkout."""
+"""Where things are: the project, its tests, and real images."""
 
 from pathlib import Path
 
-import pytest
-
 TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
-BCCD = ROOT.parent / "shared/data/bccd"
-needs_bccd = pytest.mark.skipif(not BCCD.is_dir(), reason="the BCCD images are not here")
+BCCD = TESTS / "data/bccd"
+"""16 blood cell images in COCO format."""
+WHOLE_BCCD = ROOT.parent / "shared/data/bccd"
+"""All 364 of them, which may lie beside a checkout."""

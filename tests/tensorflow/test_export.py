@@ -95,16 +95,7 @@ def same_detections(model, images, scales, found):
     return total
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        "shapes",
-        pytest.param(
-            "bccd",
-            marks=pytest.mark.skipif(not BCCD.is_dir(), reason="the BCCD images are not here"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("data", ["shapes", "bccd"])
 def test_another_program_finds_the_same(model, folder, data, tmp_path):
     dataset = CocoDataset(BCCD, "test") if data == "bccd" else ShapesDataset("test", num_images=8)
     images = [dataset[i].image for i in range(8)]
