@@ -79,7 +79,7 @@ def losses(
     anchors: Array,
     target: Targets,
     config: RetinaNetConfig,
-    normalizer: Array | float,
+    divisor: Array | float,
 ) -> Losses:
     """Classification and box loss of a batch, or of a part of it: parts add up to the whole.
 
@@ -90,7 +90,7 @@ def losses(
         anchors: (N, 4).
         target: The targets.
         config: The losses, their parameters, and whether each image has a normalizer of its own.
-        normalizer: Both sums are divided by it: `normalizer` of the whole batch.
+        divisor: Of both sums, from `normalizer` of the whole batch.
     """
     xp = F.xp
     logits, deltas = xp.astype(logits, xp.float32), xp.astype(deltas, xp.float32)
@@ -107,4 +107,4 @@ def losses(
     else:
         box = xp.sum(F.smooth_l1_loss(deltas, target.deltas, config.box_beta), axis=-1)
     box = xp.sum(box * positive) * config.box_weight
-    return Losses(classification / normalizer, box / normalizer)
+    return Losses(classification / divisor, box / divisor)
