@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from focal.retinanet.architecture import NORM_EPS, Backbone, backbone, norm_groups
 from focal.retinanet.config import RetinaNetConfig
 from focal.retinanet.weights import check_names
-from focal.torch import init_prior_bias_
+from focal.torch import anchors, init_prior_bias_
 
 __all__ = ["BatchNorm", "RetinaNet", "build_network", "load_state", "recompute", "state"]
 
@@ -45,15 +45,53 @@ class FrozenBatchNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x, of shape (N, channels, H, W)."""
-        # As one scale and shift, autograd saves no feature map: `F.batch_norm` would save x.
-        scale = self.weight * (self.running_var + NORM_EPS).rsqrt()
-        shift = self.bias - self.running_mean * scale
-        # Under autocast x is of a half type and the buffers are not.
-        return torch.addcmul(shift[:, None, None], x, scale[:, None, None]).to(x.dtype)
+        statistics = self.running_mean, self.running_var, self.weight, self.bias
+        if torch.is_grad_enabled() and x.requires_grad:
+            result: Tensor = _FixedNorm.apply(x, *statistics)
+            return result
+        return F.batch_norm(x, *statistics, eps=NORM_EPS)
+
+
+class _FixedNorm(torch.autograd.Function):
+    """Batch normalization of which autograd saves no feature map: `F.batch_norm` would save x.
+
+    One kernel each way, also for x of a half type, while the statistics are float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(mean, var, weight)
+        return F.batch_norm(x, mean, var, weight, bias, eps=NORM_EPS)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        mean, var, weight = ctx.saved_tensors
+        # The gradient is scaled as x is, and not shifted.
+        by_x = F.batch_norm(grad, torch.zeros_like(mean), var, weight, eps=NORM_EPS)
+        return by_x, None, None, None, None
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalization that keeps the type and the memory layout of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize x, of shape (N, channels, H, W)."""
+        if x.dtype == self.weight.dtype:
+            y = super().forward(x)
+        else:  # Autocast would take float32. In a half type sums are of float32 as well.
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            with torch.autocast(x.device.type, enabled=False):
+                y = F.group_norm(x, self.num_groups, weight, bias, self.eps)
+        # The kernel of a GPU writes the channels first.
+        if x.is_contiguous(memory_format=torch.channels_last):
+            y = y.contiguous(memory_format=torch.channels_last)
+        return y
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(norm_groups(channels), channels, eps=NORM_EPS)
+    return GroupNorm(norm_groups(channels), channels, eps=NORM_EPS)
 
 
 _Norm = Callable[[int], nn.Module]
@@ -281,10 +319,16 @@ class RetinaNet(nn.Module):
     """The detector of a config, from normalized images to the raw outputs for each anchor."""
 
     backend = "torch"
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, config: RetinaNetConfig) -> None:
         super().__init__()
         self.config = config
+        mean, std = torch.tensor(config.mean), torch.tensor(config.std)
+        # For (x / 255 - mean) / std as one multiplication and one addition.
+        self.register_buffer("scale", 1 / (255 * std), persistent=False)
+        self.register_buffer("shift", -mean / std, persistent=False)
         net = backbone(config)
         self.backbone = nn.Sequential(
             OrderedDict(
@@ -298,6 +342,18 @@ class RetinaNet(nn.Module):
                 regression_head=RegressionHead(config),
             )
         )
+
+        self._anchors: dict[tuple[Any, ...], Tensor] = {}
+
+    def anchors(self, size: tuple[int, int]) -> Tensor:
+        """The anchors (N, 4) of a canvas of (height, width) pixels, on the model's device."""
+        key = (size, self.scale.device)
+        if torch.compiler.is_compiling():
+            return anchors(size, self.config.anchors).to(self.scale.device)
+        if key not in self._anchors:
+            with torch.inference_mode(False):  # training needs them, too
+                self._anchors[key] = anchors(size, self.config.anchors).to(self.scale.device)
+        return self._anchors[key]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits and box deltas of every anchor.

@@ -116,7 +116,7 @@ def _evaluating(model: RetinaNet) -> Iterator[None]:
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), _convolutions(_device(model)):
             yield
     finally:
         model.train(training)
@@ -134,13 +134,14 @@ def detect(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Boxes (B, D, 4) on the canvas, scores (B, D) and labels (B, D) of uint8 canvases."""
     with _evaluating(model):
-        found = detections_of(model, images, torch.as_tensor(sizes, device=_device(model)))
+        found = detections_of(model, images, _moved(sizes, _device(model)))
     return tuple(part.cpu().numpy() for part in found)
 
 
 def detections_of(model: RetinaNet, images: np.ndarray | Tensor, sizes: Tensor) -> Detections:
     """`detect` in PyTorch operations alone, for `torch.compile` and exports."""
-    anchors = _anchors(images.shape[1:3], model.config, _device(model))
+    height, width = images.shape[1:3]
+    anchors = model.anchors((height, width))
     logits, deltas = model(_normalized(model, images))
     return detections(F, logits, deltas, anchors, sizes, model.config)
 
@@ -176,7 +177,6 @@ class Trainer:
         self.mean_positives = torch.tensor(EMA_START, device=self.device)
         # False from the first loss or gradient that is not finite; then no step changes anything.
         self.healthy = torch.tensor(True, device=self.device)
-        self.anchors: dict[tuple[int, ...], Tensor] = {}
         if train.recompute:
             recompute(model)
         self.network: Callable[[Tensor], tuple[Tensor, Tensor]] = model
@@ -184,6 +184,15 @@ class Trainer:
             if self.device.type == "cuda":  # on a CPU there is none: each has its own statistics
                 nn.SyncBatchNorm.convert_sync_batchnorm(model)
             self.network = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        # A step that is not taken must not change them. Counters are no such state.
+        self.statistics = [
+            x
+            for m in model.modules()
+            if isinstance(m, BatchNorm)
+            for x in m.buffers()
+            if x.is_floating_point()
+        ]
+        self.before = [x.clone() for x in self.statistics]
         self.no_sync = getattr(self.network, "no_sync", contextlib.nullcontext)
         if train.compile:
             self.network = torch.compile(self.network)
@@ -193,10 +202,15 @@ class Trainer:
 
         `batch` is this process's share; the losses are those of the whole batch.
         """
+        with _convolutions(self.device):
+            return self._step(number, batch, learning_rate)
+
+    def _step(self, number: int, batch: Batch, learning_rate: float) -> dict[str, Tensor]:
         model, config = self.model, self.model.config
-        statistics = [x for m in model.modules() if isinstance(m, BatchNorm) for x in m.buffers()]
-        before = [x.clone() for x in statistics]
-        anchors = self._anchors(batch.images.shape[1:3])
+        if self.statistics:
+            torch._foreach_copy_(self.before, self.statistics)
+        height, width = batch.images.shape[1:3]
+        anchors = model.anchors((height, width))
         with torch.no_grad():
             target = targets(F, anchors, *self._boxes(batch), config)
             positives = F.num_positives(target.labels)
@@ -217,8 +231,8 @@ class Trainer:
             group["lr"] = learning_rate
         self.scaler.step(self.optimizer)
         self.scaler.update(1.0)
-        for x, old in zip(statistics, before, strict=True):
-            x.copy_(torch.where(self.healthy, x, old))
+        for x, old in zip(self.statistics, self.before, strict=True):
+            torch.where(self.healthy, x, old, out=x)
         self.mean_positives = torch.where(self.healthy, mean_positives, self.mean_positives)
         if self.train.ema:
             self._move_average(self.train.average_decay(number))
@@ -257,13 +271,7 @@ class Trainer:
         """Boxes and labels, without the padding that no image of this batch needs."""
         most = max(1, int((batch.labels >= 0).sum(1).max()))
         boxes, labels = (x[:, :most] for x in (batch.boxes, batch.labels))
-        device = self.device
-        return torch.as_tensor(boxes, device=device), torch.as_tensor(labels, device=device)
-
-    def _anchors(self, canvas: tuple[int, ...]) -> Tensor:
-        if canvas not in self.anchors:
-            self.anchors[canvas] = _anchors(canvas, self.model.config, self.device)
-        return self.anchors[canvas]
+        return _moved(boxes, self.device), _moved(labels, self.device)
 
     def weights(self) -> dict[str, np.ndarray]:
         """The weights to evaluate and to keep: the moving average where there is one."""
@@ -324,27 +332,56 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def _moved(x: np.ndarray, device: torch.device) -> Tensor:
+    """A copy on the device; from pinned memory, the host does not wait for it."""
+    tensor = torch.as_tensor(x)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def _normalized(model: RetinaNet, images: np.ndarray | Tensor) -> Tensor:
     """(B, H, W, 3) uint8 to (B, 3, H, W) float32, channels-last in memory as it came."""
-    device = _device(model)
+    if not isinstance(images, Tensor):
+        images = _moved(images, _device(model))
     batch, height, width, channels = images.shape
     # Rows of width x 3 values: an innermost axis of 3 is too short to vectorize over.
-    mean = torch.tensor(model.config.mean, device=device).repeat(width)
-    std = torch.tensor(model.config.std, device=device).repeat(width)
-    rows = torch.as_tensor(images, device=device).view(batch, height, width * channels).float()
-    normalized = torch.addcmul(-mean / std, rows, 1 / (255 * std))
+    rows = images.view(batch, height, width * channels).float()
+    normalized = torch.addcmul(model.shift.repeat(width), rows, model.scale.repeat(width))
     return normalized.view(images.shape).permute(0, 3, 1, 2)
 
 
-def _anchors(canvas: tuple[int, ...], config: RetinaNetConfig, device: torch.device) -> Tensor:
-    height, width = canvas
-    return F.anchors((height, width), config.anchors).to(device)
+@contextlib.contextmanager
+def _convolutions(device: torch.device) -> Iterator[None]:
+    """cuDNN in full float32, not TF32, and with the fastest algorithm for each shape.
+
+    The shapes are few: canvases have one size. The settings are those of the process, so they are
+    set back.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    # PyTorch 2.8 has no setting of convolutions alone.
+    owner, name, exact = cudnn, "allow_tf32", False
+    if hasattr(cudnn, "conv"):
+        owner, name, exact = cudnn.conv, "fp32_precision", "ieee"
+    before, benchmark = getattr(owner, name), cudnn.benchmark
+    try:
+        setattr(owner, name, exact)
+        cudnn.benchmark = True
+        yield
+    finally:
+        setattr(owner, name, before)
+        cudnn.benchmark = benchmark
 
 
 def _fast_precision(device: torch.device) -> str:
-    """bfloat16 where the hardware has it, else float32."""
+    """bfloat16 where the hardware multiplies it, else float32."""
     if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if native else "float32"
     # Older versions do not have `get_capabilities`.
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return "bfloat16" if capabilities.get("avx512_bf16") else "float32"
