@@ -143,6 +143,9 @@ class _Autocast(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is Tensor.backward:  # with activation checkpointing, operations run in it
+            with self:
+                return torch.autograd.backward(args[0])
         if torch.is_autocast_enabled("cuda"):
             if func is torch.conv2d:
                 args = [self._cast(a, torch.get_autocast_dtype("cuda")) for a in args]

@@ -1,0 +1,167 @@
+"""What runs on a GPU, without one: on fake CUDA tensors, which have devices but no values."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from operands import DENSE, LABELLED
+
+torch = pytest.importorskip("torch")
+F = pytest.importorskip("focal.torch")
+traffic = pytest.importorskip("benchmarks.traffic")
+
+from focal.retinanet import PRESETS, TrainConfig  # noqa: E402
+from focal.retinanet.torch import trainer as backend  # noqa: E402
+from focal.retinanet.torch.network import BatchNorm, FrozenBatchNorm2d, GroupNorm  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    torch.version.cuda is not None, reason="needs a build of PyTorch without CUDA"
+)
+DEVICES = ["cuda:0", "cuda:1"]
+CPU = torch.device("cpu")
+
+
+def tensors(device):
+    x = torch.zeros(6, 3, device=device, requires_grad=True)
+    labels = torch.zeros(6, dtype=torch.int64, device=device)
+    return x, labels, torch.zeros(6, 3, device=device)
+
+
+# ---------------------------------------------------------------- losses
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss", [*DENSE, *LABELLED])
+def test_losses_stay_on_their_device_and_nobody_waits(loss, dtype, device):
+    with traffic.fake_cuda(device), traffic.Traffic() as counted:
+        x, labels, y = tensors(device)
+        x = x.detach().to(dtype).requires_grad_()
+        t = y.to(dtype) if loss in DENSE else labels
+        for reduction in ("none", "sum", "mean"):
+            value = getattr(F, loss)(x, t, reduction=reduction).sum()
+            (first,) = torch.autograd.grad(value, x, create_graph=True)
+            (second,) = torch.autograd.grad(first.sum(), x)
+        assert value.device == first.device == second.device == torch.device(device)
+    assert counted.devices == {torch.device(device)}
+    assert not counted.waits and counted.launches
+
+
+@pytest.mark.parametrize("loss", ["sigmoid_focal_loss", "sparse_sigmoid_focal_loss"])
+@pytest.mark.parametrize("kind", ["list", "array", "tensor", "scalar tensor", "own device"])
+def test_alphas_follow_the_logits(loss, kind):
+    with traffic.fake_cuda(), traffic.Traffic() as counted:
+        x, labels, y = tensors("cuda:0")
+        alphas = {
+            "list": [0.1, 0.2, 0.3],
+            "array": np.array([0.1, 0.2, 0.3]),
+            "tensor": torch.tensor([0.1, 0.2, 0.3]),
+            "scalar tensor": torch.tensor(0.25),
+            "own device": torch.zeros(3, device="cuda:0"),
+        }
+        t = y if loss.startswith("sigmoid") else labels
+        value = getattr(F, loss)(x, t, alpha=alphas[kind], reduction="sum")
+        value.backward()
+        assert value.device == x.grad.device == torch.device("cuda:0")
+    assert sum(counted.waits.values()) <= (kind != "own device")
+
+
+# ---------------------------------------------------------------- boxes
+
+
+def boxes_of(count, device):
+    return torch.zeros(count, 4, device=device)
+
+
+WAITS = {"nms": 1, "batched_nms": 1, "hard_example_mask": 0}
+"""How often the host waits; what is not listed must not wait. The numbers may only fall."""
+BOXES = {
+    "assign_targets": lambda d: F.assign_targets(
+        boxes_of(50, d), boxes_of(33, d)[None], torch.zeros(1, 33, dtype=torch.int64, device=d)
+    ),
+    "match_anchors": lambda d: F.match_anchors(
+        boxes_of(50, d), boxes_of(3, d), allow_low_quality=True
+    ),
+    "encode and decode": lambda d: F.decode_boxes(
+        F.encode_boxes(boxes_of(5, d), boxes_of(5, d)), boxes_of(5, d)
+    ),
+    "clip_boxes": lambda d: F.clip_boxes(boxes_of(5, d), (10, 10)),
+    "box_iou": lambda d: F.box_iou(boxes_of(5, d), boxes_of(3, d)),
+    "giou_loss": lambda d: F.giou_loss(boxes_of(5, d), boxes_of(5, d)),
+    "smooth_l1_loss": lambda d: F.smooth_l1_loss(boxes_of(5, d), boxes_of(5, d)),
+    "subsample": lambda d: F.subsample(
+        torch.zeros(9, dtype=torch.int64, device=d), 4, noise=torch.zeros(9, device=d)
+    ),
+    "num_positives": lambda d: F.num_positives(torch.zeros(9, dtype=torch.int64, device=d)),
+    "hard_example_mask": lambda d: F.hard_example_mask(
+        torch.zeros(400, device=d), 10, boxes=boxes_of(400, d), iou_threshold=0.5
+    ),
+    "nms": lambda d: F.nms(boxes_of(400, d), torch.zeros(400, device=d), 0.5),
+    "batched_nms": lambda d: F.batched_nms(
+        boxes_of(400, d),
+        torch.zeros(400, device=d),
+        torch.zeros(400, dtype=torch.int64, device=d),
+        0.5,
+    ),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("function", BOXES)
+def test_boxes_stay_on_their_device(function, device):
+    with traffic.fake_cuda(device), traffic.Traffic() as counted:
+        BOXES[function](device)
+    assert counted.devices - {CPU} == {torch.device(device)}
+    assert sum(counted.waits.values()) <= WAITS.get(function, 0), counted.waits
+
+
+# ---------------------------------------------------------------- the detector
+
+TINY, R50 = (
+    PRESETS[name].detector.replace(classes=("a", "b"), image_size=(64, 64))
+    for name in ("tiny", "r50")
+)
+RUN = TrainConfig(batch_size=4, precision="bfloat16")
+STEPS = {
+    "r50": (R50, RUN),
+    "float32": (R50.replace(norm="batch", backbone="resnet18"), RUN.replace(precision="float32")),
+    "groups": (R50.replace(norm="group", head_norm="group", box_loss="giou"), RUN),
+    "ohem": (TINY.replace(loss="ohem", normalizer="image"), RUN),
+    "everything": (
+        TINY.replace(normalizer="ema", allow_low_quality=True),
+        RUN.replace(optimizer="adamw", ema=0.99, accumulate=2, recompute=True, clip_norm=1.0),
+    ),
+}
+"""Waits of a step: none but where it is written here, with the reason. They may only fall."""
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_waits_for_nothing_and_stays_on_its_device(name, device):
+    config, run = STEPS[name]
+    with traffic.fake_cuda(device):
+        trainer = traffic.trainer_on(device, config, run)
+        batch = traffic.example_batch(run, config.image_size, 3)
+        trainer.step(0, batch, 0.01)
+        with traffic.Traffic() as counted:
+            losses = trainer.step(1, batch, 0.01)
+        assert {x.device for x in losses.values()} == {torch.device(device)}
+    assert counted.devices - {CPU} == {torch.device(device)}
+    assert not counted.waits
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_detection_waits_for_its_results_alone(device):
+    config = R50.replace(candidates=600)
+    images = np.zeros((2, 64, 64, 3), np.uint8)
+    with traffic.fake_cuda(device):
+        model = traffic.trainer_on(device, config, RUN).model.eval()
+        backend.detections_of(model, images, backend._moved(np.full((2, 2), 64), model.scale.device))
+        with traffic.Traffic() as counted, torch.inference_mode():
+            sizes = backend._moved(np.full((2, 2), 64), model.scale.device)
+            found = backend.detections_of(model, images, sizes)
+        assert {x.device for x in found} == {torch.device(device)}
+    assert counted.devices - {CPU} == {torch.device(device)}
+    assert not counted.waits
