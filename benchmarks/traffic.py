@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -133,25 +133,18 @@ class _FakeDevice(FakeTensorMode):
         return super().dispatch(func, types, args, kwargs)
 
 
-class _Autocast(TorchFunctionMode):
-    """Autocast of the operations that the network has; PyTorch's own does not see fake tensors."""
+class _Autocast:
+    """Autocast of convolutions; PyTorch's own does not see fake tensors."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.weights: dict[int, Tensor] = {}
+        self._conv2d = F.conv2d
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is Tensor.backward:  # with activation checkpointing, operations run in it
-            with self:
-                return torch.autograd.backward(args[0])
+    def conv2d(self, *args: Any) -> Tensor:
+        """In the type of autocast where it is enabled."""
         if torch.is_autocast_enabled("cuda"):
-            if func is torch.conv2d:
-                args = [self._cast(a, torch.get_autocast_dtype("cuda")) for a in args]
-            elif func in (torch.group_norm, torch.addcmul):
-                args = [self._cast(a, torch.float32) for a in args]
-        return func(*args, **(kwargs or {}))
+            args = tuple(self._cast(a, torch.get_autocast_dtype("cuda")) for a in args)
+        return self._conv2d(*args)
 
     def _cast(self, a: Any, dtype: torch.dtype) -> Any:
         if not isinstance(a, Tensor) or a.dtype == dtype:
@@ -177,11 +170,11 @@ def fake_cuda(device: str = "cuda:0") -> Iterator[None]:
         mock.patch.object(torch.Tensor, "_make_subclass", make_on_meta),
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
         mock.patch("torch.cuda.is_bf16_supported", lambda *_: True),
+        mock.patch("torch.nn.functional.conv2d", autocast.conv2d),
         mock.patch("torch.clear_autocast_cache", autocast.weights.clear),
         # This asks for plain tensors, of which lists are taken at once.
         mock.patch("torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True),
         _FakeDevice(device),
-        autocast,
     ):
         yield
 
