@@ -233,7 +233,8 @@ class TrainConfig(_Config):
     """`d4`: the 8 symmetries of the square, for images without a natural orientation."""
     jitter: Fraction = 0.0
     """Strength of the random brightness, contrast and saturation, 0 to 1."""
-    workers: Natural = 1
+    workers: Natural | None = None
+    """Threads that read, augment and collate; 0: none. None: one for each core but one, up to 8."""
 
     # Records
     log_every: Count = 20

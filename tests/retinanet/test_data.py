@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import logging
+import os
 import re
 import threading
 import time
@@ -28,6 +29,7 @@ from focal.retinanet.data import (
     resize,
     train_batches,
 )
+from focal.retinanet.data import loader
 from focal.retinanet.data import transforms as T
 from focal.retinanet.data.images import exif_turns
 from focal.retinanet.data.shapes import _mask
@@ -783,7 +785,7 @@ def test_train_batches_have_static_shapes(crop):
 
 def test_batches_depend_on_seed_and_number_alone():
     expected = take(train_batches(SHAPES, CONFIG, TRAIN), 9)
-    for workers in (0, 1, 3):
+    for workers in (0, 1, 3, None):
         train = TRAIN.replace(workers=workers)
         assert_same(take(train_batches(SHAPES, CONFIG, train), 9), expected)
         assert_same(take(train_batches(SHAPES, CONFIG, train, start=4), 5), expected[4:])
@@ -791,6 +793,16 @@ def test_batches_depend_on_seed_and_number_alone():
     assert_same(take(uncached, 9), expected)
     other = take(train_batches(SHAPES, CONFIG, TRAIN.replace(seed=1)), 1)[0]
     assert (other.images != expected[0].images).any()
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (4, 3), (16, 8)])
+def test_by_default_there_is_a_thread_for_each_core_but_one(monkeypatch, cores, threads):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    assert TrainConfig().workers is None
+    assert loader._default_workers() == threads
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert loader._default_workers() == threads
 
 
 def test_every_epoch_shows_every_image_once_in_another_order():

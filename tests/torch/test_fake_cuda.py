@@ -158,7 +158,9 @@ def test_detection_waits_for_its_results_alone(device):
     images = np.zeros((2, 64, 64, 3), np.uint8)
     with traffic.fake_cuda(device):
         model = traffic.trainer_on(device, config, RUN).model.eval()
-        backend.detections_of(model, images, backend._moved(np.full((2, 2), 64), model.scale.device))
+        backend.detections_of(
+            model, images, backend._moved(np.full((2, 2), 64), model.scale.device)
+        )
         with traffic.Traffic() as counted, torch.inference_mode():
             sizes = backend._moved(np.full((2, 2), 64), model.scale.device)
             found = backend.detections_of(model, images, sizes)

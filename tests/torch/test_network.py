@@ -1,5 +1,6 @@
 """The PyTorch network: torchvision's names, shapes and order; what PyTorch alone has."""
 
+import contextlib
 import math
 
 import numpy as np
@@ -8,12 +9,14 @@ import pytest
 pytest.importorskip("torch")
 import torch
 
+import focal.torch
 from focal.core.anchors import AnchorConfig
 from focal.retinanet.architecture import BACKBONES
 from focal.retinanet.config import RetinaNetConfig
 from focal.retinanet.torch import trainer as backend_torch
 from focal.retinanet.torch.network import (
     FrozenBatchNorm2d,
+    GroupNorm,
     RetinaNet,
     build_network,
     load_state,
@@ -273,6 +276,103 @@ def test_frozen_batch_norm_is_batch_norm_in_evaluation():
     assert frozen(x).is_contiguous(memory_format=torch.channels_last)
     assert frozen(x.bfloat16()).dtype == torch.bfloat16
     assert not list(frozen.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_batch_norm_saves_no_feature_map_and_keeps_type_and_layout(dtype):
+    norm, frozen = torch.nn.BatchNorm2d(6).eval(), FrozenBatchNorm2d(6)
+    tensors = {name: images(6, seed=i).abs() for i, name in enumerate(frozen.state_dict())}
+    norm.load_state_dict(tensors)
+    frozen.load_state_dict(tensors)
+    x = images(2, 6, 5, 4).to(dtype, memory_format=torch.channels_last)
+    shapes, gradients = [], []
+
+    def keep(a):
+        shapes.append(a.shape)
+        return a
+
+    for module in (norm, frozen):
+        leaf = x.clone().requires_grad_()
+        shapes.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda a: a):
+            y = module(leaf)
+        upstream = images(2, 6, 5, 4, seed=7).to(dtype, memory_format=torch.channels_last)
+        gradients.append(torch.autograd.grad(y, leaf, upstream)[0])
+    assert shapes == [(6,)] * 3
+    assert gradients[1].dtype == dtype
+    assert gradients[1].is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_group_norm_keeps_type_and_layout(autocast):
+    norm = GroupNorm(4, 8)
+    torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(3))
+    x = images(2, 8, 5, 4).to(memory_format=torch.channels_last).requires_grad_()
+    low = x.detach().bfloat16().requires_grad_()
+    y = norm(x)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        half = norm(low)
+    assert half.dtype == torch.bfloat16
+    for a in (y, half):
+        assert a.is_contiguous(memory_format=torch.channels_last)
+        a.float().square().sum().backward()
+    torch.testing.assert_close(half.float(), y, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(low.grad.float(), x.grad, rtol=0.05, atol=0.1)
+    assert low.grad.dtype == torch.bfloat16
+
+
+# What a run keeps
+
+
+def test_anchors_are_made_once_and_serve_training_after_inference():
+    model = build_network(SMALL, seed=0)
+    with torch.inference_mode():
+        first = model.anchors((64, 96))
+    assert model.anchors((64, 96)) is first and not first.is_inference()
+    assert model.anchors((96, 64)) is not first
+    torch.testing.assert_close(first, focal.torch.anchors((64, 96), SMALL.anchors))
+    assert "scale" not in model.state_dict() and "shift" not in model.state_dict()
+
+
+# Settings of the process
+
+
+def settings_of_cudnn(cudnn):
+    return cudnn.conv.fp32_precision, cudnn.allow_tf32, cudnn.benchmark
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="since PyTorch 2.9")
+@pytest.mark.parametrize("allowed", [True, False])
+def test_convolutions_on_a_gpu_are_float32_and_the_settings_come_back(monkeypatch, allowed):
+    cudnn = torch.backends.cudnn
+    before = settings_of_cudnn(cudnn)
+    try:
+        cudnn.allow_tf32 = allowed
+        own = settings_of_cudnn(cudnn)
+        with backend_torch._convolutions(torch.device("cuda:1")):
+            assert (cudnn.conv.fp32_precision, cudnn.benchmark) == ("ieee", True)
+        assert settings_of_cudnn(cudnn) == own
+        with pytest.raises(KeyError), backend_torch._convolutions(torch.device("cuda")):
+            raise KeyError
+        assert settings_of_cudnn(cudnn) == own
+        with backend_torch._convolutions(torch.device("cpu")):
+            assert settings_of_cudnn(cudnn) == own
+    finally:
+        cudnn.allow_tf32 = before[1]
+    assert settings_of_cudnn(cudnn) == before
+
+
+def test_bfloat16_is_for_gpus_that_multiply_it(monkeypatch):
+    asked = []
+
+    def supported(including_emulation=True):
+        return including_emulation or asked[-1].index == 1
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    monkeypatch.setattr(torch.cuda, "device", lambda d: asked.append(d) or contextlib.nullcontext())
+    assert backend_torch._fast_precision(torch.device("cuda:0")) == "float32"
+    assert backend_torch._fast_precision(torch.device("cuda:1")) == "bfloat16"
 
 
 # State

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -63,7 +64,7 @@ def train_batches(
     Args:
         dataset: at least one image.
         config: its canvas and mean color are used.
-        train: batch size, seed, workers (0: in the calling thread), crop and augmentation.
+        train: batch size, seed, workers, crop and augmentation.
         start: number of the first batch.
         cache_bytes: memory limit of the cache of decoded images, scaled to the canvas.
         share: (index, count) of the equal part of each batch that this replica takes.
@@ -106,7 +107,7 @@ def train_batches(
 
 
 def eval_batches(
-    dataset: Dataset, config: RetinaNetConfig, batch_size: int, workers: int = 1
+    dataset: Dataset, config: RetinaNetConfig, batch_size: int, workers: int | None = None
 ) -> Generator[Batch, None, None]:
     """Every image once, in order, on the whole canvas.
 
@@ -196,9 +197,13 @@ def _collate(
 
 
 def _prefetch(
-    make: Callable[[int], _T], numbers: Iterable[int], workers: int
+    make: Callable[[int], _T], numbers: Iterable[int], workers: int | None
 ) -> Generator[_T, None, None]:
-    """`map(make, numbers)`, in order, prefetching up to two batches per worker."""
+    """`map(make, numbers)`, in order, prefetching up to two batches per worker.
+
+    With 0 workers the calling thread makes them; None is `_default_workers()`.
+    """
+    workers = _default_workers() if workers is None else workers
     if workers < 1:
         yield from map(make, numbers)
         return
@@ -213,3 +218,10 @@ def _prefetch(
             yield waiting.popleft().result()
     finally:  # also when the iterator is closed or collected
         pool.shutdown(cancel_futures=True)
+
+
+def _default_workers() -> int:
+    """One for each core but one, which is left to the training loop; more than 8 gain little."""
+    own = getattr(os, "sched_getaffinity", None)  # not on every system
+    cores = len(own(0)) if own else os.cpu_count() or 1
+    return max(1, min(8, cores - 1))

@@ -363,7 +363,8 @@ def _convolutions(device: torch.device) -> Iterator[None]:
         return
     cudnn = torch.backends.cudnn
     # PyTorch 2.8 has no setting of convolutions alone.
-    owner, name, exact = cudnn, "allow_tf32", False
+    owner: Any = cudnn
+    name, exact = "allow_tf32", False  # type: str, Any
     if hasattr(cudnn, "conv"):
         owner, name, exact = cudnn.conv, "fp32_precision", "ieee"
     before, benchmark = getattr(owner, name), cudnn.benchmark
