@@ -6,11 +6,9 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 from unittest import mock
 

@@ -25,11 +25,11 @@ from focal.retinanet.data import (
     Example,
     ShapesDataset,
     eval_batches,
+    loader,
     read_image,
     resize,
     train_batches,
 )
-from focal.retinanet.data import loader
 from focal.retinanet.data import transforms as T
 from focal.retinanet.data.images import exif_turns
 from focal.retinanet.data.shapes import _mask

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from operands import DENSE, LABELLED
@@ -14,7 +12,6 @@ traffic = pytest.importorskip("benchmarks.traffic")
 
 from focal.retinanet import PRESETS, TrainConfig  # noqa: E402
 from focal.retinanet.torch import trainer as backend  # noqa: E402
-from focal.retinanet.torch.network import BatchNorm, FrozenBatchNorm2d, GroupNorm  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     torch.version.cuda is not None, reason="needs a build of PyTorch without CUDA"
@@ -134,7 +131,6 @@ STEPS = {
         RUN.replace(optimizer="adamw", ema=0.99, accumulate=2, recompute=True, clip_norm=1.0),
     ),
 }
-"""Waits of a step: none but where it is written here, with the reason. They may only fall."""
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -353,7 +353,7 @@ def _normalized(model: RetinaNet, images: np.ndarray | Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _convolutions(device: torch.device) -> Iterator[None]:
-    """cuDNN in full float32, not TF32, and with the fastest algorithm for each shape.
+    """Convolutions of cuDNN in full float32, not TF32, by the fastest algorithm for each shape.
 
     The shapes are few: canvases have one size. The settings are those of the process, so they are
     set back.
