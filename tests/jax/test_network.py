@@ -109,6 +109,24 @@ def test_images_without_boxes_are_no_trouble():
     assert all(np.isfinite(x).all() for x in trainer.weights().values())
 
 
+def test_a_fixed_normalization_keeps_no_float32_maps_for_the_backward_pass():
+    model = ours.build(CONFIG.replace(norm="frozen_batch"), 0, "cpu")
+    model.train(dtype=jnp.dtype("bfloat16"))
+    parameters, statistics = nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
+
+    def backward(parameters, images):
+        def forward(parameters):
+            return nnx.merge(nnx.graphdef(model), parameters, statistics)(images)
+
+        return jax.vjp(forward, parameters)[1]
+
+    images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.bfloat16)
+    kept = jax.tree.leaves(jax.eval_shape(backward, parameters, images))
+    maps = [x for x in kept if x.ndim == 4 and x.shape[0] == 2]
+    assert len(maps) > 20
+    assert {x.dtype.name for x in maps} == {"bfloat16", "bool"}  # bool: where a ReLU let through
+
+
 # Devices
 
 

@@ -241,7 +241,7 @@ class Trainer:
     ) -> None:
         self.train = train
         self.replicas = replicas or Replicas()
-        self.precision = train.precision
+        self.precision: str = train.precision
         if train.precision == "auto":
             self.precision = _fast_precision(_details(model.device))
         # The default strategy is one replica, wherever it is asked to be.
@@ -459,14 +459,14 @@ def _place(device: str | None) -> str:
 def _details(place: str) -> dict[str, Any]:
     """What is known of the GPU behind a name, such as "GPU:1"; nothing of a CPU."""
     kind, index = place.split(":")
+    if kind != "GPU":
+        return {}
     # A GPU can be split into several devices, and some GPUs can be hidden from TensorFlow.
     behind = [
         gpu
         for gpu in tf.config.get_visible_devices("GPU")
         for _ in tf.config.get_logical_device_configuration(gpu) or (None,)
     ]
-    if kind != "GPU":
-        return {}
     details: dict[str, Any] = tf.config.experimental.get_device_details(behind[int(index)])
     return details
 
