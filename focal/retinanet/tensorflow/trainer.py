@@ -54,8 +54,8 @@ class _FullFloat32:
     """A context in which float32 is multiplied as float32: a GPU's default is TF32.
 
     TensorFlow reads its switch when it launches a kernel or compiles for XLA, which it has done
-    when a call returns. The switch is the whole process's: the first to come in keeps its value,
-    which the last to leave, of all threads, puts back.
+    when a call returns, unless execution is asynchronous. The switch is the whole process's: the
+    first to come in keeps its value, which the last to leave, of all threads, puts back.
     """
 
     def __init__(self) -> None:
@@ -164,7 +164,7 @@ def raw_outputs(model: RetinaNet, images: np.ndarray) -> tuple[np.ndarray, np.nd
         images = np.zeros((1, *images.shape[1:]), np.uint8)
     with tf.device(model.device), FULL_FLOAT32:
         logits, deltas = model.raw_outputs(tf.constant(images))
-    return logits.numpy()[:count], deltas.numpy()[:count]
+        return logits.numpy()[:count], deltas.numpy()[:count]
 
 
 def detect(
@@ -173,7 +173,7 @@ def detect(
     """Boxes (B, D, 4) on the canvas, scores (B, D) and labels (B, D) of uint8 canvases."""
     with tf.device(model.device), FULL_FLOAT32:
         found = detections_of(model, tf.constant(images), tf.constant(sizes))
-    return tuple(part.numpy() for part in found)
+        return tuple(part.numpy() for part in found)
 
 
 def detections_of(model: RetinaNet, images: Tensor, sizes: Tensor) -> Detections:
