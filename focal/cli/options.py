@@ -55,7 +55,7 @@ def add_detector(parser: argparse.ArgumentParser) -> None:
 def add_backend(parser: argparse.ArgumentParser) -> None:
     """Which framework, on which device."""
     parser.add_argument("--backend", default="torch", help="torch (default), jax or tensorflow")
-    parser.add_argument("--device", help="such as cpu or cuda (default: a GPU if there is one)")
+    parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
 
 
 def configs(options: argparse.Namespace) -> Configs:

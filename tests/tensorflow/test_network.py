@@ -1,8 +1,16 @@
 """The TensorFlow RetinaNet: what it alone has; the rest is in tests/retinanet/test_network.py."""
 
 import gc
+import json
+import os
+import re
 import runpy
+import subprocess
+import sys
+import textwrap
+import threading
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +22,11 @@ pytest.importorskip("safetensors")
 import pytorch_side  # noqa: E402
 from detectors import assert_near, pictures  # noqa: E402
 
-from focal.retinanet import RetinaNetConfig, TrainConfig, build  # noqa: E402
+import focal  # noqa: E402
+import focal.tensorflow as F  # noqa: E402
+from focal.retinanet import RetinaNetConfig, TrainConfig, build, predict  # noqa: E402
 from focal.retinanet.architecture import Backbone  # noqa: E402
+from focal.retinanet.data.loader import Batch  # noqa: E402
 from focal.retinanet.tensorflow import network as network_tensorflow  # noqa: E402
 from focal.retinanet.tensorflow import trainer as backend_tf  # noqa: E402
 
@@ -150,3 +161,186 @@ def test_keras_settings_of_the_user_change_nothing():
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == tf.float32
         np.testing.assert_array_equal(a, b)
+
+
+# Devices and precision
+
+RUN = TrainConfig(batch_size=2, precision="float32")
+PRECISIONS = ("float32", "bfloat16")
+
+
+def small_batch():
+    boxes, labels = np.full((2, 1, 4), (8, 8, 40, 40), np.float32), np.zeros((2, 1), np.int64)
+    return Batch(
+        pictures(2, (64, 96)), boxes, labels, np.full((2, 2), 64), np.ones(2), np.arange(2)
+    )
+
+
+def tf32():
+    return tf.config.experimental.tensor_float_32_execution_enabled()
+
+
+@pytest.fixture(params=[True, False])
+def switch(request):
+    """Whether the user allows TF32."""
+    tf.config.experimental.enable_tensor_float_32_execution(request.param)
+    yield request.param
+    tf.config.experimental.enable_tensor_float_32_execution(True)
+
+
+def test_tf32_is_off_in_here_and_as_it_was_outside(switch):
+    with backend_tf.FULL_FLOAT32:
+        assert not tf32()
+        with backend_tf.FULL_FLOAT32:
+            assert not tf32()
+        assert not tf32()
+    assert tf32() == switch
+    with pytest.raises(ZeroDivisionError), backend_tf.FULL_FLOAT32:
+        raise ZeroDivisionError
+    assert tf32() == switch
+
+
+def test_tf32_stays_off_until_the_last_thread_has_left(switch):
+    inside, leave = threading.Event(), threading.Event()
+
+    def other():
+        with backend_tf.FULL_FLOAT32:
+            inside.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=other)
+    with backend_tf.FULL_FLOAT32:  # leaves first, although it came first
+        thread.start()
+        assert inside.wait(60)
+    assert not tf32()
+    leave.set()
+    thread.join()
+    assert tf32() == switch
+
+
+def test_what_is_asked_for_in_float32_runs_without_tf32(monkeypatch, switch):
+    seen, normalized = [], backend_tf._normalized
+
+    def looking(config, images):
+        """A part of the graph that looks at the switch when it runs."""
+        with tf.control_dependencies([tf.py_function(lambda: seen.append(tf32()), [], [])]):
+            return normalized(config, images)
+
+    monkeypatch.setattr(backend_tf, "_normalized", looking)
+    model, batch = build(SMALL, "tensorflow", device="cpu"), small_batch()
+    backend_tf.raw_outputs(model, batch.images)
+    backend_tf.detect(model, batch.images, batch.sizes)
+    predict(model, list(batch.images))
+    assert seen == [False] * 3
+    trainers = [backend_tf.Trainer(model, RUN.replace(precision=p)) for p in PRECISIONS]
+    for trainer in trainers * 2:
+        trainer.step(0, batch, 0.0)
+    assert seen[3:] == [False, switch] * 2  # bfloat16 is the user's choice
+    assert tf32() == switch
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_xla_computes_in_the_precision(precision):
+    run = RUN.replace(precision=precision, compile=True)
+    trainer = backend_tf.Trainer(build(SMALL, "tensorflow", device="cpu"), run)
+    anchors = F.anchors(SMALL.image_size, SMALL.anchors)
+    images, count = tf.zeros((2, 64, 96, 3), tf.uint8), len(anchors)
+    target = tf.zeros((2, count), tf.int64), tf.zeros((2, count, 4))
+    with backend_tf.FULL_FLOAT32:
+        lower = trainer._gradient.experimental_get_compiler_ir
+        text = lower(images, *target, anchors, tf.constant(1.0))(stage="hlo")
+    found = [line for line in text.splitlines() if " convolution(" in line]
+    assert len(found) > 2 * len(backend_tf.state(trainer.model)) / 5
+    types = {x for line in found for x in re.findall(r"[( ]([a-z]+\d+)\[", line)}
+    if precision == "float32":
+        assert types == {"f32"}
+        assert all("operand_precision={highest,highest}" in line for line in found)
+    else:
+        assert types == {"bf16"}
+
+
+@pytest.mark.parametrize(
+    ("details", "precision"),
+    [
+        ({}, "float32"),  # a CPU, or a GPU that is not NVIDIA's
+        ({"compute_capability": (7, 0)}, "float32"),  # V100
+        ({"compute_capability": (7, 5)}, "float32"),  # T4
+        ({"compute_capability": (8, 0)}, "bfloat16"),
+        ({"compute_capability": (9, 0)}, "bfloat16"),
+        ({"compute_capability": (12, 0)}, "bfloat16"),
+    ],
+)
+def test_auto_is_bfloat16_where_the_device_multiplies_it(monkeypatch, details, precision):
+    monkeypatch.setattr(backend_tf, "_details", lambda place: details)
+    model = build(SMALL, "tensorflow", device="cpu")
+    assert backend_tf.Trainer(model, RUN.replace(precision="auto")).precision == precision
+
+
+def test_details_are_those_of_the_gpu_behind_the_name(monkeypatch):
+    """The first is split in two, as TensorFlow can be told to."""
+    own = {"V100": (7, 0), "H100": (9, 0)}
+    parts = {"V100": [object(), object()], "H100": None}
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: list(own))
+    monkeypatch.setattr(tf.config, "get_logical_device_configuration", parts.get)
+    details = lambda gpu: {"device_name": gpu, "compute_capability": own[gpu]}  # noqa: E731
+    monkeypatch.setattr(tf.config.experimental, "get_device_details", details)
+    names = [backend_tf._details(f"GPU:{index}")["device_name"] for index in range(3)]
+    assert names == ["V100", "V100", "H100"]
+    assert backend_tf._details("CPU:0") == {}
+
+
+def test_all_is_on_the_device_that_is_named():
+    script = """
+        import numpy as np
+        import tensorflow as tf
+
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        parts = [tf.config.LogicalDeviceConfiguration() for _ in range(3)]
+        tf.config.set_logical_device_configuration(cpu, parts)
+
+        from focal.retinanet import PRESETS, TrainConfig, build
+        from focal.retinanet.data.loader import Batch
+        from focal.retinanet.tensorflow import trainer as ours
+
+        def places(tensors):
+            return {x.device.rpartition("/device:")[2] for x in tensors}
+
+        config = PRESETS["tiny"].detector.replace(
+            classes=("a",), image_size=(64, 64), channels=8, head_depth=1
+        )
+        run = TrainConfig(batch_size=2, precision="float32", optimizer="adamw", ema=0.9)
+        images, sizes = np.zeros((2, 64, 64, 3), np.uint8), np.full((2, 2), 64)
+        boxes, labels = np.full((2, 1, 4), (8, 8, 40, 40), np.float32), np.zeros((2, 1), np.int64)
+        batch = Batch(images, boxes, labels, sizes, np.ones(2), np.arange(2))
+
+        assert ours.replicas("cpu").count == 3
+        assert ours.replicas("cpu:1").count == 1 and ours.replicas("cpu:1").handle is None
+        for name in ("CPU:1", "cpu:0"):
+            model = build(config, "tensorflow", device=name)
+            assert places(v.value for v in model.variables) == {name.upper()}
+            with tf.device(model.device):
+                found = ours.detections_of(model, tf.constant(images), tf.constant(sizes))
+                assert places((*model.raw_outputs(tf.constant(images)), *found)) == {name.upper()}
+        model = build(config, "tensorflow", device="cpu:1")
+        trainer = ours.Trainer(model, run, ours.replicas("cpu:1"))
+        found = trainer.step(0, batch, 1e-3)
+        trainer.load_state(trainer.state())
+        found |= trainer.step(1, batch, 1e-3)
+        kept = [*trainer.average.values(), trainer.mean_positives, trainer._healthy]
+        kept += [v.value for v in (*model.variables, *trainer.optimizer.variables)]
+        assert places((*found.values(), *kept)) == {"CPU:1"}
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env={**os.environ, "PYTHONPATH": str(Path(focal.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_one_device_cannot_be_that_of_several_processes(monkeypatch):
+    workers = {"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 0}}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(workers))
+    with pytest.raises(ValueError, match="'cpu:0' cannot be used by several processes: expected a"):
+        backend_tf.replicas("cpu:0")

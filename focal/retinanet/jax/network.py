@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 from jax.nn.initializers import Initializer
 
 from focal.jax import prior_bias_init
@@ -111,6 +111,7 @@ def _conv(
         feature_group_count=groups,
         use_bias=bias,
         kernel_init=init,
+        precision=lax.Precision.HIGHEST,  # a GPU's default for float32 is TF32
         rngs=rngs,
     )
 

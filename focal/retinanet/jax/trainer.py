@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -51,7 +51,7 @@ __all__ = [
 
 
 def replicas(device: str | None = None) -> Replicas:
-    """All devices of this kind, of all processes.
+    """All devices of this kind, of all processes; "cuda:1" is that one alone.
 
     `jax.distributed` is initialized where JAX_COORDINATOR_ADDRESS is set and it is not yet;
     JAX_NUM_PROCESSES and JAX_PROCESS_ID go with it, where JAX does not find them by itself.
@@ -60,6 +60,11 @@ def replicas(device: str | None = None) -> Replicas:
         numbers = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
         count, rank = (None if number is None else int(number) for number in numbers)
         jax.distributed.initialize(num_processes=count, process_id=rank)
+    if ":" in (device or "") and jax.process_count() > 1:
+        raise ValueError(
+            f"device {device!r} cannot be used by several processes: "
+            "expected a kind such as cpu or cuda, of which each process takes its own"
+        )
     devices = _devices(device)
     if len(devices) == 1:
         return Replicas()
@@ -74,11 +79,19 @@ def replicas(device: str | None = None) -> Replicas:
 
 
 def _devices(device: str | None, local: bool = False) -> list[jax.Device]:
+    """The devices of a kind, such as "cuda", or one of this process, such as "cuda:1"."""
+    kind, colon, _ = (device or "").lower().partition(":")
     try:
-        return jax.local_devices(backend=device) if local else jax.devices(device)
+        alike = jax.local_devices(backend=kind or None) if local or colon else jax.devices(kind)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {device!r} cannot be used: {reason}") from error
+    if not colon:
+        return alike
+    named = {f"{kind}:{index}": x for index, x in enumerate(alike)}
+    if str(device).lower() not in named:
+        raise ValueError(f"device {device!r} cannot be used: JAX has {', '.join(named)} here")
+    return [named[str(device).lower()]]
 
 
 def build(config: RetinaNetConfig, seed: int, device: str | None = None) -> RetinaNet:
@@ -146,7 +159,9 @@ class Trainer:
         self.replicas = replicas or Replicas()
         mesh = self.replicas.handle
         self.place = NamedSharding(mesh, PartitionSpec()) if mesh else _device(model)
-        precision = _fast_precision(model) if train.precision == "auto" else train.precision
+        precision: str = train.precision
+        if precision == "auto":
+            precision = _fast_precision(mesh.devices.flat if mesh else [_device(model)])
         self.static = nnx.graphdef(model), train.replace(precision=precision)
         parameters, statistics = nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
         average = nnx.merge_state(parameters, statistics) if train.ema else nnx.State({})
@@ -249,7 +264,10 @@ def _train_step(
     ) -> tuple[Array, tuple[Losses, nnx.State]]:
         model = nnx.merge(graphdef, parameters, statistics, copy=True)
         # The type is that of the layers; the weights are float32.
-        model.train(dtype=jnp.dtype(train.precision), recompute=train.recompute)
+        precision = lax.Precision.HIGHEST if train.precision == "float32" else None
+        model.train(
+            dtype=jnp.dtype(train.precision), precision=precision, recompute=train.recompute
+        )
         parts = losses(F, *model(_normalized(images, config)), anchors, target, config, divisor)
         return parts.classification + parts.box, (parts, nnx.state(model, nnx.Not(nnx.Param)))
 
@@ -266,9 +284,7 @@ def _train_step(
     else:
         zeros = Losses(*jnp.zeros(2)), jax.tree.map(jnp.zeros_like, run.parameters)
         pieces = _pieces((images, target), replicas, train.accumulate)
-        ((parts, gradient), statistics), _ = jax.lax.scan(
-            accumulate, (zeros, run.statistics), pieces
-        )
+        ((parts, gradient), statistics), _ = lax.scan(accumulate, (zeros, run.statistics), pieces)
 
     updates, slots = _optimizer(train).update(gradient, run.slots, run.parameters)
     # The optimizer has learning rate 1: with a rate of its own each would be compiled again.
@@ -318,9 +334,16 @@ def _device(model: RetinaNet) -> jax.Device:
     return min(jax.tree.leaves(nnx.state(model))[0].devices(), key=lambda device: device.id)
 
 
-def _fast_precision(model: RetinaNet) -> str:
-    """bfloat16 where the hardware has it; XLA's convolutions on a CPU do not use it."""
-    return "float32" if _device(model).platform == "cpu" else "bfloat16"
+def _fast_precision(devices: Iterable[jax.Device]) -> str:
+    """bfloat16 where all of these devices multiply it, else float32."""
+    return "bfloat16" if all(map(_multiplies_bfloat16, devices)) else "float32"
+
+
+def _multiplies_bfloat16(device: jax.Device) -> bool:
+    """TPUs and NVIDIA's GPUs from Ampere on; XLA's convolutions on a CPU do not use it."""
+    # "8.0"; AMD's GPUs have a name there, such as "gfx90a".
+    major = str(getattr(device, "compute_capability", "")).partition(".")[0]
+    return device.platform == "tpu" or (major.isdecimal() and int(major) >= 8)
 
 
 def _normalized(images: Array, config: RetinaNetConfig) -> Array:

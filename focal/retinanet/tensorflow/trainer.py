@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import platform
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -49,6 +50,35 @@ __all__ = [
 POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
 
 
+class _FullFloat32:
+    """A context in which float32 is multiplied as float32: a GPU's default is TF32.
+
+    TensorFlow reads its switch when it launches a kernel or compiles for XLA, which it has done
+    when a call returns, unless execution is asynchronous. The switch is the whole process's: the
+    first to come in keeps its value, which the last to leave, of all threads, puts back.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.inside = 0
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.before = tf.config.experimental.tensor_float_32_execution_enabled()
+                tf.config.experimental.enable_tensor_float_32_execution(False)
+            self.inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                tf.config.experimental.enable_tensor_float_32_execution(self.before)
+
+
+FULL_FLOAT32 = _FullFloat32()
+
+
 def replicas(device: str | None = None) -> Replicas:
     """All devices of this kind ("gpu:1" is that one alone), and those of the workers of TF_CONFIG.
 
@@ -60,6 +90,11 @@ def replicas(device: str | None = None) -> Replicas:
         (kind, i) for kind in ("chief", "worker") for i in range(len(cluster.get(kind, [])))
     ]
     if len(processes) > 1:
+        if ":" in (device or ""):
+            raise ValueError(
+                f"device {device!r} cannot be used by several processes: "
+                "expected a kind such as cpu or gpu, of which each process takes its own"
+            )
         strategy = _strategy(())
         rank = processes.index((settings["task"]["type"], int(settings["task"]["index"])))
     else:
@@ -108,11 +143,8 @@ def build(config: RetinaNetConfig, seed: int, device: str | None = None) -> Reti
 
 def describe(model: RetinaNet) -> dict[str, Any]:
     """Device and versions, for the records of a run."""
-    kind, index = model.device.split(":")
-    name = platform.machine()
-    if kind == "GPU":
-        physical = tf.config.list_physical_devices("GPU")[int(index)]
-        name = tf.config.experimental.get_device_details(physical).get("device_name", name)
+    kind = model.device.split(":")[0]
+    name = _details(model.device).get("device_name", platform.machine())
     threads = tf.config.threading.get_intra_op_parallelism_threads() or os.cpu_count()
     return {
         "device": f"{kind.lower()} ({name}, {threads} threads)",
@@ -130,18 +162,18 @@ def raw_outputs(model: RetinaNet, images: np.ndarray) -> tuple[np.ndarray, np.nd
     count = len(images)
     if count == 0:  # TensorFlow's convolutions fail without an image
         images = np.zeros((1, *images.shape[1:]), np.uint8)
-    with tf.device(model.device):
+    with tf.device(model.device), FULL_FLOAT32:
         logits, deltas = model.raw_outputs(tf.constant(images))
-    return logits.numpy()[:count], deltas.numpy()[:count]
+        return logits.numpy()[:count], deltas.numpy()[:count]
 
 
 def detect(
     model: RetinaNet, images: np.ndarray, sizes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Boxes (B, D, 4) on the canvas, scores (B, D) and labels (B, D) of uint8 canvases."""
-    with tf.device(model.device):
+    with tf.device(model.device), FULL_FLOAT32:
         found = detections_of(model, tf.constant(images), tf.constant(sizes))
-    return tuple(part.numpy() for part in found)
+        return tuple(part.numpy() for part in found)
 
 
 def detections_of(model: RetinaNet, images: Tensor, sizes: Tensor) -> Detections:
@@ -209,9 +241,9 @@ class Trainer:
     ) -> None:
         self.train = train
         self.replicas = replicas or Replicas()
-        self.precision = train.precision
+        self.precision: str = train.precision
         if train.precision == "auto":
-            self.precision = "bfloat16" if "GPU" in model.device else "float32"
+            self.precision = _fast_precision(_details(model.device))
         # The default strategy is one replica, wherever it is asked to be.
         self.strategy = self.replicas.handle or tf.distribute.get_strategy()
         several = self.replicas.count > 1
@@ -249,7 +281,8 @@ class Trainer:
         """
         decay = self.train.average_decay(number)
         share = batch.images, batch.boxes, batch.labels
-        with self.place():
+        full = FULL_FLOAT32 if self.precision == "float32" else contextlib.nullcontext()
+        with self.place(), full:
             return self._compiled(
                 [self._shared(x) for x in share],
                 tf.constant(learning_rate, tf.float32),
@@ -421,6 +454,26 @@ def _place(device: str | None) -> str:
             f"device {device!r} cannot be used: TensorFlow has {', '.join(found)} here"
         )
     return place
+
+
+def _details(place: str) -> dict[str, Any]:
+    """What is known of the GPU behind a name, such as "GPU:1"; nothing of a CPU."""
+    kind, index = place.split(":")
+    if kind != "GPU":
+        return {}
+    # A GPU can be split into several devices, and some GPUs can be hidden from TensorFlow.
+    behind = [
+        gpu
+        for gpu in tf.config.get_visible_devices("GPU")
+        for _ in tf.config.get_logical_device_configuration(gpu) or (None,)
+    ]
+    details: dict[str, Any] = tf.config.experimental.get_device_details(behind[int(index)])
+    return details
+
+
+def _fast_precision(details: Mapping[str, Any]) -> str:
+    """bfloat16 on NVIDIA's GPUs from Ampere on; older ones and CPUs do not multiply it."""
+    return "bfloat16" if details.get("compute_capability", (0, 0)) >= (8, 0) else "float32"
 
 
 def _normalized(config: RetinaNetConfig, images: Tensor) -> Tensor:
