@@ -7,6 +7,7 @@ import contextlib
 import math
 import os
 import platform
+import re
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
@@ -58,13 +59,14 @@ def replicas(device: str | None = None) -> Replicas:
     if not distributed.is_initialized():
         if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
             return Replicas()
-        if device not in (None, "cpu", "cuda"):
+        name = None if device is None else _name(device)
+        if name not in (None, "cpu", "cuda"):
             raise ValueError(
                 f"device {device!r} cannot be used by several processes: "
                 "expected cpu or cuda, of which each process takes its own"
             )
         place = None
-        if device != "cpu" and torch.cuda.is_available():
+        if name != "cpu" and torch.cuda.is_available():
             place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(place)  # what "cuda" means from now on
         distributed.init_process_group(
@@ -91,12 +93,17 @@ def build(config: RetinaNetConfig, seed: int, device: str | None = None) -> Reti
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=_name(device))
     except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA asserts
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {device!r} cannot be used: {reason}") from error
-    network = build_network(config, seed).to(device)
+    network = build_network(config, seed).to(_name(device))
     return network.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+
+
+def _name(device: str) -> str:
+    """PyTorch's name of a device: GPUs may be called "gpu" in every framework."""
+    return re.sub("^gpu", "cuda", device.lower())
 
 
 def describe(model: RetinaNet) -> dict[str, Any]:
