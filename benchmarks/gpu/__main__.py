@@ -117,6 +117,7 @@ def _environment(dry: bool) -> dict[str, str]:
         "TF_CPP_MIN_LOG_LEVEL": "2",
         # JAX would take most of the memory of the GPU at once, and its peak would say nothing.
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "TQDM_MININTERVAL": "30",
         "TF_FORCE_GPU_ALLOW_GROWTH": "true",
     }
     if dry:

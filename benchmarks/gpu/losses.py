@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from benchmarks.bench_torch import (
     textbook_sparse,
 )
 from benchmarks.common import ALPHA, CLASSES, GAMMA, POSITIVES, Case, interleaved, wall_clock
-from benchmarks.gpu.results import Job, LeftOut, Plan
+from benchmarks.gpu.results import Again, Job, LeftOut, Plan
 from focal.torch import sigmoid_focal_loss
 
 BATCH, ANCHORS = 16, 100_000
@@ -63,7 +64,8 @@ def times_of(job: Job, dtype: str, kind: str, phase: str) -> dict[str, Any]:
         except LeftOut as reason:
             job.report.content["left_out"][name] = str(reason)
         except Exception as error:
-            job.report.fail(name, f"{type(error).__name__}: {error}")
+            job.report.fail(name, f"{type(error).__name__}: {error}", traceback.format_exc())
+            raise Again from error
         else:
             runs[side] = made(loss, x, t)
     timer, repetitions = (wall_clock, 3) if job.dry else (on_the_device, 41)

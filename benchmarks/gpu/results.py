@@ -22,6 +22,10 @@ class LeftOut(Exception):
     """A measurement cannot be made here; the message says why."""
 
 
+class Again(Exception):
+    """A measurement is to be made again in a new process, without what has failed in this one."""
+
+
 class Report:
     """The results of a part: a JSON file that is complete after every change."""
 
@@ -64,6 +68,8 @@ class Report:
             result = measure()
         except LeftOut as reason:
             self.content["left_out"][name] = str(reason)
+            result = None
+        except Again:
             result = None
         except Exception as error:
             self.fail(name, f"{type(error).__name__}: {error}", traceback.format_exc())
