@@ -123,7 +123,7 @@ def terms(x: Tensor, y: Tensor, gamma: float) -> Tensor:
     m = y * q + (1 - y) * p
     zero = torch.zeros_like(x)
     ce = y * torch.logaddexp(zero, -x) + (1 - y) * torch.logaddexp(zero, x)
-    k = (1 - 2 * y).abs() * p * q / m
+    k = torch.where(m > 0, (1 - 2 * y).abs() * p * q / m, 0.0)
     alpha = ALPHA * y + (1 - ALPHA) * (1 - y)
     return alpha * m**gamma * (gamma * k * ce + (1 - y) * p + y * q)
 

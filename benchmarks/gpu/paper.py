@@ -44,6 +44,7 @@ def cell(job: Job, name: str, seed: int) -> dict[str, Any]:
     return {
         **trained,
         **found,
+        "split": test.name,
         "gamma": setting.detector.gamma,
         "alpha": setting.detector.alpha,
         "prior": setting.detector.prior,
@@ -68,12 +69,17 @@ def setting_of(job: Job, name: str, seed: int) -> ablations.Setting:
 @functools.cache
 def sets(dry: bool) -> list[ablations.Kept]:
     """What to train on and what to measure on, drawn once."""
-    size, images = (DRY_SIZE, DRY_IMAGES) if dry else (SIZE, IMAGES)
     made = []
-    for split, count in images.items():
-        objects: Any = {"num_objects": NUM_OBJECTS, "object_size": ablations.OBJECT_SIZE}
-        kept = ablations.Kept(ShapesDataset(split, size, count, **objects))
+    for split in ("train", "test"):
+        kept = ablations.Kept(shapes(split, dry))
         with ThreadPoolExecutor() as pool:
-            list(pool.map(kept.__getitem__, range(count)))
+            list(pool.map(kept.__getitem__, range(len(kept))))
         made.append(kept)
     return made
+
+
+def shapes(split: str, dry: bool) -> ShapesDataset:
+    """Few objects on large images."""
+    size, images = (DRY_SIZE, DRY_IMAGES) if dry else (SIZE, IMAGES)
+    objects: Any = {"num_objects": NUM_OBJECTS, "object_size": ablations.OBJECT_SIZE}
+    return ShapesDataset(split, size, images[split], **objects)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -48,7 +49,7 @@ class Report:
     def write(self, **changes: Any) -> None:
         """Change entries and write the file."""
         self.content |= changes
-        text = json.dumps(self.content, indent=1, default=str) + "\n"
+        text = json.dumps(strict(self.content), indent=1, default=str, allow_nan=False) + "\n"
         write_atomically(self.path, text.encode())
 
     def expect(self, names: Mapping[str, Any]) -> list[str]:
@@ -98,6 +99,15 @@ class Report:
         if name in self.content["left_out"]:
             return f"left out, {self.content['left_out'][name]}"
         return "done"
+
+
+def strict(value: Any) -> Any:
+    """As JSON has it: a number that is not finite is a text."""
+    if isinstance(value, Mapping):
+        return {str(key): strict(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)

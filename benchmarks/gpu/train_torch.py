@@ -190,11 +190,16 @@ def profile(job: Job) -> dict[str, Any]:
     averages = profiled.key_averages()
     order = "self_cpu_time_total" if job.dry else "self_cuda_time_total"
     table = averages.table(sort_by=order, row_limit=ROWS, max_name_column_width=90)
-    kernels = [e for e in averages if e.device_type == DeviceType.CUDA]
+    kernels = [
+        e
+        for e in averages
+        if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False)
+    ]
     launches = {
         e.key: e.count for e in averages if e.key.startswith(("cudaLaunch", "cuLaunch", "cudaMem"))
     }
     waits = {e.key: e.count for e in averages if "Synchronize" in e.key}
+    top = sorted(kernels, key=lambda e: -e.self_device_time_total)[:ROWS]
     size = "x".join(map(str, setting.detector.image_size))
     head = f"One training step in PyTorch, {setting.run.batch_size} x {size}, {milliseconds:.1f} ms"
     write_atomically(job.out / PROFILE, f"{head}\n\n{table}\n".encode())
@@ -205,9 +210,8 @@ def profile(job: Job) -> dict[str, Any]:
         "kernels": sum(e.count for e in kernels),
         "calls": launches,
         "waits": waits,
-        "top": [[e.key[:100], e.count, round(e.self_device_time_total / 1e3, 3)] for e in
-                sorted(kernels, key=lambda e: -e.self_device_time_total)[:ROWS]],
-    }  # fmt: skip
+        "top": [[e.key[:100], e.count, round(e.self_device_time_total / 1e3, 3)] for e in top],
+    }
 
 
 @functools.cache

@@ -46,7 +46,7 @@ def settings(job: Job) -> Settings:
     detector = detector.replace(classes=sets[0].classes, norm="batch")
     run = run.replace(save_every=0, workers=min(8, os.cpu_count() or 1), batch_size=16)
     if job.dry:
-        detector = detector.replace(image_size=DRY_SIZE)
+        detector = detector.replace(image_size=DRY_SIZE, channels=16, head_depth=1)
         run = run.replace(batch_size=2, crop=None, workers=0, precision="float32")
         run = run.replace(steps=DRY_STEPS, warmup=0, log_every=1)
     return Settings(detector, run, *sets)

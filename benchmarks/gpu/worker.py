@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 
 from benchmarks.common import versions
 from benchmarks.gpu.results import Job
@@ -15,7 +16,11 @@ AGAIN = 75
 def work(job: Job) -> int:
     """Measure what the stage plans, in order, as long as there is time."""
     report = job.report
-    plan = importlib.import_module(job.stage).plan(job)
+    try:
+        plan = importlib.import_module(job.stage).plan(job)
+    except Exception as error:
+        report.fail(job.stage, f"{type(error).__name__}: {error}", traceback.format_exc())
+        return 0
     todo = report.expect(plan)
     report.write(versions=report.content.get("versions", {}) | versions())
     failures = len(report.content["failed"])
