@@ -77,7 +77,9 @@ def run_part(part: str, report: Report, options: argparse.Namespace, scratch: Pa
         if status is None:
             report.content["left_out"].setdefault(stage, NOT_REACHED)
         elif status != 0:
-            report.fail(stage, f"the process ended with status {status} before its first measurement")
+            report.fail(
+                stage, f"the process ended with status {status} before its first measurement"
+            )
     late = any(why.startswith(NOT_REACHED) for why in report.content["left_out"].values())
     report.write(state="out of time" if late else "done", seconds=round(time.time() - begin, 1))
     return report

@@ -16,7 +16,9 @@ from focal.retinanet.detector import detect
 from focal.retinanet.training.evaluate import evaluate
 
 SHOWN = ("AP", "AP50", "AP75", "AR100")
-WITHOUT = "pycocotools is not installed; python -m benchmarks.gpu.page computes AP from the detections"
+WITHOUT = (
+    "pycocotools is not installed; python -m benchmarks.gpu.page computes AP from the detections"
+)
 
 
 def detections_on(model: Any, dataset: Dataset, batch_size: int = 8) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The Triton kernels against the core in float64: random logits, and every number of a half type."""
+"""The Triton kernels against the core in float64: random logits, and every half number."""
 
 from __future__ import annotations
 

@@ -157,29 +157,38 @@ def training(measured: Measured) -> Iterator[tuple[str, Rows]]:
     speed = measured.get("speed with the loader")
     if speed:
         names = ("images_per_second", "loader_alone_images_per_second", "first_step_s")
-        yield "With the loader", [
-            ("images/s", "loader alone, images/s", "first step, s"),
-            tuple(_cell(speed[name]) for name in names),
-        ]
+        yield (
+            "With the loader",
+            [
+                ("images/s", "loader alone, images/s", "first step, s"),
+                tuple(_cell(speed[name]) for name in names),
+            ],
+        )
     if "profile" in measured:
         one = measured["profile"]
         names = ("step_ms", "kernel_ms", "kernels")
         waits = sum(one["waits"].values())
-        yield "Profile of a step", [
-            ("step, ms", "kernels, ms", "kernels", "waits"),
-            (*(_cell(one[name]) for name in names), str(waits)),
-        ]
+        yield (
+            "Profile of a step",
+            [
+                ("step, ms", "kernels, ms", "kernels", "waits"),
+                (*(_cell(one[name]) for name in names), str(waits)),
+            ],
+        )
     if "training" in measured:
         one = measured["training"]
         scores = one.get("AP") if isinstance(one.get("AP"), dict) else {}
-        yield f"Run, {one.get('split', 'stopped')}", [
-            ("steps", "seconds", "images/s", "peak GiB", "AP", "AP50", "last loss"),
-            (
-                *(_cell(one.get(k)) for k in ("steps", "seconds", "images_per_second")),
-                *(_cell(one.get("peak_memory_gib")), _cell(scores.get("AP"))),
-                *(_cell(scores.get("AP50")), _cell(one["log"][-1][1] if one["log"] else None)),
-            ),
-        ]
+        yield (
+            f"Run, {one.get('split', 'stopped')}",
+            [
+                ("steps", "seconds", "images/s", "peak GiB", "AP", "AP50", "last loss"),
+                (
+                    *(_cell(one.get(k)) for k in ("steps", "seconds", "images_per_second")),
+                    *(_cell(one.get("peak_memory_gib")), _cell(scores.get("AP"))),
+                    *(_cell(scores.get("AP50")), _cell(one["log"][-1][1] if one["log"] else None)),
+                ),
+            ],
+        )
 
 
 def agree(measured: Measured) -> Iterator[tuple[str, Rows]]:

@@ -27,7 +27,9 @@ def plan(job: Job) -> Plan:
     cells = [(name, seed) for names in (FIRST, THEN) for seed in range(SEEDS) for name in names]
     if job.dry:
         cells = cells[:2]
-    return {f"{name}, seed {seed}": functools.partial(cell, job, name, seed) for name, seed in cells}
+    return {
+        f"{name}, seed {seed}": functools.partial(cell, job, name, seed) for name, seed in cells
+    }
 
 
 def cell(job: Job, name: str, seed: int) -> dict[str, Any]:

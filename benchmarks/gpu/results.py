@@ -53,7 +53,7 @@ class Report:
         write_atomically(self.path, text.encode())
 
     def expect(self, names: Mapping[str, Any]) -> list[str]:
-        """Which of the planned measurements are to be made; they count as not reached until then."""
+        """The planned measurements that are to be made; until then they are not reached."""
         done = {**self.content["measured"], **self.content["failed"]}
         left_out = self.content["left_out"]
         todo = [n for n in names if n not in done and left_out.get(n, NOT_REACHED) == NOT_REACHED]
@@ -145,5 +145,7 @@ class Job:
     def from_json(cls, text: str) -> Job:
         """What `to_json` wrote."""
         fields = json.loads(text)
-        paths = {k: None if fields[k] is None else Path(fields[k]) for k in ("out", "scratch", "data")}
+        paths = {
+            k: None if fields[k] is None else Path(fields[k]) for k in ("out", "scratch", "data")
+        }
         return cls(**{**fields, **paths, "report": Report.read(Path(fields["report"]))})

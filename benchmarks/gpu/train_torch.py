@@ -172,7 +172,7 @@ def clean(job: Job) -> None:
 
 
 def profile(job: Job) -> dict[str, Any]:
-    """The operations of one step by time, in a file of their own, and how many kernels it starts."""
+    """The operations of one step by time, in their own file, and how many kernels it starts."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
 

@@ -40,7 +40,7 @@ class Settings(NamedTuple):
 
 
 def settings(job: Job) -> Settings:
-    """The preset `r50` with batch norm, since it starts from random weights; dry, a small `tiny`."""
+    """The preset `r50` with batch norm, as it starts from random weights; dry, a small `tiny`."""
     detector, run = PRESETS["tiny" if job.dry else "r50"]
     sets = [dataset(job.data, splits, job.dry) for splits in (("train",), ("test", "val"))]
     detector = detector.replace(classes=sets[0].classes, norm="batch")

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu`: what it writes when all goes well, fails, is killed, or takes long."""
+"""`python -m benchmarks.gpu`: what it writes when all goes well, fails, is killed, takes long."""
 
 import json
 import os
@@ -202,6 +202,38 @@ def check_numbers(measured):
     assert measured["agree"]["jax, cpu"]["matched"] == 1.0
     assert 0 < measured["agree"]["jax, cpu"]["logits"] < 1e-4
     assert measured["tensorflow"]["outputs, full float32"]["matched"] == 1.0
+
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from benchmarks.gpu import usual_kernel
+
+assert usual_kernel.COMPILED
+constants = {"COMPILED": True, "BLOCK": usual_kernel.BLOCK}
+types = {"n": "i32", "alpha": "fp32", "gamma": "fp32", "total": "*fp32", "upstream": "*fp32"}
+for kernel in (usual_kernel._forward, usual_kernel._backward):
+    for operand in ("*fp32", "*bf16"):
+        names = kernel.arg_names
+        signature = {n: "constexpr" if n in constants else types.get(n, operand) for n in names}
+        values = {(i,): constants[n] for i, n in enumerate(names) if n in constants}
+        source = ASTSource(kernel, signature, values)
+        assert "pow" in compile(source, GPUTarget("cuda", 90, 32)).asm["ttir"]
+"""
+
+
+def test_the_usual_kernel_compiles_without_a_gpu(tmp_path):
+    """With `pow` of CUDA's library, which the interpreter lacks."""
+    pytest.importorskip("triton")
+    environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
 
 
 def test_every_part_has_its_place_on_the_page():
