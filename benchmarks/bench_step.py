@@ -42,19 +42,20 @@ class SplitTrainer(backend_torch.Trainer):
 
         self.model.register_forward_pre_hook(lambda *_: now("forward"))
         self.model.register_forward_hook(after_forward)
-        backward, update = Tensor.backward, self._update_average
+        backward, step = Tensor.backward, self.step
 
         def whole_backward(*args: Any, **kwargs: Any) -> None:
             backward(*args, **kwargs)
             now("optimizer")
             spent["backward"] += marks["optimizer"] - marks.pop("backward")
 
-        def update_average(number: int) -> None:
-            update(number)
+        def whole_step(*args: Any) -> dict[str, Tensor]:
+            losses = step(*args)
             spent["optimizer"] += time.perf_counter() - marks["optimizer"]
+            return losses
 
         Tensor.backward = whole_backward  # type: ignore[method-assign]
-        self._update_average = update_average  # type: ignore[method-assign]
+        self.step = whole_step  # type: ignore[method-assign]
         return spent
 
 

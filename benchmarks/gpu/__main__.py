@@ -92,7 +92,7 @@ def run_stage(job: Job) -> int | None:
     command = [sys.executable, "-m", "benchmarks.gpu.worker", job.to_json()]
     try:
         status = subprocess.run(
-            command, env=_environment(job.dry), timeout=job.seconds_left() + GRACE
+            command, env=_environment(job), timeout=job.seconds_left() + GRACE
         ).returncode
     except subprocess.TimeoutExpired:
         report = Report.read(job.report.path)
@@ -110,7 +110,7 @@ def run_stage(job: Job) -> int | None:
     return AGAIN
 
 
-def _environment(dry: bool) -> dict[str, str]:
+def _environment(job: Job) -> dict[str, str]:
     """Of a stage."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     added = {
@@ -122,8 +122,11 @@ def _environment(dry: bool) -> dict[str, str]:
         "TQDM_MININTERVAL": "30",
         "TF_FORCE_GPU_ALLOW_GROWTH": "true",
     }
-    if dry:
+    if job.dry:
         added |= {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu", "TRITON_INTERPRET": "1"}
+    else:
+        # A run with another number of steps is compiled again, to the same program.
+        added["JAX_COMPILATION_CACHE_DIR"] = str(job.scratch / "jax")
     return {**os.environ, **added}
 
 

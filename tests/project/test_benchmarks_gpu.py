@@ -14,6 +14,8 @@ from folders import BCCD, ROOT
 torch = pytest.importorskip("torch")
 pytest.importorskip("PIL")
 
+from benchmarks import pages  # noqa: E402
+from benchmarks.common import RESULTS  # noqa: E402
 from benchmarks.gpu import __main__ as command  # noqa: E402
 from benchmarks.gpu import agree, detections, page  # noqa: E402
 
@@ -240,6 +242,13 @@ def test_every_part_has_its_place_on_the_page():
     text = page.PAGE.read_text()
     assert all(f"<!-- {part} -->" in text for part in command.PARTS)
     assert "What was shown without a GPU" in text
+
+
+def test_the_page_shows_the_committed_results():
+    results = {path.stem: path.read_text() for path in sorted((RESULTS / "gpu").glob("*.json"))}
+    text = page.PAGE.read_text()
+    assert pages.fill(text, {p: page.text(json.loads(r)) for p, r in results.items()}) == text
+    assert text.count(page.EMPTY) == len(command.PARTS) - len(results)
 
 
 def test_detections_are_packed_without_loss():
