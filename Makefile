@@ -26,6 +26,7 @@ test: $(ALL)
 	FOCAL_BACKENDS= FOCAL_REQUIRE_ALL=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) \
 		--dist loadfile --no-loadscope-reorder
 
+# On a machine with packages of its own: make test-gpu RUN=python3 ALL=
 test-gpu: $(ALL)
 	$(RUN) -m pytest -q tests/gpu
 
@@ -49,8 +50,11 @@ lint: $(ALL)
 bench: $(ALL)
 	$(RUN) -m benchmarks
 
+# The same holds here. DATA is a folder in the COCO format, MINUTES is for each part.
+OUT ?= runs/gpu
+MINUTES ?= 9
 bench-gpu: $(ALL)
-	$(RUN) -m benchmarks.bench_gpu
+	PYTHONPATH=. $(RUN) -m benchmarks.gpu --out $(OUT) --minutes $(MINUTES) $(if $(DATA),--data $(DATA))
 
 docs: $(ALL)
 	$(RUN) -m mkdocs build --strict --site-dir build/site

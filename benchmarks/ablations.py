@@ -12,6 +12,7 @@ and then `python -m benchmarks.ablations_page`, docs/reproduction.md shows the r
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -176,27 +177,39 @@ class Kept:
 
 def run_cell(setting: Setting, train: Dataset, test: Dataset) -> dict[str, Any]:
     """Train and measure. A loss that is not finite ends the training, and AP is then 0."""
-    start, run = time.process_time(), setting.train
-    model = build(setting.detector, seed=run.seed, device="cpu")
+    start = time.process_time()
+    model, trained = train_cell(setting, train)
+    if trained["diverged"] is None:
+        metrics, _ = evaluate_model(model, test)
+    else:
+        metrics = dict.fromkeys(("AP", "AP50", "AP75"), 0.0)
+    return {
+        **{k: round(metrics[k], 4) for k in ("AP", "AP50", "AP75")},
+        **trained,
+        "cpu_seconds": round(time.process_time() - start, 1),
+    }
+
+
+def train_cell(setting: Setting, train: Dataset, device: str = "cpu") -> tuple[Any, dict[str, Any]]:
+    """The model, and what is known of its training; it ends at a loss that is not finite."""
+    run = setting.train
+    model = build(setting.detector, seed=run.seed, device=device)
     trainer = Trainer(model, run)
     batches = train_batches(train, setting.detector, run)
-    positives, losses = 0.0, []
-    for step in range(run.steps):
-        parts = trainer.step(step, next(batches), learning_rate(run, step))
-        losses.append(float(parts["classification"]))
-        positives += float(parts["positives"])
-        if not math.isfinite(float(parts["loss"])):
-            measured = {"diverged": step, "AP": 0.0, "AP50": 0.0, "AP75": 0.0}
-            break
-    else:
-        metrics, _ = evaluate_model(model, test)
-        measured = {"diverged": None, **{k: round(metrics[k], 4) for k in ("AP", "AP50", "AP75")}}
-    return {
-        **measured,
+    diverged, positives, losses = None, 0.0, []
+    with contextlib.closing(batches):
+        for step in range(run.steps):
+            parts = trainer.step(step, next(batches), learning_rate(run, step))
+            losses.append(float(parts["classification"]))
+            positives += float(parts["positives"])
+            if not math.isfinite(float(parts["loss"])):
+                diverged = step
+                break
+    return model, {
+        "diverged": diverged,
         "first_loss": round(losses[0], 4),
         "positives": round(positives / (len(losses) * run.batch_size), 2),
         "anchors": anchors_of(setting.detector),
-        "cpu_seconds": round(time.process_time() - start, 1),
     }
 
 

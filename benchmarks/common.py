@@ -43,8 +43,8 @@ RESULTS = Path(__file__).parent / "results"
 PHASES = ("both", "forward", "backward")
 PROCESSES = 5
 PACKAGES = (
-    "focal", "numpy", "torch", "jax", "jaxlib", "optax", "tensorflow", "keras", "lightgbm",
-    "xgboost", "sklearn",
+    "focal", "numpy", "torch", "torchvision", "triton", "jax", "jaxlib", "flax", "optax",
+    "tensorflow", "keras", "lightgbm", "xgboost", "sklearn",
 )  # fmt: skip
 
 
@@ -176,10 +176,22 @@ def record(name: str, command: str, **measured: Any) -> dict[str, Any]:
     return report
 
 
+def wall_clock(run: Case) -> float:
+    """Milliseconds that a case takes; what it returns is released outside of them."""
+    start = time.perf_counter()
+    result = run()
+    milliseconds = (time.perf_counter() - start) * 1e3
+    del result
+    return milliseconds
+
+
 def interleaved(
-    sides: Mapping[str, Case], repetitions: int = 41, warm_up: int = 4
+    sides: Mapping[str, Case],
+    repetitions: int = 41,
+    warm_up: int = 4,
+    timer: Callable[[Case], float] = wall_clock,
 ) -> dict[str, Summary]:
-    """Wall-clock milliseconds of each side.
+    """Milliseconds of each side.
 
     The sides take turns, so that other load slows all of them. No side runs twice in a row: the
     second run would find its memory still mapped, which is not so in a training step.
@@ -193,10 +205,7 @@ def interleaved(
             run: Case = case
             if isinstance(case, Staged):
                 run = partial(case.run, case.prepare())
-            start = time.perf_counter()
-            result = run()
-            times[name].append((time.perf_counter() - start) * 1e3)
-            del result  # outside the measured time
+            times[name].append(timer(run))
     return {name: summary(values) for name, values in times.items()}
 
 
@@ -223,7 +232,8 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of the packages that this process has imported."""
-    found = {name: sys.modules[name].__version__ for name in PACKAGES if name in sys.modules}
+    modules = {name: sys.modules[name] for name in PACKAGES if name in sys.modules}
+    found = {name: getattr(module, "__version__", "unknown") for name, module in modules.items()}
     return {"python": platform.python_version(), **found}
 
 

@@ -28,6 +28,7 @@ LONG = (
     "test_replicas",
     "test_keras",
     "test_survival",
+    "test_benchmarks_gpu",
     "test_cli",
     "torch/test_export",
     "retinanet/test_network",

@@ -157,7 +157,9 @@ def check_module(module: str, arguments: list[str]) -> None:
         options = cli._parser().parse_args(arguments)  # exits where it does not understand
         if hasattr(options, "set"):
             cli.options.configs(options)
-    elif module in ("benchmarks.exhaustive", "benchmarks.figures"):
+    elif module == "benchmarks.gpu":
+        importlib.import_module("benchmarks.gpu.__main__")._parser().parse_args(arguments)
+    elif module in ("benchmarks.exhaustive", "benchmarks.figures", "benchmarks.gpu.page"):
         importlib.import_module(module)._parser().parse_args(arguments)
     else:
         found = find_spec(module)

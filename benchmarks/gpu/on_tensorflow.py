@@ -1,0 +1,84 @@
+"""TensorFlow, where it is installed and sees a GPU: losses, agreement, training."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import CLASSES, POSITIVES, interleaved
+from benchmarks.gpu import agree
+from benchmarks.gpu.losses import ANCHORS, BATCH, DRY_ROWS
+from benchmarks.gpu.results import Job, LeftOut, Plan
+from benchmarks.gpu.training import first_batch, peak_gib, settings, step_of
+
+KINDS = ("dense", "sparse")
+
+
+def plan(job: Job) -> Plan:
+    losses = {f"float32, {kind}": functools.partial(losses_of, job, kind) for kind in KINDS}
+    gpu = "cpu" if job.dry else "gpu:0"
+    outputs = {
+        f"outputs, {precision}": functools.partial(outputs_of, job, gpu, precision)
+        for precision in (agree.DEFAULT, agree.FULL)
+    }
+    return {**losses, **outputs, "step": lambda: step(job)}
+
+
+def on_gpu(job: Job) -> None:
+    """Leave the measurement out where TensorFlow is not installed, or has no GPU."""
+    if importlib.util.find_spec("tensorflow") is None:
+        raise LeftOut("TensorFlow is not installed")
+    import tensorflow as tf
+
+    if not job.dry and not tf.config.list_physical_devices("GPU"):
+        raise LeftOut("TensorFlow sees no GPU")
+
+
+def losses_of(job: Job, kind: str) -> dict[str, Any]:
+    """Forward and backward beside Keras, compiled by XLA."""
+    on_gpu(job)
+    import tensorflow as tf
+
+    from benchmarks import bench_tensorflow as cases
+
+    rows = DRY_ROWS if job.dry else BATCH * ANCHORS
+    x = tf.random.stateless_normal((rows, CLASSES), (0, 0), -3.0, 2.0)
+    rng = np.random.default_rng(0)
+    labels = tf.constant(np.where(rng.random(rows) < POSITIVES, rng.integers(0, CLASSES, rows), -1))
+    if kind == "dense":
+        t, losses = tf.one_hot(labels, CLASSES), (cases.dense, cases.keras_dense)
+    else:
+        t, losses = labels, (cases.sparse, cases.keras_from_labels)
+
+    def waiting(loss: Any) -> Any:
+        run = tf.function(cases.value_and_grad(loss), jit_compile=True)
+        return lambda: float(run(x, t)[0])  # the gradient is of the same kernels
+
+    sides = dict(zip(("focal", "Keras"), map(waiting, losses), strict=True))
+    return {"sides": interleaved(sides, 3 if job.dry else 21)}
+
+
+def outputs_of(job: Job, device: str, precision: str) -> dict[str, Any]:
+    """How far from PyTorch on the CPU."""
+    on_gpu(job)
+    return agree.compare(job, "tensorflow", device, precision)
+
+
+def step(job: Job) -> dict[str, Any]:
+    """Time of a training step, and the memory."""
+    on_gpu(job)
+    if job.dry:
+        raise LeftOut("not in a dry run, where its compilation takes too long")
+    setting = settings(job)
+    batch, run = first_batch(setting), step_of("tensorflow", setting, None)
+    times = interleaved({"focal": lambda: run(batch)}, 10)["focal"]
+    speed = round(setting.run.batch_size / times["median_ms"] * 1e3, 1)
+    side = {**times, "images_per_second": speed, "peak_memory_gib": peak_gib("tensorflow", False)}
+    return {
+        "image_size": setting.detector.image_size,
+        "batch_size": setting.run.batch_size,
+        "sides": {"focal": side},
+    }
