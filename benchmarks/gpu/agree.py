@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.gpu.losses_jax import on_gpu
-from benchmarks.gpu.results import Job, LeftOut, Plan
+from benchmarks.gpu.results import Job, Plan
 from benchmarks.gpu.training import dataset
 from focal.retinanet import PRESETS, build, load, predict, raw_outputs
 from focal.retinanet.detector import backend_module
 from focal.retinanet.weights import save_weights
 
-DEFAULT, FULL = "default", "full float32"
 IMAGES = 4
 SPREAD = {"cls_logits": 1.5, "bbox_reg": 0.5}
 """Standard deviation of logits and deltas, given to the last layer of each subnet."""
@@ -28,26 +26,15 @@ Outputs = tuple[np.ndarray, np.ndarray, list[dict[str, np.ndarray]]]
 
 def plan(job: Job) -> Plan:
     gpu = "cpu" if job.dry else "cuda"
-    cases = {
-        "jax, cpu": ("jax", "cpu", DEFAULT),
-        f"torch, {gpu}, {DEFAULT}": ("torch", gpu, DEFAULT),
-        f"jax, {gpu}, {DEFAULT}": ("jax", gpu, DEFAULT),
-        f"torch, {gpu}, {FULL}": ("torch", gpu, FULL),
-        f"jax, {gpu}, {FULL}": ("jax", gpu, FULL),
-    }
-    if job.dry:
-        del cases[f"jax, {gpu}, {DEFAULT}"], cases[f"jax, {gpu}, {FULL}"]
-    return {name: functools.partial(compare, job, *case) for name, case in cases.items()}
+    cases = dict.fromkeys([("torch", gpu), ("jax", gpu), ("jax", "cpu")])
+    return {", ".join(case): functools.partial(compare, job, *case) for case in cases}
 
 
-def compare(job: Job, backend: str, device: str, precision: str) -> dict[str, Any]:
+def compare(job: Job, backend: str, device: str) -> dict[str, Any]:
     """How far a framework on a device is from PyTorch on the CPU."""
     if backend == "jax":
         on_gpu(job)
-    expected = reference(job)
-    with float32(backend, precision):
-        got = outputs(checkpoint(job), images(job), backend, device)
-    return distance(expected, got)
+    return distance(reference(job), outputs(checkpoint(job), images(job), backend, device))
 
 
 @functools.cache
@@ -114,38 +101,3 @@ def matched(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> np.ndar
     )
     nearest = np.where(same, apart, np.inf).min(axis=1)
     return nearest[nearest <= SAME_PIXELS]
-
-
-@contextlib.contextmanager
-def float32(backend: str, precision: str) -> Iterator[None]:
-    """Convolutions and products in float32 proper, not TF32, if `precision` asks for it."""
-    if precision == DEFAULT:
-        yield
-    elif backend == "jax":
-        import jax
-
-        with jax.default_matmul_precision("highest"):
-            yield
-    elif backend == "torch":
-        import torch
-
-        places = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
-        if not all(hasattr(place, "fp32_precision") for place in places):
-            raise LeftOut("this version of PyTorch does not have fp32_precision")
-        before = [place.fp32_precision for place in places]
-        for place in places:
-            place.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            for place, old in zip(places, before, strict=True):
-                place.fp32_precision = old
-    else:
-        import tensorflow as tf
-
-        before_tf = tf.config.experimental.tensor_float_32_execution_enabled()
-        tf.config.experimental.enable_tensor_float_32_execution(False)
-        try:
-            yield
-        finally:
-            tf.config.experimental.enable_tensor_float_32_execution(before_tf)

@@ -20,11 +20,7 @@ KINDS = ("dense", "sparse")
 def plan(job: Job) -> Plan:
     losses = {f"float32, {kind}": functools.partial(losses_of, job, kind) for kind in KINDS}
     gpu = "cpu" if job.dry else "gpu:0"
-    outputs = {
-        f"outputs, {precision}": functools.partial(outputs_of, job, gpu, precision)
-        for precision in (agree.DEFAULT, agree.FULL)
-    }
-    return {**losses, **outputs, "step": lambda: step(job)}
+    return {**losses, "outputs": lambda: outputs_of(job, gpu), "step": lambda: step(job)}
 
 
 def on_gpu(job: Job) -> None:
@@ -61,10 +57,10 @@ def losses_of(job: Job, kind: str) -> dict[str, Any]:
     return {"sides": interleaved(sides, 3 if job.dry else 21)}
 
 
-def outputs_of(job: Job, device: str, precision: str) -> dict[str, Any]:
+def outputs_of(job: Job, device: str) -> dict[str, Any]:
     """How far from PyTorch on the CPU."""
     on_gpu(job)
-    return agree.compare(job, "tensorflow", device, precision)
+    return agree.compare(job, "tensorflow", device)
 
 
 def step(job: Job) -> dict[str, Any]:
