@@ -78,7 +78,8 @@ class Traffic(TorchDispatchMode):
         if here and not views and name not in ALLOCATING:
             self.kernel(name, *here)
             crosses = name in COPYING and any(a.device.type == "cpu" for a in (*given, *made))
-            if name in WAITING or (crosses and not self._is_pinned(given, made)):
+            waits = not (kwargs.get("non_blocking") and self._is_pinned(given, made))
+            if name in WAITING or (crosses and waits):
                 self.waits[name] += 1
         return result
 

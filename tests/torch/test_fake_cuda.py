@@ -26,6 +26,42 @@ def tensors(device):
     return x, labels, torch.zeros(6, 3, device=device)
 
 
+# ---------------------------------------------------------------- the counter itself
+
+
+def counted(run):
+    with traffic.fake_cuda():
+        x = torch.zeros(256, 4, device="cuda:0")
+        with traffic.Traffic() as found:
+            run(x)
+    return found
+
+
+def test_what_is_counted():
+    nbytes = 256 * 4 * 4
+    found = counted(lambda x: (x + x).view(-1)[1:])
+    assert dict(found.launches) == {"add": 1} and dict(found.bytes) == {"add": 3 * nbytes}
+    assert counted(lambda x: x + x[:1].expand_as(x)).bytes["add"] == 2 * nbytes + 16
+    assert found.peak == nbytes and not found.waits
+    both = counted(lambda x: (x + 1) + (x + 2))
+    assert both.peak == 3 * nbytes and both.live == 0
+    one_by_one = counted(lambda x: x.add(1).add(2).add(3).add(4))
+    assert one_by_one.peak == 2 * nbytes
+    assert dict(counted(lambda x: x.cpu()).waits) == {"_to_copy": 1}
+    assert dict(counted(lambda x: torch.ones(3).to(x.device)).waits) == {"_to_copy": 1}
+    pinned = counted(lambda x: torch.ones(3).pin_memory().to(x.device, non_blocking=True))
+    waited_for = counted(lambda x: torch.ones(3).pin_memory().to(x.device))
+    assert waited_for.waits
+    assert not pinned.waits and dict(pinned.launches) == {"_to_copy": 1}
+
+
+def test_a_mixture_of_devices_is_an_error():
+    with pytest.raises(RuntimeError, match="cuda:0"):
+        counted(lambda x: x + torch.ones(4))
+    with pytest.raises(RuntimeError, match="cuda:1"):
+        counted(lambda x: x + torch.ones(4, device="cuda:1"))
+
+
 # ---------------------------------------------------------------- losses
 
 
