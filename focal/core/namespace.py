@@ -113,6 +113,9 @@ class Namespace(Protocol):
     def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
         """The k greatest of the last axis and where they are, greatest first."""
 
+    def take_rows(self, x: Array, indices: Array) -> Array:
+        """x[..., indices[..., n], :] of each n, with equal leading axes."""
+
     # Fused where the framework can
     def step(self, x: Array) -> Array:
         """1 where x >= 0, else 0, in the type of x."""
@@ -146,11 +149,17 @@ class Namespace(Protocol):
     def fixed_point(self, step: Callable[[Array], Array], start: Array) -> Array:
         """start, step(start), step(step(start)), ... until nothing changes."""
 
-    def take_box(self, boxes: Array, i: Any) -> Sequence[Array]:
-        """The four coordinates of boxes[..., i, :], each with a new last axis of length 1."""
+    def take_block(self, blocks: Array, i: Any) -> Sequence[Array]:
+        """The four coordinates of blocks[..., i, :, :], each with a last axis of length 1."""
 
     sweep: Callable[..., Array] | None
     """The loop of `focal.core.nms` over blocks, where a plain one will not do; else None."""
+
+    def boxes_at_once(self, boxes: Array) -> int:
+        """How many boxes to compare with all anchors at once: 1 where a cache is what counts."""
+
+    def box_kernels(self, *arrays: Array) -> Any | None:
+        """`match` and `suppress` in one kernel each, where there are some for these arrays."""
 
     def compress(self, rows: Sequence[Array], keep: Array) -> Sequence[Array]:
         """row[keep] of each row; the rows as they are where that may not depend on values."""

@@ -98,6 +98,11 @@ def top_k(x: Array, k: int) -> tuple[Array, Array]:
     return np.take_along_axis(x, indices, axis=-1), indices
 
 
+def take_rows(x: Array, indices: Array) -> Array:
+    """x[..., indices[..., n], :] of each n."""
+    return np.take_along_axis(x, indices[..., None], axis=-2)
+
+
 def step(x: Array) -> Array:
     """1 where x >= 0, else 0."""
     return np.asarray(x >= 0).astype(x.dtype)
@@ -156,9 +161,18 @@ def fixed_point(step: Callable[[Array], Array], start: Array) -> Array:
         start = following
 
 
-def take_box(boxes: Array, i: int) -> tuple[Array, ...]:
-    """x1, y1, x2, y2 of box i of each list."""
-    return tuple(boxes[..., i, k : k + 1] for k in range(4))
+def take_block(blocks: Array, i: int) -> tuple[Array, ...]:
+    """x1, y1, x2, y2 of block i of each list."""
+    return tuple(blocks[..., i, :, k : k + 1] for k in range(4))
+
+
+def boxes_at_once(boxes: Array) -> int:
+    """One fits the cache."""
+    return 1
+
+
+def box_kernels(*arrays: Array) -> None:
+    """There are none."""
 
 
 sweep = None
