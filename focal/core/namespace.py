@@ -149,14 +149,14 @@ class Namespace(Protocol):
     def fixed_point(self, step: Callable[[Array], Array], start: Array) -> Array:
         """start, step(start), step(step(start)), ... until nothing changes."""
 
-    def take_block(self, blocks: Array, i: Any) -> Sequence[Array]:
-        """The four coordinates of blocks[..., i, :, :], each with a last axis of length 1."""
+    def take_box(self, boxes: Array, i: Any) -> Sequence[Array]:
+        """The four coordinates of boxes[..., i, :], each with a new last axis of length 1."""
 
     sweep: Callable[..., Array] | None
     """The loop of `focal.core.nms` over blocks, where a plain one will not do; else None."""
 
     def boxes_at_once(self, boxes: Array) -> int:
-        """How many boxes to compare with all anchors at once: 1 where a cache is what counts."""
+        """How many boxes to compare with all anchors at once."""
 
     def box_kernels(self, *arrays: Array) -> Any | None:
         """`match` and `suppress` in one kernel each, where there are some for these arrays."""

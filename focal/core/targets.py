@@ -69,20 +69,23 @@ def _match(xp: Namespace, anchors: Array, boxes: Array, thresholds: Thresholds) 
     anchors, boxes = checks.wide_pair(xp, anchors, boxes)
     if (kernels := xp.box_kernels(anchors, boxes)) is not None:
         return kernels.match(anchors, boxes, *thresholds)
-    corners, areas = solid(xp, anchors[(None,) * (len(boxes.shape) - 1) + (...,)])  # (..., 1, N)
-    blocks = _in_blocks(xp, xp.stack(solid(xp, boxes)[0], axis=-1), xp.boxes_at_once(boxes))
-    count, size = xp.shape(blocks)[-3:-1]
-    count = 0 if anchors.shape[0] == 0 else count
+    count = 0 if anchors.shape[0] == 0 else xp.shape(boxes)[-2]
+    grouped = xp.boxes_at_once(boxes) > 1 and count > 0
+    if grouped:
+        boxes = _in_groups(xp, boxes, xp.boxes_at_once(boxes))
+        count = boxes.shape[-2]
+    corners, areas = solid(xp, anchors[(None,) * (len(boxes.shape) - 2) + (...,)])  # (..., N)
+    boxes = xp.stack(solid(xp, boxes)[0], axis=-1)
 
     def iou(i: int) -> Array:
-        """IoU of every anchor with each box of block i: (..., size, N)."""
-        x1, y1, x2, y2 = xp.take_block(blocks, i)
+        """IoU of every anchor with box i of each list: (..., N)."""
+        x1, y1, x2, y2 = xp.take_box(boxes, i)
         box = x1, y1, x2, y2
         return solid_iou(xp, corners, areas, box, area(box))
 
-    zeros = xp.zeros_like(xp.sum(blocks[..., 0], axis=-2)[..., None] + areas)  # (..., size, N)
+    zeros = xp.zeros_like(xp.sum(boxes[..., 0], axis=-1, keepdims=True) + areas)  # (..., N)
 
-    # One block at a time: only the running best is stored, never all N x M overlaps. The flags are
+    # One box at a time: only the running best is stored, never all N x M overlaps. The flags are
     # the numbers 0 and 1, which frameworks process faster than booleans.
     def compare(i: int, state: tuple[Array, ...]) -> tuple[Array, ...]:
         best, match, *low_quality = state
@@ -95,9 +98,10 @@ def _match(xp: Namespace, anchors: Array, boxes: Array, thresholds: Thresholds) 
         worthy = xp.astype((top > 0) & (top >= floor), top.dtype)
         return (*state, xp.maximum(low_quality[0], xp.step(overlap - top) * worthy))
 
-    best, match, *low_quality = _of_all_places(
-        xp, *xp.fori_loop(count, compare, (zeros, zeros) if floor is None else (zeros,) * 3)
+    state = xp.fori_loop(
+        count, compare, (zeros, zeros) if floor is None else (zeros, zeros, zeros)
     )
+    best, match, *low_quality = _of_all_groups(xp, count, *state) if grouped else state
     match = xp.astype(match, xp.index_type)
     matched = (best >= foreground) & (best > 0)
     for flags in low_quality:
@@ -107,29 +111,24 @@ def _match(xp: Namespace, anchors: Array, boxes: Array, thresholds: Thresholds) 
     return xp.where(matched, match, xp.where(is_background, -1, xp.zeros_like(match) - 2))
 
 
-def _in_blocks(xp: Namespace, boxes: Array, most: int) -> Array:
-    """(..., M, 4) as (..., blocks, size, 4) with size <= most, padded with boxes without area."""
-    if most == 1 or not boxes.shape[-2]:
-        return boxes[..., None, :]
-    *lead, count, _ = xp.shape(boxes)
-    blocks = -(-count // most)
-    size = -(-count // blocks)
-    if padding := blocks * size - count:
-        boxes = xp.concat([boxes, xp.zeros_like(boxes[..., :padding, :])], axis=-2)
-    return xp.reshape(boxes, (*lead, blocks, size, 4))
+def _in_groups(xp: Namespace, boxes: Array, most: int) -> Array:
+    """(..., M, 4) as (..., groups, M / groups, 4), padded with boxes without area."""
+    *lead, count, _ = boxes.shape
+    size = -(-count // most)
+    groups = -(-count // size)
+    padding = xp.zeros_like(boxes[..., : groups * size - count, :])
+    return xp.reshape(xp.concat([boxes, padding], axis=-2), (*lead, groups, size, 4))
 
 
-def _of_all_places(
-    xp: Namespace, best: Array, block: Array, *flags: Array
+def _of_all_groups(
+    xp: Namespace, size: int, best: Array, match: Array, *flags: Array
 ) -> tuple[Array, ...]:
-    """Best overlap, box and flags (..., N) from those of each place in the blocks (..., size, N)."""
-    size = best.shape[-2]
-    if size == 1:
-        return tuple(x[..., 0, :] for x in (best, block, *flags))
+    """The state of all boxes (..., N) from that of each group of `size` (..., groups, N)."""
     top = xp.max(best, axis=-2, keepdims=True)
-    place = xp.constant(np.arange(size)[:, None], best)
-    earliest = -xp.max(xp.where(best < top, -math.inf, -(block * size + place)), axis=-2)
-    return top[..., 0, :], earliest, *(xp.max(x, axis=-2) for x in flags)
+    start = np.arange(0, best.shape[-2] * size, size)[:, None]
+    place = match + xp.astype(xp.constant(start, best), best.dtype)
+    first = -xp.max(xp.where(best < top, -math.inf, -place), axis=-2)
+    return top[..., 0, :], first, *(xp.max(x, axis=-2) for x in flags)
 
 
 def _match_arguments(xp: Namespace, name: str, anchors: Array, boxes: Array) -> tuple[Array, Array]:

@@ -177,10 +177,10 @@ def fixed_point(step: Callable[[Array], Array], start: Array) -> Array:
     return lax.while_loop(lambda state: state[1], advance, (start, any(start == start)))[0]
 
 
-def take_block(blocks: Array, i: Array | int) -> tuple[Array, ...]:
-    """x1, y1, x2, y2 of block i of each list."""
-    block = lax.dynamic_index_in_dim(blocks, i, axis=-3, keepdims=False)
-    return tuple(block[..., k : k + 1] for k in range(4))
+def take_box(boxes: Array, i: Array | int) -> tuple[Array, ...]:
+    """x1, y1, x2, y2 of box i of each list."""
+    box = lax.dynamic_index_in_dim(boxes, i, axis=-2, keepdims=False)
+    return tuple(box[..., k : k + 1] for k in range(4))
 
 
 def boxes_at_once(boxes: Array) -> int:

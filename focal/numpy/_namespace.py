@@ -161,9 +161,9 @@ def fixed_point(step: Callable[[Array], Array], start: Array) -> Array:
         start = following
 
 
-def take_block(blocks: Array, i: int) -> tuple[Array, ...]:
-    """x1, y1, x2, y2 of block i of each list."""
-    return tuple(blocks[..., i, :, k : k + 1] for k in range(4))
+def take_box(boxes: Array, i: int) -> tuple[Array, ...]:
+    """x1, y1, x2, y2 of box i of each list."""
+    return tuple(boxes[..., i, k : k + 1] for k in range(4))
 
 
 def boxes_at_once(boxes: Array) -> int:

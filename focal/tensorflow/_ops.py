@@ -258,9 +258,9 @@ def fixed_point(step: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
     return tf.while_loop(lambda _, changed: changed, advance, advance(start, None))[0]
 
 
-def take_block(blocks: Tensor, i: Tensor | int) -> Sequence[Tensor]:
-    """x1, y1, x2, y2 of block i of each list."""
-    return tf.split(tf.gather(blocks, astype(i, tf.int32), axis=-3), 4, axis=-1)
+def take_box(boxes: Tensor, i: Tensor | int) -> Sequence[Tensor]:
+    """x1, y1, x2, y2 of box i of each list."""
+    return tf.split(tf.gather(boxes, astype(i, tf.int32), axis=-2), 4, axis=-1)
 
 
 def boxes_at_once(boxes: Tensor) -> int:

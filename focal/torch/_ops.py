@@ -247,9 +247,9 @@ def fixed_point(step: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
         start = following
 
 
-def take_block(blocks: Tensor, i: int) -> tuple[Tensor, ...]:
-    """x1, y1, x2, y2 of block i of each list."""
-    return blocks[..., i, :, :].split(1, dim=-1)
+def take_box(boxes: Tensor, i: int) -> tuple[Tensor, ...]:
+    """x1, y1, x2, y2 of box i of each list."""
+    return boxes[..., i, :].split(1, dim=-1)
 
 
 def boxes_at_once(boxes: Tensor) -> int:

@@ -139,8 +139,8 @@ def fixed_point(step: Callable[[Array], Array], start: Array) -> Array:
     return following
 
 
-def take_block(blocks: Array, i: int) -> tuple[Array, ...]:
-    return tuple(blocks[..., i, :, k : k + 1] for k in range(4))
+def take_box(boxes: Array, i: int) -> tuple[Array, ...]:
+    return tuple(boxes[..., i, k : k + 1] for k in range(4))
 
 
 def boxes_at_once(boxes: Array) -> int:
