@@ -98,9 +98,7 @@ def _match(xp: Namespace, anchors: Array, boxes: Array, thresholds: Thresholds) 
         worthy = xp.astype((top > 0) & (top >= floor), top.dtype)
         return (*state, xp.maximum(low_quality[0], xp.step(overlap - top) * worthy))
 
-    state = xp.fori_loop(
-        count, compare, (zeros, zeros) if floor is None else (zeros, zeros, zeros)
-    )
+    state = xp.fori_loop(count, compare, (zeros, zeros) if floor is None else (zeros, zeros, zeros))
     best, match, *low_quality = _of_all_groups(xp, count, *state) if grouped else state
     match = xp.astype(match, xp.index_type)
     matched = (best >= foreground) & (best > 0)

@@ -1,8 +1,11 @@
 """Matching and suppression of boxes in PyTorch on a GPU, in Triton.
 
-The formulas are those of `focal.core.targets` and `focal.core.nms` in float32, operation by
-operation: with a correctly rounded division, and without fused multiply-adds, which `EXACT` forbids,
-the results are those of the core. The host waits for nothing.
+Matching is that of `focal.core.targets`: each program goes through all boxes for its anchors, and
+only the result is written. Suppression is that of `focal.core.nms` in another order: a bit for each
+pair of boxes that overlap, then one sweep per image over the bits. The host waits for nothing.
+
+The arithmetic is that of the core in float32, operation by operation: the division is rounded
+correctly, and fused multiply-adds are forbidden, so that results are equal to the last bit.
 """
 
 import math
@@ -21,16 +24,18 @@ ROWS = 64
 MOST = 8192
 """The most boxes of an image to suppress: one bit for each pair of them is stored."""
 EXACT = {"enable_fp_fusion": False}
+"""Options of what computes overlaps."""
 
 
-def takes(boxes: Tensor, others: Tensor | None = None) -> bool:
+def takes(*arrays: Tensor) -> bool:
     """Whether the kernels are for these: anchors and boxes, or boxes and perhaps their classes."""
-    if others is None or not others.is_floating_point():
-        fits = boxes.shape[-2] <= MOST
-    else:
-        fits = others.dtype == torch.float32 and others.numel() > 0
-    here = others is None or others.device == boxes.device
-    return fits and here and boxes.dtype == torch.float32 and boxes.numel() > 0
+    first, *others = arrays
+    matches = bool(others) and others[0].is_floating_point()
+    return (
+        all(a.device == first.device and a.numel() > 0 for a in arrays)
+        and all(a.dtype == torch.float32 for a in arrays if a.is_floating_point())
+        and (matches or first.shape[-2] <= MOST)
+    )
 
 
 def match(
@@ -96,7 +101,8 @@ def _top_kernel(anchors, boxes, tops, n, m, BLOCK: tl.constexpr):
     block = image * tl.num_programs(1) + tl.program_id(1)
     i = 0
     while i < m:  # Triton's interpreter has no `range` up to a number that is an argument
-        overlap = _iou(x1, y1, x2, y2, area, *_solid(boxes, image * m + i, True))
+        a, b, c, d, other = _solid(boxes, image * m + i, True)
+        overlap = _iou(x1, y1, x2, y2, area, a, b, c, d, other)
         tl.store(tops + block * m + i, tl.max(overlap))
         i += 1
 
@@ -121,7 +127,8 @@ def _match_kernel(
     flagged = index != 0
     i = 0
     while i < m:
-        overlap = _iou(x1, y1, x2, y2, area, *_solid(boxes, image * m + i, True))
+        a, b, c, d, other = _solid(boxes, image * m + i, True)
+        overlap = _iou(x1, y1, x2, y2, area, a, b, c, d, other)
         index = tl.where(overlap > best, i, index)
         best = tl.maximum(best, overlap)
         if tops is not None:
@@ -152,10 +159,8 @@ def _hits_kernel(boxes, classes, hits, n, words, threshold, ROWS: tl.constexpr):
     column = tl.program_id(2) * 32 + bit
     x1, y1, x2, y2, area = _solid(boxes, image * n + row, row < n)
     a, b, c, d, other = _solid(boxes, image * n + column, column < n)
-    iou = _iou(
-        *(x1[:, None], y1[:, None], x2[:, None], y2[:, None], area[:, None]),
-        *(a[None, :], b[None, :], c[None, :], d[None, :], other[None, :]),
-    )
+    x1, y1, x2, y2, area = x1[:, None], y1[:, None], x2[:, None], y2[:, None], area[:, None]
+    iou = _iou(x1, y1, x2, y2, area, a[None, :], b[None, :], c[None, :], d[None, :], other[None, :])
     found = (iou > threshold) & (row[:, None] < column[None, :])
     if classes is not None:
         own = tl.load(classes + image * n + row, mask=row < n, other=0)

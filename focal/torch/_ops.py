@@ -239,12 +239,16 @@ def fixed_point(step: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
 
         return torch.while_loop(changed, again, (start.clone(), step(start)))[1]
     while True:
-        for _ in range(0 if start.device.type == "cpu" else DEVICE_ROUNDS - 1):
+        for _ in range(_rounds(start) - 1):
             start = step(start)
         following = step(start)
         if torch.equal(following, start):
             return following
         start = following
+
+
+def _rounds(x: Tensor) -> int:
+    return 1 if x.device.type == "cpu" else DEVICE_ROUNDS
 
 
 def take_box(boxes: Tensor, i: int) -> tuple[Tensor, ...]:
@@ -253,7 +257,7 @@ def take_box(boxes: Tensor, i: int) -> tuple[Tensor, ...]:
 
 
 def boxes_at_once(boxes: Tensor) -> int:
-    """One fits the cache of a CPU, and compiled operations need no cache; a device launches less."""
+    """One fits the cache of a CPU, and is all that a compiler needs; a device launches less."""
     return 1 if boxes.device.type == "cpu" or torch.compiler.is_compiling() else DEVICE_BOXES
 
 
