@@ -158,8 +158,11 @@ class Namespace(Protocol):
     def boxes_at_once(self, boxes: Array) -> int:
         """How many boxes to compare with all anchors at once."""
 
-    def box_kernels(self, *arrays: Array) -> Any | None:
-        """`match` and `suppress` in one kernel each, where there are some for these arrays."""
+    def box_kernels(self, boxes: Array, others: Array | None) -> Any | None:
+        """`match` and `suppress` in a few kernels, where there are some.
+
+        They are for float anchors and boxes, or for boxes and perhaps their integer classes.
+        """
 
     def compress(self, rows: Sequence[Array], keep: Array) -> Sequence[Array]:
         """row[keep] of each row; the rows as they are where that may not depend on values."""

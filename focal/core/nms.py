@@ -111,7 +111,7 @@ def suppress(xp: Namespace, boxes: Array, classes: Array | None, threshold: floa
     if boxes.shape[-2] is None:
         raise ValueError("non-maximum suppression: the number of boxes must be known when traced")
     boxes = xp.stop_gradient(boxes)
-    if (kernels := xp.box_kernels(boxes, *([] if classes is None else [classes]))) is not None:
+    if (kernels := xp.box_kernels(boxes, classes)) is not None:
         return kernels.suppress(boxes, classes, threshold)
     return xp.compiled(_suppress, xp, boxes, classes, threshold)
 

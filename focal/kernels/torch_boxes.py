@@ -27,15 +27,14 @@ EXACT = {"enable_fp_fusion": False}
 """Options of what computes overlaps."""
 
 
-def takes(*arrays: Tensor) -> bool:
-    """Whether the kernels are for these: anchors and boxes, or boxes and perhaps their classes."""
-    first, *others = arrays
-    matches = bool(others) and others[0].is_floating_point()
-    return (
-        all(a.device == first.device and a.numel() > 0 for a in arrays)
-        and all(a.dtype == torch.float32 for a in arrays if a.is_floating_point())
-        and (matches or first.shape[-2] <= MOST)
-    )
+def takes(boxes: Tensor, others: Tensor | None) -> bool:
+    """Whether the kernels are for anchors and boxes, or for boxes and perhaps their classes."""
+    fits = boxes.dtype == torch.float32 and boxes.numel() > 0
+    if others is None or not others.is_floating_point():
+        fits = fits and boxes.shape[-2] <= MOST
+    else:
+        fits = fits and others.dtype == torch.float32 and others.numel() > 0
+    return fits and (others is None or others.device == boxes.device)
 
 
 def match(

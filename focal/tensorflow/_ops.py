@@ -268,7 +268,7 @@ def boxes_at_once(boxes: Tensor) -> int:
     return 1
 
 
-def box_kernels(*arrays: Tensor) -> None:
+def box_kernels(boxes: Tensor, others: Tensor | None) -> None:
     """There are none."""
 
 

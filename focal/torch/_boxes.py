@@ -12,13 +12,12 @@ from focal.torch._dispatch import is_plain
 __all__ = ["box_kernels"]
 
 
-def box_kernels(*arrays: Tensor) -> ModuleType | None:
+def box_kernels(boxes: Tensor, others: Tensor | None) -> ModuleType | None:
     """`focal.kernels.torch_boxes`, where it takes these arrays."""
-    device = arrays[0].device
-    if device.type != _pointwise.TRITON_DEVICE or not is_plain(*arrays):
+    if boxes.device.type != _pointwise.TRITON_DEVICE or not is_plain(boxes, others):
         return None
-    if _pointwise._triton_on(device) is None:
+    if _pointwise._triton_on(boxes.device) is None:
         return None
     from focal.kernels import torch_boxes
 
-    return torch_boxes if torch_boxes.takes(*arrays) else None
+    return torch_boxes if torch_boxes.takes(boxes, others) else None
