@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -26,9 +27,9 @@ from focal.retinanet.data import Batch
 from focal.retinanet.presets import PRESETS
 from focal.retinanet.torch.network import build_network
 from focal.retinanet.torch.trainer import Trainer
-from focal.torch import _pointwise
+from focal.torch import _namespace, _pointwise
 
-__all__ = ["Traffic", "example_batch", "fake_cuda", "trainer_on"]
+__all__ = ["Traffic", "counted", "example_batch", "fake_cuda", "trainer_on"]
 
 WAITING = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "unique_dim"}
 """Operations of which the host needs a result, so that it waits for the device."""
@@ -79,7 +80,8 @@ class Traffic(TorchDispatchMode):
             self.kernel(name, *here)
             crosses = name in COPYING and any(a.device.type == "cpu" for a in (*given, *made))
             waits = not (kwargs.get("non_blocking") and self._is_pinned(given, made))
-            if name in WAITING or (crosses and waits):
+            mask = name.startswith("index") and any(a.dtype == torch.bool for a in given[1:])
+            if name in WAITING or mask or (crosses and waits):
                 self.waits[name] += 1
         return result
 
@@ -99,9 +101,10 @@ class Traffic(TorchDispatchMode):
         if a.device.type != "cuda" or key in self._held:
             return
         self._held.add(key)
-        self.live += storage.nbytes()
+        nbytes = 0 if isinstance(storage.nbytes(), torch.SymInt) else storage.nbytes()
+        self.live += nbytes
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._free, key, storage.nbytes())
+        weakref.finalize(storage, self._free, key, nbytes)
 
     def _free(self, key: int, nbytes: int) -> None:
         self._held.discard(key)
@@ -109,7 +112,9 @@ class Traffic(TorchDispatchMode):
 
 
 def _span(a: Tensor) -> int:
-    """Bytes of the memory of a tensor; what is expanded is read once."""
+    """Bytes of the memory of a tensor; what is expanded is read once. 0 if nobody knows."""
+    if any(isinstance(n, torch.SymInt) for n in a.shape):
+        return 0
     steps = zip(a.shape, a.stride(), strict=True)
     return a.element_size() * int(np.prod([n for n, step in steps if step]))
 
@@ -118,7 +123,8 @@ class _FakeDevice(FakeTensorMode):
     """Makes on a device what would be made on "meta"."""
 
     def __init__(self, device: str) -> None:
-        super().__init__(allow_non_fake_inputs=True)
+        # Shapes that depend on values are symbols, of which nothing is known.
+        super().__init__(allow_non_fake_inputs=True, shape_env=ShapeEnv())
         self.device = torch.device(device)
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -179,14 +185,10 @@ def fake_cuda(device: str = "cuda:0") -> Iterator[None]:
 
 
 class Kernels:
-    """Stands for `focal.kernels.torch_triton`, which does not run on fake tensors."""
+    """Stands for the kernels of Triton, which do not run on fake tensors."""
 
     def __init__(self, traffic: Traffic) -> None:
         self.traffic = traffic
-
-    def takes(self, *_: Tensor) -> bool:
-        """Whatever it gets."""
-        return True
 
     def value(self, formula: Any, x: Tensor, t: Tensor, out: Tensor) -> Tensor:
         """FL of each logit."""
@@ -204,14 +206,38 @@ class Kernels:
         self.traffic.kernel("triton slope", x, t, scale, out)
         return out
 
+    def match(self, anchors: Tensor, boxes: Tensor, *thresholds: float | None) -> Tensor:
+        """The box of each anchor; low-quality matches need the greatest IoU of each box first."""
+        if thresholds[-1] is not None:
+            blocks = -(-len(anchors) // 1024)
+            tops = anchors.new_empty((*boxes.shape[:-2], blocks, boxes.shape[-2]))
+            self.traffic.kernel("triton top", anchors, boxes, tops)
+            tops.amax(dim=-2)
+        found = anchors.new_empty((*boxes.shape[:-2], len(anchors)), dtype=torch.int64)
+        self.traffic.kernel("triton match", anchors, boxes, found)
+        return found
 
-def counted(traffic: Traffic) -> contextlib.AbstractContextManager[Any]:
-    """Count what runs in here, with the loss in Triton's kernels."""
-    stack = contextlib.ExitStack()
+    def suppress(self, boxes: Tensor, classes: Tensor | None, threshold: float) -> Tensor:
+        """Which boxes stay, from a bit for each pair of them."""
+        count = boxes.shape[-2]
+        hits = boxes.new_empty((*boxes.shape[:-1], -(-count // 32)), dtype=torch.int32)
+        self.traffic.kernel("triton hits", boxes, hits)
+        keep = boxes.new_empty(boxes.shape[:-1], dtype=torch.bool)
+        self.traffic.kernel("triton sweep", hits, keep)
+        return keep
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Traffic]:
+    """What runs in here, on a GPU with Triton."""
+    traffic = Traffic()
     kernels = Kernels(traffic)
-    stack.enter_context(mock.patch.object(_pointwise, "_kernels", lambda *_: kernels))
-    stack.enter_context(traffic)
-    return stack
+    with (
+        mock.patch.object(_pointwise, "_kernels", lambda *_: kernels),
+        mock.patch.object(_namespace, "box_kernels", lambda *_: kernels),
+        traffic,
+    ):
+        yield traffic
 
 
 def on_fake_device(module: nn.Module, device: str) -> nn.Module:
@@ -262,8 +288,7 @@ def main() -> None:
             trainer = trainer_on("cuda:0", config.replace(norm=norm, head_norm=head_norm), train)
             batch = example_batch(train, config.image_size, 41)
             trainer.step(0, batch, 0.01)  # makes the momentum
-            traffic = Traffic()
-            with counted(traffic):
+            with counted() as traffic:
                 trainer.step(1, batch, 0.01)
         found[norm] = {
             "launches": traffic.launches.total(),

@@ -113,6 +113,9 @@ class Namespace(Protocol):
     def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
         """The k greatest of the last axis and where they are, greatest first."""
 
+    def take_rows(self, x: Array, indices: Array) -> Array:
+        """x[..., indices[..., n], :] of each n, with equal leading axes."""
+
     # Fused where the framework can
     def step(self, x: Array) -> Array:
         """1 where x >= 0, else 0, in the type of x."""
@@ -151,6 +154,15 @@ class Namespace(Protocol):
 
     sweep: Callable[..., Array] | None
     """The loop of `focal.core.nms` over blocks, where a plain one will not do; else None."""
+
+    def boxes_at_once(self, boxes: Array) -> int:
+        """How many boxes to compare with all anchors at once."""
+
+    def box_kernels(self, boxes: Array, others: Array | None) -> Any | None:
+        """`match` and `suppress` in a few kernels, where there are some.
+
+        They are for float anchors and boxes, or for boxes and perhaps their integer classes.
+        """
 
     def compress(self, rows: Sequence[Array], keep: Array) -> Sequence[Array]:
         """row[keep] of each row; the rows as they are where that may not depend on values."""

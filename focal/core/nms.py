@@ -110,7 +110,10 @@ def suppress(xp: Namespace, boxes: Array, classes: Array | None, threshold: floa
     """
     if boxes.shape[-2] is None:
         raise ValueError("non-maximum suppression: the number of boxes must be known when traced")
-    return xp.compiled(_suppress, xp, xp.stop_gradient(boxes), classes, threshold)
+    boxes = xp.stop_gradient(boxes)
+    if (kernels := xp.box_kernels(boxes, classes)) is not None:
+        return kernels.suppress(boxes, classes, threshold)
+    return xp.compiled(_suppress, xp, boxes, classes, threshold)
 
 
 def _suppress(xp: Namespace, boxes: Array, classes: Array | None, threshold: float) -> Array:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from focal.core import checks
 from focal.core.boxes import Weights, area, encoded, solid, solid_iou
 from focal.core.namespace import Array, Framework, In, Namespace, Out
@@ -65,7 +67,13 @@ def _match(xp: Namespace, anchors: Array, boxes: Array, thresholds: Thresholds) 
     """`match_anchors` of checked arguments."""
     foreground, background, floor = thresholds
     anchors, boxes = checks.wide_pair(xp, anchors, boxes)
+    if (kernels := xp.box_kernels(anchors, boxes)) is not None:
+        return kernels.match(anchors, boxes, *thresholds)
     count = 0 if anchors.shape[0] == 0 else xp.shape(boxes)[-2]
+    grouped = xp.boxes_at_once(boxes) > 1 and count > 0
+    if grouped:
+        boxes = _in_groups(xp, boxes, xp.boxes_at_once(boxes))
+        count = boxes.shape[-2]
     corners, areas = solid(xp, anchors[(None,) * (len(boxes.shape) - 2) + (...,)])  # (..., N)
     boxes = xp.stack(solid(xp, boxes)[0], axis=-1)
 
@@ -90,9 +98,8 @@ def _match(xp: Namespace, anchors: Array, boxes: Array, thresholds: Thresholds) 
         worthy = xp.astype((top > 0) & (top >= floor), top.dtype)
         return (*state, xp.maximum(low_quality[0], xp.step(overlap - top) * worthy))
 
-    best, match, *low_quality = xp.fori_loop(
-        count, compare, (zeros, zeros) if floor is None else (zeros, zeros, zeros)
-    )
+    state = xp.fori_loop(count, compare, (zeros, zeros) if floor is None else (zeros, zeros, zeros))
+    best, match, *low_quality = _of_all_groups(xp, count, *state) if grouped else state
     match = xp.astype(match, xp.index_type)
     matched = (best >= foreground) & (best > 0)
     for flags in low_quality:
@@ -100,6 +107,26 @@ def _match(xp: Namespace, anchors: Array, boxes: Array, thresholds: Thresholds) 
     # With a background threshold of 0, what overlaps nothing is still background.
     is_background = (best < background) | (best <= 0)
     return xp.where(matched, match, xp.where(is_background, -1, xp.zeros_like(match) - 2))
+
+
+def _in_groups(xp: Namespace, boxes: Array, most: int) -> Array:
+    """(..., M, 4) as (..., groups, M / groups, 4), padded with boxes without area."""
+    *lead, count, _ = boxes.shape
+    size = -(-count // most)
+    groups = -(-count // size)
+    padding = xp.zeros_like(boxes[..., : groups * size - count, :])
+    return xp.reshape(xp.concat([boxes, padding], axis=-2), (*lead, groups, size, 4))
+
+
+def _of_all_groups(
+    xp: Namespace, size: int, best: Array, match: Array, *flags: Array
+) -> tuple[Array, ...]:
+    """The state of all boxes (..., N) from that of each group of `size` (..., groups, N)."""
+    top = xp.max(best, axis=-2, keepdims=True)
+    start = np.arange(0, best.shape[-2] * size, size)[:, None]
+    place = match + xp.astype(xp.constant(start, best), best.dtype)
+    first = -xp.max(xp.where(best < top, -math.inf, -place), axis=-2)
+    return top[..., 0, :], first, *(xp.max(x, axis=-2) for x in flags)
 
 
 def _match_arguments(xp: Namespace, name: str, anchors: Array, boxes: Array) -> tuple[Array, Array]:
@@ -175,8 +202,7 @@ def assign_targets(
     at = xp.maximum(match, 0)
     matched = match >= 0
     assigned = xp.where(matched, xp.take_along_axis(labels, at, axis=-1), match)
-    columns = [xp.take_along_axis(boxes[..., i], at, axis=-1) for i in range(4)]
-    deltas = encoded(xp, xp.stack(columns, axis=-1), anchors, weights)
+    deltas = encoded(xp, xp.take_rows(boxes, at), anchors, weights)
     return assigned, xp.where(~matched[..., None], 0.0, deltas)
 
 

@@ -118,6 +118,11 @@ def top_k(x: Array, k: int) -> tuple[Array, Array]:
     return values, indices
 
 
+def take_rows(x: Array, indices: Array) -> Array:
+    """x[..., indices[..., n], :] of each n."""
+    return take_along_axis(x, indices[..., None], axis=-2)
+
+
 # Operations that XLA fuses with their neighbors
 
 
@@ -176,6 +181,15 @@ def take_box(boxes: Array, i: Array | int) -> tuple[Array, ...]:
     """x1, y1, x2, y2 of box i of each list."""
     box = lax.dynamic_index_in_dim(boxes, i, axis=-2, keepdims=False)
     return tuple(box[..., k : k + 1] for k in range(4))
+
+
+def boxes_at_once(boxes: Array) -> int:
+    """One fits the cache."""
+    return 1
+
+
+def box_kernels(boxes: Array, others: Array | None) -> None:
+    """There are none."""
 
 
 def sweep(

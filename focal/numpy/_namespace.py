@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -98,6 +99,13 @@ def top_k(x: Array, k: int) -> tuple[Array, Array]:
     return np.take_along_axis(x, indices, axis=-1), indices
 
 
+def take_rows(x: Array, indices: Array) -> Array:
+    """x[..., indices[..., n], :] of each n."""
+    *lead, count, width = x.shape
+    start = count * np.arange(math.prod(lead)).reshape(*lead, 1)
+    return np.take(x.reshape(-1, width), start + indices, axis=0)  # copies whole rows
+
+
 def step(x: Array) -> Array:
     """1 where x >= 0, else 0."""
     return np.asarray(x >= 0).astype(x.dtype)
@@ -159,6 +167,15 @@ def fixed_point(step: Callable[[Array], Array], start: Array) -> Array:
 def take_box(boxes: Array, i: int) -> tuple[Array, ...]:
     """x1, y1, x2, y2 of box i of each list."""
     return tuple(boxes[..., i, k : k + 1] for k in range(4))
+
+
+def boxes_at_once(boxes: Array) -> int:
+    """One fits the cache."""
+    return 1
+
+
+def box_kernels(boxes: Array, others: Array | None) -> None:
+    """There are none."""
 
 
 sweep = None

@@ -63,19 +63,14 @@ def detections(
     anchor, label = position // classes, position % classes
     of_anchor = xp.take(anchors, xp.reshape(anchor, (-1,)), axis=0)
     of_anchor = xp.reshape(of_anchor, (*xp.shape(anchor), 4))
-    boxes = F.decode_boxes(_rows(xp, deltas, anchor), of_anchor)
+    boxes = F.decode_boxes(xp.take_rows(deltas, anchor), of_anchor)
     boxes = _clip(xp, boxes, sizes)
 
     # Scores below the threshold come last, where they suppress nothing.
     keep = suppress(xp, boxes, label, config.nms_threshold)
     score = xp.where(keep, score, xp.zeros_like(score))
     best, at = xp.top_k(score, min(config.max_detections, score.shape[-1]))
-    return Detections(_rows(xp, boxes, at), best, xp.take_along_axis(label, at, axis=-1))
-
-
-def _rows(xp: Namespace, boxes: Array, at: Array) -> Array:
-    """boxes[b, at[b]] of each image b: (B, n, 4)."""
-    return xp.stack([xp.take_along_axis(boxes[..., i], at, axis=-1) for i in range(4)], axis=-1)
+    return Detections(xp.take_rows(boxes, at), best, xp.take_along_axis(label, at, axis=-1))
 
 
 def _clip(xp: Namespace, boxes: Array, sizes: Array) -> Array:

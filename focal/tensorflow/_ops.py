@@ -176,6 +176,11 @@ def take_along_axis(x: Tensor, indices: Tensor, axis: int) -> Tensor:
     return tf.gather(x, indices, axis=axis, batch_dims=indices.shape.rank - 1)
 
 
+def take_rows(x: Tensor, indices: Tensor) -> Tensor:
+    """x[..., indices[..., n], :] of each n."""
+    return tf.gather(x, indices, axis=-2, batch_dims=indices.shape.rank - 1)
+
+
 # Stable primitives: TensorFlow's own err by up to 7 ULP where they are small
 
 
@@ -256,6 +261,15 @@ def fixed_point(step: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
 def take_box(boxes: Tensor, i: Tensor | int) -> Sequence[Tensor]:
     """x1, y1, x2, y2 of box i of each list."""
     return tf.split(tf.gather(boxes, astype(i, tf.int32), axis=-2), 4, axis=-1)
+
+
+def boxes_at_once(boxes: Tensor) -> int:
+    """One fits the cache."""
+    return 1
+
+
+def box_kernels(boxes: Tensor, others: Tensor | None) -> None:
+    """There are none."""
 
 
 sweep = None

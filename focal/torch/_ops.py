@@ -26,6 +26,11 @@ from focal.torch._dispatch import is_plain
 
 array_name = "a torch.Tensor"
 
+DEVICE_BOXES = 16
+"""Boxes per operation of matching on a device."""
+DEVICE_ROUNDS = 8
+"""Rounds of `fixed_point` on a device before the host waits for it, to look whether it is done."""
+
 
 def to_array(value: object) -> Tensor | None:
     """Tensors only: a copy of a list would have another device and no gradient."""
@@ -151,6 +156,12 @@ def take_along_axis(x: Tensor, indices: Tensor, axis: int) -> Tensor:
     return torch.gather(x, axis, indices.long())
 
 
+def take_rows(x: Tensor, indices: Tensor) -> Tensor:
+    """x[..., indices[..., n], :] of each n."""
+    shape = (*indices.shape, x.shape[-1])
+    return torch.gather(x, -2, indices.long()[..., None].expand(shape))
+
+
 # Stable primitives
 
 
@@ -228,15 +239,26 @@ def fixed_point(step: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
 
         return torch.while_loop(changed, again, (start.clone(), step(start)))[1]
     while True:
+        for _ in range(_rounds(start) - 1):
+            start = step(start)
         following = step(start)
         if torch.equal(following, start):
             return following
         start = following
 
 
+def _rounds(x: Tensor) -> int:
+    return 1 if x.device.type == "cpu" else DEVICE_ROUNDS
+
+
 def take_box(boxes: Tensor, i: int) -> tuple[Tensor, ...]:
     """x1, y1, x2, y2 of box i of each list."""
     return boxes[..., i, :].split(1, dim=-1)
+
+
+def boxes_at_once(boxes: Tensor) -> int:
+    """One fits the cache of a CPU, and is all that a compiler needs; a device launches less."""
+    return 1 if boxes.device.type == "cpu" or torch.compiler.is_compiling() else DEVICE_BOXES
 
 
 sweep = None

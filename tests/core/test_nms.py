@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from backends import Backend
+from backends import Backend, load, namespace
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
@@ -41,12 +41,6 @@ def per_class(
         own = np.flatnonzero(classes == c)
         kept.extend(own[greedy(boxes[own], scores[own], threshold)])
     return np.array(sorted(kept, key=lambda i: (-scores[i], i)), dtype=np.int64)
-
-
-def namespace(backend: Backend) -> Any:
-    if backend.name == "array_api_strict":
-        return importlib.import_module("strict_namespace")
-    return importlib.import_module(f"focal.{backend.name}._namespace").xp
 
 
 def crowd(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -92,6 +86,16 @@ def test_chain_across_blocks(backend: Backend) -> None:
     kept = backend("nms", boxes, -np.arange(n, dtype="float32"), 0.4)
     expected = [i for i in range(n) if i < start or (i - start) % 2 == 0]
     assert_array_equal(kept, expected)
+
+
+def test_rounds_between_two_looks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device PyTorch takes several rounds at once, although most need fewer."""
+    boxes, scores = crowd(BLOCK + TAIL)
+    backend = load("torch")
+    operations = importlib.import_module("focal.torch._ops")
+    monkeypatch.setattr(operations, "_rounds", lambda x: operations.DEVICE_ROUNDS)
+    assert_array_equal(backend("nms", boxes, scores, 0.3), greedy(boxes, scores, 0.3))
+    test_chain_across_blocks(backend)
 
 
 def test_identical_boxes_leave_the_first(backend: Backend) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from backends import Backend, load
+from backends import Backend, load, namespace
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -159,6 +159,53 @@ def test_half_types_do_not_overflow(backend: Backend) -> None:
     for dtype in backend.half_types:
         half = backend.asarray(anchors, dtype)
         assert_array_equal(backend.numpy(backend.F.match_anchors(half, half)), [0, 1])
+
+
+AT_ONCE = 4
+"""Boxes in one operation, in the tests of groups."""
+
+
+def crowded(random: np.random.Generator, *shape: int) -> np.ndarray:
+    """Boxes on a coarse grid, so that most overlaps are equal to another; some are no boxes."""
+    low = random.integers(0, 6, (*shape, 2))
+    boxes_ = np.concatenate([low, low + random.integers(1, 4, (*shape, 2))], axis=-1) * 8.0
+    kind = random.integers(0, 8, shape)
+    boxes_[kind == 0] = 0
+    boxes_[kind == 1, 2] = np.nan
+    return boxes_
+
+
+@pytest.mark.parametrize("low_quality", [False, True, 0.45])
+@pytest.mark.parametrize("count", [1, 4, 5, 8, 9, 41])
+def test_groups_of_boxes_match_as_single_ones(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch, count: int, low_quality: bool | float
+) -> None:
+    random = np.random.default_rng(count)
+    anchors, truth = crowded(random, 150), crowded(random, 2, count)
+    options = {"allow_low_quality": low_quality}
+    one_by_one = backend(MATCH, anchors, truth, **options)
+    for image in range(2):
+        expected = matched(anchors, truth[image], low_quality=low_quality)
+        assert_array_equal(one_by_one[image], expected)
+    monkeypatch.setattr(namespace(backend), "boxes_at_once", lambda boxes: AT_ONCE)
+    assert_array_equal(backend(MATCH, anchors, truth, **options), one_by_one)
+    assert_array_equal(backend(MATCH, anchors, truth[0], **options), one_by_one[0])
+    assert backend(MATCH, anchors[:0], truth, **options).shape == (2, 0)
+    assert backend(MATCH, anchors, truth[:, :0], **options).shape == (2, 150)
+
+
+def test_the_first_of_equal_boxes_wins_across_groups(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    anchors = np.array([[0.0, 0.0, 4.0, 4.0], [20.0, 0.0, 24.0, 4.0]])
+    monkeypatch.setattr(namespace(backend), "boxes_at_once", lambda boxes: AT_ONCE)
+    for first in range(12):
+        truth = np.tile(anchors[0], (13, 1))
+        truth[:first] = [9.0, 9.0, 10.0, 10.0]
+        truth[first] = anchors[1]
+        for low_quality in (False, True):
+            got = backend(MATCH, anchors, truth, allow_low_quality=low_quality)
+            assert_array_equal(got, [first + 1, first])
 
 
 # ---------------------------------------------------------------- assignment

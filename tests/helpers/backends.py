@@ -174,6 +174,13 @@ class LeftOut(pytest.skip.Exception):
     """A skip of what FOCAL_BACKENDS leaves out."""
 
 
+def namespace(backend: Backend) -> Any:
+    """The array operations that the core is written in."""
+    if backend.name == "array_api_strict":
+        return importlib.import_module("strict_namespace")
+    return importlib.import_module(f"focal.{backend.name}._namespace")
+
+
 def left_out(name: object) -> bool:
     """Whether it is the name of a backend that FOCAL_BACKENDS does not have."""
     return bool(ONLY) and isinstance(name, str) and name in BACKENDS and name not in ONLY

@@ -88,6 +88,11 @@ def top_k(x: Array, k: int) -> tuple[Array, Array]:
     return xp.take_along_axis(x, indices, axis=-1), indices
 
 
+def take_rows(x: Array, indices: Array) -> Array:
+    columns = [xp.take_along_axis(x[..., i], indices, axis=-1) for i in range(x.shape[-1])]
+    return xp.stack(columns, axis=-1)
+
+
 def step(x: Array) -> Array:
     return xp.astype(x >= 0, x.dtype)
 
@@ -136,6 +141,14 @@ def fixed_point(step: Callable[[Array], Array], start: Array) -> Array:
 
 def take_box(boxes: Array, i: int) -> tuple[Array, ...]:
     return tuple(boxes[..., i, k : k + 1] for k in range(4))
+
+
+def boxes_at_once(boxes: Array) -> int:
+    return 1
+
+
+def box_kernels(boxes: Array, others: Array | None) -> None:
+    return None
 
 
 sweep = None

@@ -66,7 +66,7 @@ ROOMS = {
         "focal/torch/*.py focal/jax/*.py focal/tensorflow/*.py focal/kernels/*.py",
         (
             ("{backend}", "tests/{backend}/test_[io]*.py tests/core/test_*.py"),
-            ("{backend}", "tests/project/test_migration.py tests/torch/test_triton.py"),
+            ("{backend}", "tests/project/test_migration.py tests/torch/test_triton*.py"),
             ("{backend}", "tests/testing/test_testing.py tests/project/test_docstrings.py"),
         ),
     ),
