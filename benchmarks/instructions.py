@@ -31,7 +31,6 @@ NVDISASM = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 LANES_PER_SECOND = 132 * 4 * 32 * 1.755e9
 BYTES_PER_SECOND = 4.3e12
 MUFU_SHARE = 1 / 8
-WARPS = getattr(torch_triton, "WARPS", 4)
 SIZES = {"fp32": 4, "fp16": 2, "bf16": 2, "i64": 8, "i8": 1}
 CLASSES_OF_CODE = {
     "float64": r"D(ADD|MUL|FMA|SETP)|MUFU\.(RCP|RSQ)64H|.*F64",
@@ -68,8 +67,9 @@ def compiled(
         del types["scale"]
     constants = {
         "scale": None,
-        **{"TASK": task, "GAMMA": gamma, "BALANCED": True, "CLASSES": 0, "SMOOTHED": False},
+        **{"TASK": task, "GAMMA": gamma, "BALANCED": True, "CLASSES": 0, "GROUP": 1, "SMOOTHED": False},
         **{"SCALES": False, "HARD": targets.startswith("i"), "BLOCK": torch_triton.BLOCK},
+        **{"EXACT": logits == "fp32", "WIDE": False},
         **options,
     }
     signature, fixed, aligned = {}, {}, {}
@@ -83,7 +83,7 @@ def compiled(
         else:
             signature[name], fixed[(i,)] = "constexpr", constants[name]
     source = ASTSource(kernel, signature, fixed, aligned)
-    return triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": WARPS})
+    return triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": torch_triton.WARPS})
 
 
 def opcodes(kernel: Any) -> list[str]:
@@ -104,7 +104,7 @@ def per_logit(kernel: Any) -> dict[str, float]:
         next(kind for kind, start in CLASSES_OF_CODE.items() if re.match(start, name))
         for name in names
     )
-    logits = torch_triton.BLOCK / (32 * WARPS)
+    logits = torch_triton.BLOCK / (32 * torch_triton.WARPS)
     return {
         "all": round(len(names) / logits, 1),
         **{kind: round(kinds[kind] / logits, 1) for kind in CLASSES_OF_CODE},
@@ -126,7 +126,7 @@ def main() -> None:
     for logits, kind, gamma in itertools.product(
         ("fp32", "bf16", "fp16"), ("dense", "sparse"), (2.0, 0.5, None)
     ):
-        targets, options = (logits, {}) if kind == "dense" else ("i64", {"CLASSES": CLASSES})
+        targets, options = (logits, {}) if kind == "dense" else ("i64", {"CLASSES": CLASSES, "GROUP": 16 // SIZES[logits]})
         read = SIZES[logits] + (SIZES[targets] if kind == "dense" else SIZES[targets] / CLASSES)
         for task in ("value", "sum", "slope"):
             instructions = per_logit(compiled(task, logits, targets, gamma, **options))
