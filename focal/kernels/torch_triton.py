@@ -98,7 +98,7 @@ def _launch(
     sparse = isinstance(formula, Sparse)
     classes = x.shape[-1] if sparse else 0
     loss: SigmoidFocal = formula.formula if isinstance(formula, Sparse) else formula
-    alpha = loss.alpha or 0.0
+    balance = (1.0, 1.0) if loss.alpha is None else (loss.alpha, 1 - loss.alpha)
     t = t.view(torch.uint8) if t.dtype == torch.bool else t
     hard = (sparse or not t.is_floating_point()) and loss.smoothing == 0
     rate = loss.gamma / -math.log(2) if hard else loss.gamma
@@ -106,7 +106,7 @@ def _launch(
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _kernel[(triton.cdiv(x.numel(), BLOCK),)](
             *(x.contiguous(), t.contiguous(), scale, out, x.numel()),
-            *(loss.gamma, short, rate - short, alpha, 1 - alpha, loss.smoothing / 2),
+            *(loss.gamma, short, rate - short, *balance, loss.smoothing / 2),
             TASK=task,
             GAMMA=loss.gamma if loss.gamma in OWN_KERNEL else None,
             BALANCED=loss.alpha is not None,
@@ -148,32 +148,39 @@ def _kernel(
     BLOCK: tl.constexpr,
 ):
     at, inside, logits, y, counted = _load(x, t, n, CLASSES, GROUP, HARD, WIDE, BLOCK)
+    weight = 1.0
+    if TASK == "slope":
+        weight = tl.load(scale + at, mask=inside, other=0.0) if SCALES else tl.load(scale)
+        weight = weight.to(tl.float32)
+
     if HARD:
         ce, m, rest, log, log_rest = _hard_parts(logits, y, EXACT)
-        balance = tl.where(y, alpha, alpha_rest) if BALANCED else 1.0
+        power = _power(m, log, log_rest, rate, rate_rest, GAMMA, EXACT)
+        if TASK == "slope":
+            result = power * (m if GAMMA == 0 else rest * ce * gamma + m)
+            weight = tl.where(y, -weight * alpha, weight * alpha_rest)
+        else:
+            result = ce
+            weight = power * tl.where(y, alpha, alpha_rest) if BALANCED else power
     else:
         if SMOOTHED:
             smoothed = y * (1 - 2 * half_smoothing) + half_smoothing
             y = tl.where(counted, smoothed, 0.0)
         sign, s, w, ce, m = _parts(logits, y, EXACT)
         log, log_rest = _log2(m)
-        balance = alpha * y + alpha_rest * (1 - y) if BALANCED else 1.0
-    power = _power(m, log, log_rest, rate, rate_rest, GAMMA, EXACT)
-
-    if TASK == "slope":
-        if HARD:
-            slope = m if GAMMA == 0 else rest * ce * gamma + m
-            slope *= tl.where(y, -power, power)
-        else:
-            slope = (w - s) * power
+        power = _power(m, log, log_rest, rate, rate_rest, GAMMA, EXACT)
+        if TASK == "slope":
+            result = (w - s) * power
             if GAMMA != 0:
                 bend = (s - s * s) * _power_over_m(power, m, GAMMA, EXACT)
-                slope += bend * gamma * (2 * w - 1) * ce
-            slope *= sign
-        upstream = tl.load(scale + at, mask=inside, other=0.0) if SCALES else tl.load(scale)
-        result = slope * (balance * upstream.to(tl.float32))
-    else:
-        result = ce * (balance * power)
+                result += bend * gamma * (2 * w - 1) * ce
+            weight *= sign
+        else:
+            result = ce
+            weight = power
+        if BALANCED:
+            weight *= alpha * y + alpha_rest * (1 - y)
+    result *= weight
     if TASK == "sum":
         tl.store(out + tl.program_id(0), tl.sum(result))
     else:
