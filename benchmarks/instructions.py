@@ -14,86 +14,75 @@ from __future__ import annotations
 
 import itertools
 import re
-import subprocess
-import tempfile
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.common import CLASSES, record, table
+from benchmarks.common import ALPHA, CLASSES, record, table
+from focal.core.formulas import SigmoidFocal, Sparse
 from focal.kernels import torch_triton
 
-NVDISASM = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 LANES_PER_SECOND = 132 * 4 * 32 * 1.755e9
 BYTES_PER_SECOND = 4.3e12
 MUFU_SHARE = 1 / 8
-SIZES = {"fp32": 4, "fp16": 2, "bf16": 2, "i64": 8, "i8": 1}
-CLASSES_OF_CODE = {
-    "float64": r"D(ADD|MUL|FMA|SETP)|MUFU\.(RCP|RSQ)64H|.*F64",
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int8: "i8",
+}
+KINDS = {
+    "float64": r"D(ADD|MUL|FMA|SETP)|MUFU\.\w+64H|\w2F.*F64",
     "MUFU": r"MUFU",
-    "float32": r"F(ADD|MUL|FMA|SEL|SETP|MNMX|CHK)|HFMA2|HADD2|HMUL2",
-    "memory": r"LD|ST|SHFL|RED|ATOM",
+    "float32": r"F(ADD|MUL|FMA|SEL|SETP|MNMX)|H(ADD|MUL|FMA|SETP)2",
+    "memory": r"LD|ST|SHFL",
     "integer and conversion": r"",
 }
-"""Kinds of instructions by the start of their names, the first that fits."""
+"""Kinds of instructions by their names; the first that fits."""
 
 
 def compiled(
-    task: str,
-    logits: str = "fp32",
-    targets: str = "fp32",
-    gamma: float | None = 2.0,
-    capability: int = 90,
-    **options: Any,
+    task: str, formula: SigmoidFocal | Sparse, x: Tensor, t: Tensor, capability: int = 90
 ) -> Any:
-    """The kernel that a launch on contiguous, aligned tensors compiles.
+    """The kernel of a launch on such tensors, which may have no memory, as Triton compiles it.
 
     Args:
-        task: "value", "sum" or "slope".
-        logits: Triton's name of their type.
-        targets: Of the targets; labels, with `CLASSES=80`, are "i64".
-        gamma: One of `OWN_KERNEL`, or None.
-        capability: 90 for an H100 or H200.
-        options: Other constants of the kernel.
+        task: "value", "sum", or "slope" with one factor for all logits.
+        formula: As in `focal.kernels.torch_triton`.
+        x: Logits.
+        t: Targets or labels.
+        capability: Of the GPU; 90 is an H100 or H200.
     """
-    kernel = torch_triton._kernel
-    types = {"x": f"*{logits}", "t": f"*{targets}", "scale": "*fp32"}
-    types["out"] = "*fp32" if task == "sum" else f"*{logits}"
-    if task != "slope":
-        del types["scale"]
-    constants = {
-        "scale": None,
-        **{"TASK": task, "GAMMA": gamma, "BALANCED": True, "CLASSES": 0, "GROUP": 1, "SMOOTHED": False},
-        **{"SCALES": False, "HARD": targets.startswith("i"), "BLOCK": torch_triton.BLOCK},
-        **{"EXACT": logits == "fp32", "WIDE": False},
-        **options,
-    }
-    signature, fixed, aligned = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        name = parameter.name
-        if name in types or not parameter.is_constexpr and name not in constants:
-            default = "i32" if name == "n" else parameter.annotation_type or "fp32"
-            signature[name] = types.get(name, default)
-            if name in types or name == "n":
-                aligned[(i,)] = [["tt.divisibility", 16]]
-        else:
+    one = torch.empty((), device=x.device)
+    out, scale = (one if task == "sum" else x), (one if task == "slope" else None)
+    operands, constants = torch_triton._arguments(task, formula, x, t, out, scale)
+    constants = {**constants, **({} if task == "slope" else {"scale": None})}
+    signature: dict[str, str] = {}
+    aligned, fixed = {}, {}
+    for i, name in enumerate(torch_triton._kernel.arg_names):
+        value = None if name in constants else operands[i]
+        if name in constants:
             signature[name], fixed[(i,)] = "constexpr", constants[name]
-    source = ASTSource(kernel, signature, fixed, aligned)
-    return triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": torch_triton.WARPS})
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = f"*{TYPES[value.dtype]}" if isinstance(value, Tensor) else "i32"
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(torch_triton._kernel, signature, fixed, aligned)
+    return triton.compile(
+        source, GPUTarget("cuda", capability, 32), {"num_warps": torch_triton.WARPS}
+    )
 
 
 def opcodes(kernel: Any) -> list[str]:
-    """Names of the instructions, without the padding at the end."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        command = [str(NVDISASM), "-c", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)", text)
+    """Names of the machine's instructions, without the padding at the end."""
+    found = re.findall(r"^\S+\t(?:@\S+ +)?([A-Z][\w.]*)", kernel.asm["sass"], re.M)
     return [name for name in found if name != "NOP"]
 
 
@@ -101,13 +90,12 @@ def per_logit(kernel: Any) -> dict[str, float]:
     """Instructions per logit: all, and of each kind."""
     names = opcodes(kernel)
     kinds = Counter(
-        next(kind for kind, start in CLASSES_OF_CODE.items() if re.match(start, name))
-        for name in names
+        next(kind for kind, start in KINDS.items() if re.match(start, name)) for name in names
     )
     logits = torch_triton.BLOCK / (32 * torch_triton.WARPS)
     return {
         "all": round(len(names) / logits, 1),
-        **{kind: round(kinds[kind] / logits, 1) for kind in CLASSES_OF_CODE},
+        **{kind: round(kinds[kind] / logits, 1) for kind in KINDS},
     }
 
 
@@ -120,21 +108,26 @@ def share_of_copy(bytes_per_logit: float, instructions: dict[str, float]) -> flo
 
 def main() -> None:
     """Count, write, print."""
-    found = {}
-    titles = ("kernel", "bytes", *("all", *CLASSES_OF_CODE), "share of copy, inferred")
-    rows: list[tuple[str, ...]] = [titles]
-    for logits, kind, gamma in itertools.product(
-        ("fp32", "bf16", "fp16"), ("dense", "sparse"), (2.0, 0.5, None)
+    found: dict[str, dict[str, float]] = {}
+    for dtype, kind, gamma, task in itertools.product(
+        (torch.float32, torch.bfloat16, torch.float16),
+        ("dense", "sparse"),
+        (2.0, 0.5, 1.5),
+        ("value", "sum", "slope"),
     ):
-        targets, options = (logits, {}) if kind == "dense" else ("i64", {"CLASSES": CLASSES, "GROUP": 16 // SIZES[logits]})
-        read = SIZES[logits] + (SIZES[targets] if kind == "dense" else SIZES[targets] / CLASSES)
-        for task in ("value", "sum", "slope"):
-            instructions = per_logit(compiled(task, logits, targets, gamma, **options))
-            needed = round(read + (0 if task == "sum" else SIZES[logits]), 1)
-            share = share_of_copy(needed, instructions)
-            name = f"{logits} {kind} {task}, gamma {'other' if gamma is None else gamma}"
-            found[name] = {"bytes": needed, **instructions, "inferred_share_of_copy": share}
-            rows.append((name, *(str(value) for value in found[name].values())))
+        x = torch.empty(1000, CLASSES, dtype=dtype, device="meta")
+        formula: SigmoidFocal | Sparse = SigmoidFocal(ALPHA, gamma)
+        t = x
+        if kind == "sparse":
+            formula = Sparse(formula)
+            t = torch.empty(1000, dtype=torch.int64, device="meta")
+        moved = x.nbytes + t.nbytes + (0 if task == "sum" else x.nbytes)
+        instructions = per_logit(compiled(task, formula, x, t))
+        found[f"{TYPES[dtype]} {kind} {task}, gamma {gamma}"] = {
+            "bytes": round(moved / x.numel(), 1),
+            **instructions,
+            "inferred_share_of_copy": share_of_copy(moved / x.numel(), instructions),
+        }
     record(
         "instructions",
         "python -m benchmarks.instructions",
@@ -142,6 +135,8 @@ def main() -> None:
         triton=triton.__version__,
         per_logit=found,
     )
+    rows: list[tuple[str, ...]] = [("kernel", *next(iter(found.values())))]
+    rows += [(name, *map(str, figures.values())) for name, figures in found.items()]
     print(table(rows))
 
 

@@ -16,6 +16,7 @@ a step before, which PyTorch requires anyway.
 
 import math
 import struct
+from typing import Any, cast
 
 import torch
 import triton
@@ -95,31 +96,44 @@ def _launch(
     scale: Tensor | None = None,
     SCALES: bool = False,
 ) -> None:
-    sparse = isinstance(formula, Sparse)
-    classes = x.shape[-1] if sparse else 0
-    loss: SigmoidFocal = formula.formula if isinstance(formula, Sparse) else formula
-    balance = (1.0, 1.0) if loss.alpha is None else (loss.alpha, 1 - loss.alpha)
-    t = t.view(torch.uint8) if t.dtype == torch.bool else t
-    hard = (sparse or not t.is_floating_point()) and loss.smoothing == 0
-    rate = loss.gamma / -math.log(2) if hard else loss.gamma
-    short = struct.unpack("f", struct.pack("f", rate))[0]  # in float32
+    operands, constants = _arguments(task, formula, x, t, out, scale, SCALES)
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        _kernel[(triton.cdiv(x.numel(), BLOCK),)](
-            *(x.contiguous(), t.contiguous(), scale, out, x.numel()),
-            *(loss.gamma, short, rate - short, *balance, loss.smoothing / 2),
-            TASK=task,
-            GAMMA=loss.gamma if loss.gamma in OWN_KERNEL else None,
-            BALANCED=loss.alpha is not None,
-            CLASSES=classes,
-            GROUP=min(classes & -classes, 16 // x.itemsize),  # a power of two
-            HARD=hard,
-            SMOOTHED=loss.smoothing != 0,
-            SCALES=SCALES,
-            EXACT=x.dtype == torch.float32,
-            WIDE=x.numel() > 2**30,
-            BLOCK=BLOCK,
-            num_warps=WARPS,
-        )
+        _kernel[(triton.cdiv(x.numel(), BLOCK),)](*operands, **constants, num_warps=WARPS)
+
+
+def _arguments(
+    task: str,
+    formula: SigmoidFocal | Sparse,
+    x: Tensor,
+    t: Tensor,
+    out: Tensor,
+    scale: Tensor | None = None,
+    SCALES: bool = False,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The kernel's arguments: its operands, and its constants by name."""
+    sparse = isinstance(formula, Sparse)
+    loss: SigmoidFocal = formula.formula if isinstance(formula, Sparse) else formula
+    alpha, gamma, smoothing = cast("tuple[Any, ...]", loss)
+    t = t.view(torch.uint8) if t.dtype == torch.bool else t
+    hard = (sparse or not t.is_floating_point()) and smoothing == 0
+    classes = x.shape[-1] if sparse else 0
+    rate = gamma / -math.log(2) if hard else gamma
+    short = struct.unpack("f", struct.pack("f", rate))[0]  # in float32
+    balance = (1.0, 1.0) if alpha is None else (alpha, 1 - alpha)
+    operands = (x.contiguous(), t.contiguous(), scale, out, x.numel())
+    return (*operands, gamma, short, rate - short, *balance, smoothing / 2), {
+        "TASK": task,
+        "GAMMA": gamma if gamma in OWN_KERNEL else None,
+        "BALANCED": alpha is not None,
+        "CLASSES": classes,
+        "GROUP": min(classes & -classes, 16 // x.itemsize),  # powers of two
+        "HARD": hard,
+        "SMOOTHED": smoothing != 0,
+        "SCALES": SCALES,
+        "EXACT": x.dtype == torch.float32,
+        "WIDE": x.numel() > 2**30,
+        "BLOCK": BLOCK,
+    }
 
 
 @triton.jit
