@@ -230,14 +230,14 @@ def _load(
         first = tl.arange(0, BLOCK // GROUP)[:, None] * GROUP
         one = tl.arange(0, GROUP)[None, :]
         at = start + first + one
-        inside = at < n
+        inside = start + first < n
         # Division by a constant and in 32 bits, or it would be slow.
         place = (start % CLASSES).to(tl.int32) + first
         rows = t + start // CLASSES + place // CLASSES
-        label = tl.load(rows, mask=start + first < n, other=-2).to(tl.int32)
+        label = tl.load(rows, mask=inside, other=-2).to(tl.int32)
         y = label - place % CLASSES == one
         y = y if HARD else y.to(tl.float32)
-        counted = inside & (label >= -1)
+        counted = label >= -1
         logits = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         logits = tl.where(counted, logits, float("-inf"))
     return at, inside, logits, y, counted

@@ -174,6 +174,56 @@ def test_half_types_are_rounded_once_at_the_end(gamma, kind, dtype):
     assert worst_ulps(on_host(slope), expected, name, terms) <= bound
 
 
+@pytest.mark.parametrize("kind", ["int8", "hard", "soft"])
+@pytest.mark.parametrize("gamma", [0.1, 0.3, 1.5, 3.7, 5.0, 10.0])
+def test_an_exponent_without_code_of_its_own(gamma, kind):
+    """From m of 1e-38 to m of 1, and around the middle, where the logarithm changes its parts."""
+    x = torch.cat([torch.linspace(-a, a, 8000) for a in (1.0, 20.0, 88.0)]).to(DEVICE)
+    t, formula = targets(kind, x), SigmoidFocal(None, gamma)
+    value = torch_triton.value(formula, x, t)
+    slope = torch_triton.slope(formula, x, t, torch.ones((), device=DEVICE))
+    x, y = on_host(x), on_host(t)
+    expected = reference.sigmoid_focal_loss(x, y, None, gamma)
+    assert worst_ulps(on_host(value), expected, "float32") <= promised_ulps(gamma)
+    expected = reference.sigmoid_focal_loss_grad(x, y, None, gamma)
+    terms = gradient_terms(x, y, None, gamma)
+    assert worst_ulps(on_host(slope), expected, "float32", terms) <= promised_ulps(gamma)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("kind", ["int8", "soft"])
+@pytest.mark.parametrize("gamma", [0.0, 0.1, 0.5, 1.0, 2.0, 3.7, 5.0])
+def test_every_number_of_a_half_type(gamma, kind, dtype):
+    """Before rounding to the half type the error is 1/100 of the last digit it has."""
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    x = x[x.isfinite()].to(DEVICE)
+    name = str(dtype).removeprefix("torch.")
+    formula, out = SigmoidFocal(0.25, gamma), torch.empty(len(x), device=DEVICE)
+    drawn = targets(kind, x)
+    for t in (drawn, 1 - drawn):
+        y, logit = on_host(t), on_host(x)
+        value = on_host(torch_triton.value(formula, x, t, out=out))
+        expected = reference.sigmoid_focal_loss(logit, y, 0.25, gamma)
+        assert worst_ulps(value, expected, name) <= 0.01
+        slope = torch_triton.slope(formula, x, t, torch.ones((), device=DEVICE), out=out)
+        expected = reference.sigmoid_focal_loss_grad(logit, y, 0.25, gamma)
+        terms = gradient_terms(logit, y, 0.25, gamma)
+        assert worst_ulps(on_host(slope), expected, name, terms) <= 0.01
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_a_sum_of_a_half_type_is_one_of_float32(gamma, dtype):
+    """Also where all logits are equal, and with them their errors."""
+    for at in (-12.0, -3.0, 0.0, 0.75, 5.0, None):
+        x = logits(5003)[16:] if at is None else torch.full((5003,), at, device=DEVICE)
+        x = x.to(dtype)
+        for t in (targets("int8", x), targets("soft", x)):
+            got = torch_triton.total(SigmoidFocal(0.25, gamma), x, t).item()
+            expected = reference.sigmoid_focal_loss(on_host(x), on_host(t), 0.25, gamma).sum()
+            assert got == pytest.approx(expected, rel=2e-6 + 1e-6 * gamma)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("gamma", GAMMAS)
 def test_infinite_logits_have_the_limits_of_the_formula(gamma, dtype):

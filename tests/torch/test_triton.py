@@ -55,49 +55,33 @@ def test_the_kernels_in_the_interpreter() -> None:
 
 COMPILE = """
 import itertools
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
-from focal.kernels.torch_triton import BLOCK, _kernel
+import torch
+from benchmarks.instructions import compiled, opcodes
+from focal.core.formulas import SigmoidFocal, Sparse
 
-# A float is passed in 32 bits unless its annotation says otherwise.
-gamma = next(p for p in _kernel.params if p.name == "gamma").annotation_type
-assert gamma == "fp64"
-floats = dict.fromkeys(("alpha", "alpha_rest", "half_smoothing"), "fp32")
-types = {"n": "i32", "gamma": gamma, **floats}
-tasks = {"value": "*bf16", "sum": "*fp32", "slope": "*bf16"}
-cases = itertools.product(
-    tasks.items(), ("fp32", "i64"), (None, 0.5, 2.0), (False, True)
-)
-for (task, out), t, power, smoothed in cases:
-    sparse = t == "i64"
-    scale = {"scale": "*fp32"} if task == "slope" else {}
-    signature = {"x": "*bf16", "t": f"*{t}", "out": out, **scale, **types}
-    constants = {
-        "TASK": task,
-        "GAMMA": power,
-        "BALANCED": True,
-        "HARD": sparse and not smoothed,
-        "SMOOTHED": smoothed,
-        "CLASSES": 80 if sparse else 0,
-        "SCALES": not sparse,
-        "BLOCK": BLOCK,
-        "scale": None,
-    }
-    names = _kernel.arg_names
-    source = ASTSource(
-        _kernel,
-        {name: signature.get(name, "constexpr") for name in names},
-        {(i,): constants[name] for i, name in enumerate(names) if name not in signature},
-    )
-    for capability in (80, 90):
-        assert compile(source, GPUTarget("cuda", capability, 32)).asm["cubin"]
+FLOAT, HALF, F16 = torch.float32, torch.bfloat16, torch.float16
+TASKS = "value", "sum", "slope"
+H100 = itertools.product((90,), TASKS, (FLOAT, HALF), (1.5, 2.0), (0.0,))
+others = itertools.product((80, 100), ("slope",), (FLOAT, HALF), (1.5,), (0.0,))
+rare = [(90, "slope", *c) for c in ((FLOAT, 0.5, 0.0), (F16, 1.5, 0.0), (FLOAT, 1.5, 0.1))]
+for capability, task, dtype, gamma, smoothing in (*H100, *others, *rare):
+    x = torch.empty(1000, 80, dtype=dtype, device="meta")
+    labels = torch.empty(1000, dtype=torch.int64, device="meta")
+    loss = SigmoidFocal(0.25, gamma, smoothing)
+    for formula, t in ((loss, x), (Sparse(loss), labels)):
+        kernel = compiled(task, formula, x, t, capability)
+        names = opcodes(kernel)
+        assert ".f64" not in kernel.asm["ptx"], (task, dtype, gamma)
+        assert "LDG.E.128" in names
+        # No spilled registers, but for one address in the largest kernel.
+        assert sum(name.startswith(("LDL", "STL")) for name in names) <= (2 if smoothing else 0)
 print("compiled")
 """
 
 
 @needs_triton
 def test_the_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
-    """For the A100 and the H100; the compiler needs no such device."""
+    """For the A100, the H100 and the B200: no float64, no spilled registers, loads of 128 bits."""
     assert run(COMPILE, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path)) == "compiled\n"
 
 
