@@ -228,7 +228,7 @@ class _Sum(torch.autograd.Function):
                 by_x = _Slope.apply(x, t, grad, ctx.formula, *numbers)
             else:
                 # On a CPU it is cheap to look whether there is anything to scale.
-                is_one = type(grad) is Tensor and grad.device.type == "cpu" and bool(grad == 1)
+                is_one = grad.device.type == "cpu" and is_plain(grad) and bool(grad == 1)
                 by_x = slope if is_one else slope.mul_(grad)
         needed = (ctx.needs_input_grad[1], *ctx.needs_input_grad[4:])
         by_t, *by_numbers = _pull(_value(ctx.formula), x, (t, *numbers), needed, grad)
@@ -266,6 +266,8 @@ class _Compiled(torch.autograd.Function):
 
 def _compiled(formula: Formula, x: Tensor, t: Targets) -> Tensor:
     """`pointwise` in operations to compile."""
+    if isinstance(formula, Sparse) and torch.compiler.is_exporting():
+        return _exported(formula, x, cast(Tensor, t))
     formula, numbers = parameters.split(_with_operands(formula, x))
     others = [a for a in (t, *numbers) if isinstance(a, Tensor)]
     if not any(a.requires_grad for a in others):
@@ -275,6 +277,17 @@ def _compiled(formula: Formula, x: Tensor, t: Targets) -> Tensor:
     # Autodiff adds the derivatives in the other operands to the registered one.
     by_others = _value(formula)(x.detach(), t, *numbers)
     return value + (by_others - by_others.detach())
+
+
+def _exported(formula: Sparse, x: Tensor, labels: Tensor) -> Tensor:
+    """A loss of labels as one of dense targets.
+
+    An exported program has no registered derivatives: it is differentiated operation by operation.
+    For dense targets that is as exact, but what a background saves costs its derivative at 0.
+    """
+    classes = torch.arange(x.shape[-1], device=x.device)
+    y = (labels[..., None] == classes).to(wide(x).dtype)
+    return _compiled(formula.formula, x, y).masked_fill(labels[..., None] < -1, 0)
 
 
 def _with_operands(formula: Any, x: Tensor) -> Any:
