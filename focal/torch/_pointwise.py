@@ -409,18 +409,49 @@ def _kernels(formula: Formula, x: Tensor, t: Targets, *more: Tensor) -> Any:
 
 
 @functools.cache
-def _triton_on(device: torch.device) -> ModuleType | None:
-    """The kernels of Triton, where it is installed and able to compile for this device."""
+def _triton() -> ModuleType | None:
+    """The kernels of Triton, where it is installed."""
     try:
         from focal.kernels import torch_triton
     except ImportError:
         return None
-    try:
-        one = torch.ones(1, device=device)
-        torch_triton.total(SigmoidFocal(None, 2.0), one, one)
-    except Exception as error:  # no C compiler, an unknown GPU: Triton has no common exception
-        warnings.warn(
-            f"Triton cannot compile for {device}, focal does without: {error}", stacklevel=2
-        )
-        return None
     return torch_triton
+
+
+class _Trial:
+    """Whether Triton can compile for a device: no C compiler, an unknown GPU, no free memory.
+
+    A failure may pass. After one, the next attempts are at the 2nd, 4th, 8th ... call.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.works, self.calls = device, False, 0
+
+    def passed(self, kernels: ModuleType) -> bool:
+        """Whether the kernels have run on this device, now or before."""
+        if self.works:
+            return True
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False  # where nothing can be compiled
+        self.calls += 1
+        if self.calls & (self.calls - 1) == 0:  # a power of two
+            try:
+                one = torch.ones(1, device=self.device)
+                kernels.total(SigmoidFocal(None, 2.0), one, one)
+                self.works = True
+            except Exception as error:  # Triton has no common exception
+                if self.calls == 1:
+                    warnings.warn(
+                        f"Triton cannot compile for {self.device}, focal does without: {error}",
+                        stacklevel=2,
+                    )
+        return self.works
+
+
+_trial = functools.cache(_Trial)
+
+
+def _triton_on(device: torch.device) -> ModuleType | None:
+    """The kernels of Triton, where it is installed and able to compile for this device."""
+    kernels = _triton()
+    return kernels if kernels and _trial(device).passed(kernels) else None
