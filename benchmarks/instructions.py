@@ -1,18 +1,17 @@
-"""Machine instructions of the Triton kernels per logit; the compiler needs no GPU.
+"""Machine instructions of the Triton kernels per logit, counted; the compiler needs no GPU.
 
 `python -m benchmarks.instructions` writes results/instructions.json.
 
-The kernels have no loop, so that every instruction of the program is counted once, those on rare
-branches too, and divided by the logits of a thread. An H200 issues at most 132 multiprocessors x
-4 instructions x 32 lanes x 1.755 GHz = 29.7e12 instructions of a lane in a second, an eighth of
-which may be MUFU, and copies 4.3e12 bytes in a second, reads and writes added. In the time that a
-copy needs for the bytes of a logit it therefore issues 6.9 instructions for each byte. The share of
-the copy's bandwidth that this leaves to a kernel is inferred, not measured.
+The kernels have no loop: all instructions of the program are counted, those of rare branches too,
+and divided by the logits of a thread. An H200 issues at most 132 multiprocessors x 4 x 32 lanes x
+1.755 GHz = 29.7e12 instructions of a lane per second, of which an eighth may be MUFU (exponential,
+square roots), and copies 4.3e12 bytes per second, reads and writes added: 6.9 instructions in the
+time of a byte. A kernel takes at least the longer one of the two times. The share of the copy's
+bandwidth that this leaves is inferred, not measured: latencies and launches come on top.
 """
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections import Counter
 from typing import Any
@@ -99,35 +98,44 @@ def per_logit(kernel: Any) -> dict[str, float]:
     }
 
 
-def share_of_copy(bytes_per_logit: float, instructions: dict[str, float]) -> float:
-    """Inferred: the time of a copy of those bytes, relative to that of the instructions."""
+def least_time(bytes_per_logit: float, instructions: dict[str, float]) -> float:
+    """Seconds per logit: those of a copy of so many bytes, or of the instructions."""
     slots = max(instructions["all"], instructions["MUFU"] / MUFU_SHARE)
-    budget = bytes_per_logit / BYTES_PER_SECOND * LANES_PER_SECOND
-    return round(min(1.0, budget / slots), 2)
+    return max(bytes_per_logit / BYTES_PER_SECOND, slots / LANES_PER_SECOND)
+
+
+def count(dtype: torch.dtype, sparse: bool, gamma: float) -> dict[str, dict[str, float]]:
+    """Bytes, instructions and share of each kernel, and of the two of a training step."""
+    x = torch.empty(1000, CLASSES, dtype=dtype, device="meta")
+    loss = SigmoidFocal(ALPHA, gamma)
+    formula = Sparse(loss) if sparse else loss
+    t = torch.empty(1000, dtype=torch.int64, device="meta") if sparse else x
+    found, times = {}, {}
+    for task in ("value", "sum", "slope"):
+        moved = (x.nbytes + t.nbytes + (0 if task == "sum" else x.nbytes)) / x.numel()
+        instructions = per_logit(compiled(task, formula, x, t))
+        times[task] = moved, least_time(moved, instructions)
+        found[task] = {"bytes": round(moved, 1), **instructions}
+    found["sum and slope"] = {
+        name: round(found["sum"][name] + figure, 1) for name, figure in found["slope"].items()
+    }
+    moved, seconds = map(sum, zip(times["sum"], times["slope"], strict=True))
+    times["sum and slope"] = moved, seconds
+    for task, (moved, seconds) in times.items():
+        share = moved / BYTES_PER_SECOND / seconds
+        found[task]["inferred share of copy"] = round(share, 2)
+    return found
 
 
 def main() -> None:
     """Count, write, print."""
-    found: dict[str, dict[str, float]] = {}
-    for dtype, kind, gamma, task in itertools.product(
-        (torch.float32, torch.bfloat16, torch.float16),
-        ("dense", "sparse"),
-        (2.0, 0.5, 1.5),
-        ("value", "sum", "slope"),
-    ):
-        x = torch.empty(1000, CLASSES, dtype=dtype, device="meta")
-        formula: SigmoidFocal | Sparse = SigmoidFocal(ALPHA, gamma)
-        t = x
-        if kind == "sparse":
-            formula = Sparse(formula)
-            t = torch.empty(1000, dtype=torch.int64, device="meta")
-        moved = x.nbytes + t.nbytes + (0 if task == "sum" else x.nbytes)
-        instructions = per_logit(compiled(task, formula, x, t))
-        found[f"{TYPES[dtype]} {kind} {task}, gamma {gamma}"] = {
-            "bytes": round(moved / x.numel(), 1),
-            **instructions,
-            "inferred_share_of_copy": share_of_copy(moved / x.numel(), instructions),
-        }
+    found = {
+        f"{TYPES[dtype]} {'sparse' if sparse else 'dense'} {task}, gamma {gamma}": figures
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        for sparse in (False, True)
+        for gamma in (2.0, 0.5, 1.5)
+        for task, figures in count(dtype, sparse, gamma).items()
+    }
     record(
         "instructions",
         "python -m benchmarks.instructions",
