@@ -71,12 +71,11 @@ def compiled(
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
-            signature[name] = f"*{TYPES[value.dtype]}" if isinstance(value, Tensor) else "i32"
+            number = "i64" if constants["WIDE"] else "i32"
+            signature[name] = f"*{TYPES[value.dtype]}" if isinstance(value, Tensor) else number
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(torch_triton._kernel, signature, fixed, aligned)
-    return triton.compile(
-        source, GPUTarget("cuda", capability, 32), {"num_warps": torch_triton.WARPS}
-    )
+    return triton.compile(source, GPUTarget("cuda", capability, 32), torch_triton.OPTIONS)
 
 
 def opcodes(kernel: Any) -> list[str]:

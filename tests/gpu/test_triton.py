@@ -192,7 +192,7 @@ def test_an_exponent_without_code_of_its_own(gamma, kind):
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("kind", ["int8", "soft"])
-@pytest.mark.parametrize("gamma", [0.0, 0.1, 0.5, 1.0, 2.0, 3.7, 5.0])
+@pytest.mark.parametrize("gamma", [0.1, 0.5, 2.0, 5.0])
 def test_every_number_of_a_half_type(gamma, kind, dtype):
     """Before rounding to the half type the error is 1/100 of the last digit it has."""
     x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
@@ -272,6 +272,17 @@ def test_any_number_of_logits(n):
     torch.testing.assert_close(total.double(), value.double().sum(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("classes", [0, 7, 80])
+def test_indices_of_64_bits(monkeypatch, classes):
+    """They are for more than 2^30 logits, which the interpreter cannot take."""
+    x, t, formula = logits(5040), targets("soft", logits(5040)), SigmoidFocal(0.25, 2.0)
+    if classes:
+        x, t, formula = x.view(-1, classes), labels(5040 // classes, classes), Sparse(formula)
+    expected = torch_triton.value(formula, x, t)
+    monkeypatch.setattr(torch_triton, "IN_32_BITS", 0)
+    assert torch.equal(torch_triton.value(formula, x, t), expected)
+
+
 @pytest.mark.parametrize("gamma", GAMMAS)
 def test_a_nan_stays_one(gamma):
     x, t = torch.tensor([float("nan"), 1.0], device=DEVICE), torch.ones(2, device=DEVICE)
@@ -279,6 +290,16 @@ def test_a_nan_stays_one(gamma):
     for a, b in ((x, t), (t, x)):
         assert torch_triton.value(formula, a, b).isnan().tolist() == [True, False]
         assert torch_triton.slope(formula, a, b, one).isnan().tolist() == [True, False]
+    # Also with hard targets, but not in a row that is ignored.
+    for half in (torch.float32, *HALVES):
+        logit = x.to(half)
+        assert torch_triton.value(formula, logit, t.bool()).isnan().tolist() == [True, False]
+        assert torch_triton.slope(formula, logit, t.bool(), one).isnan().tolist() == [True, False]
+        for label, expected in ((1, [True, False]), (-1, [True, False]), (-2, [False, False])):
+            row = Sparse(formula), logit[None], torch.tensor([label], device=DEVICE)
+            assert torch_triton.value(*row)[0].isnan().tolist() == expected
+            assert torch_triton.slope(*row, one)[0].isnan().tolist() == expected
+            assert torch_triton.total(*row).isnan().item() == any(expected)
 
 
 # ---------------------------------------------------------------- through the losses

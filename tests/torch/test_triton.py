@@ -68,8 +68,9 @@ H100 = itertools.product((90,), TASKS, (FLOAT, HALF), (1.5, 2.0), (0.0,))
 others = itertools.product((80, 100), ("slope",), (FLOAT, HALF), (1.5,), (0.0,))
 rare = [(90, "slope", *c) for c in ((FLOAT, 0.5, 0.0), (F16, 1.5, 0.0), (FLOAT, 1.5, 0.1))]
 for capability, task, dtype, gamma, smoothing in (*H100, *others, *rare):
-    x = torch.empty(1000, 80, dtype=dtype, device="meta")
-    labels = torch.empty(1000, dtype=torch.int64, device="meta")
+    rows = 2**27 if dtype == F16 else 1000  # more logits than 32 bits count
+    x = torch.empty(rows, 80, dtype=dtype, device="meta")
+    labels = torch.empty(rows, dtype=torch.int64, device="meta")
     loss = SigmoidFocal(0.25, gamma, smoothing)
     for formula, t in ((loss, x), (Sparse(loss), labels)):
         kernel = compiled(task, formula, x, t, capability)
