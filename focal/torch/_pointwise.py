@@ -11,7 +11,8 @@ these formulas, computed only where they are needed.
 
 In eager mode a pass is one kernel where there are Triton and a GPU. Otherwise it goes block by
 block, so that temporaries stay in the cache and only the result has the size of the logits.
-`torch.compile` gets the whole formula, which it fuses with what comes before and after the loss.
+`torch.compile` gets the whole formula, which it fuses with what comes before and after the loss. So
+does `torch.export`, whose programs then run without focal.
 """
 
 from __future__ import annotations
@@ -228,7 +229,7 @@ class _Sum(torch.autograd.Function):
                 by_x = _Slope.apply(x, t, grad, ctx.formula, *numbers)
             else:
                 # On a CPU it is cheap to look whether there is anything to scale.
-                is_one = type(grad) is Tensor and grad.device.type == "cpu" and bool(grad == 1)
+                is_one = grad.device.type == "cpu" and is_plain(grad) and bool(grad == 1)
                 by_x = slope if is_one else slope.mul_(grad)
         needed = (ctx.needs_input_grad[1], *ctx.needs_input_grad[4:])
         by_t, *by_numbers = _pull(_value(ctx.formula), x, (t, *numbers), needed, grad)
@@ -266,6 +267,8 @@ class _Compiled(torch.autograd.Function):
 
 def _compiled(formula: Formula, x: Tensor, t: Targets) -> Tensor:
     """`pointwise` in operations to compile."""
+    if isinstance(formula, Sparse) and torch.compiler.is_exporting():
+        return _exported(formula, x, cast(Tensor, t))
     formula, numbers = parameters.split(_with_operands(formula, x))
     others = [a for a in (t, *numbers) if isinstance(a, Tensor)]
     if not any(a.requires_grad for a in others):
@@ -275,6 +278,17 @@ def _compiled(formula: Formula, x: Tensor, t: Targets) -> Tensor:
     # Autodiff adds the derivatives in the other operands to the registered one.
     by_others = _value(formula)(x.detach(), t, *numbers)
     return value + (by_others - by_others.detach())
+
+
+def _exported(formula: Sparse, x: Tensor, labels: Tensor) -> Tensor:
+    """A loss of labels as one of dense targets.
+
+    An exported program has no registered derivatives: it is differentiated operation by operation.
+    For dense targets that is as exact, but what a background saves costs its derivative at 0.
+    """
+    classes = torch.arange(x.shape[-1], device=x.device)
+    y = (labels[..., None] == classes).to(wide(x).dtype)
+    return _compiled(formula.formula, x, y).masked_fill(labels[..., None] < -1, 0)
 
 
 def _with_operands(formula: Any, x: Tensor) -> Any:
@@ -396,18 +410,49 @@ def _kernels(formula: Formula, x: Tensor, t: Targets, *more: Tensor) -> Any:
 
 
 @functools.cache
-def _triton_on(device: torch.device) -> ModuleType | None:
-    """The kernels of Triton, where it is installed and able to compile for this device."""
+def _triton() -> ModuleType | None:
+    """The kernels of Triton, where it is installed."""
     try:
         from focal.kernels import torch_triton
     except ImportError:
         return None
-    try:
-        one = torch.ones(1, device=device)
-        torch_triton.total(SigmoidFocal(None, 2.0), one, one)
-    except Exception as error:  # no C compiler, an unknown GPU: Triton has no common exception
-        warnings.warn(
-            f"Triton cannot compile for {device}, focal does without: {error}", stacklevel=2
-        )
-        return None
     return torch_triton
+
+
+class _Trial:
+    """Whether Triton can compile for a device: no C compiler, an unknown GPU, no free memory.
+
+    A failure may pass. After one, the next attempts are at the 2nd, 4th, 8th ... call.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.works, self.calls = device, False, 0
+
+    def passed(self, kernels: ModuleType) -> bool:
+        """Whether the kernels have run on this device, now or before."""
+        if self.works:
+            return True
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False  # where nothing can be compiled
+        self.calls += 1
+        if self.calls & (self.calls - 1) == 0:  # a power of two
+            try:
+                one = torch.ones(1, device=self.device)
+                kernels.total(SigmoidFocal(None, 2.0), one, one)
+                self.works = True
+            except Exception as error:  # Triton has no common exception
+                if self.calls == 1:
+                    warnings.warn(
+                        f"Triton cannot compile for {self.device}, focal does without: {error}",
+                        stacklevel=2,
+                    )
+        return self.works
+
+
+_trial = functools.cache(_Trial)
+
+
+def _triton_on(device: torch.device) -> ModuleType | None:
+    """The kernels of Triton, where it is installed and able to compile for this device."""
+    kernels = _triton()
+    return kernels if kernels and _trial(device).passed(kernels) else None

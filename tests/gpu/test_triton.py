@@ -9,6 +9,7 @@ import os
 import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from precision import gradient_terms, promised_ulps, worst_ulps
 
 import focal.numpy as reference
@@ -19,14 +20,48 @@ from focal.torch import _pointwise
 from focal.torch._namespace import xp
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-GAMMAS = [0.0, 0.5, 1.0, 2.0, 3.7]
+GAMMAS = [0.0, 0.1, 0.5, 1.0, 1.5, 2.0, 3.7, 5.0]
 ALPHAS = [None, 0.25, 1.0]
 HALVES = [torch.float16, torch.bfloat16]
 EXTREMES = [s * e for e in (0.0, 1e-30, 1e-3, 1.0, 20.0, 87.0, 100.0, 1000.0) for s in (1, -1)]
 
 
 @pytest.fixture(autouse=True)
-def kernels_run(monkeypatch):
+def rounding_of_a_gpu(monkeypatch):
+    """Gives the interpreter the errors that NVIDIA documents for its instructions.
+
+    2 ULP for ex2.approx.ftz and rsqrt.approx.ftz, 1 for sqrt.approx.ftz, of either sign or none, a
+    different one for neighbors; numbers below the normal ones are 0; fma rounds once.
+    """
+    if DEVICE != "cpu":
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def approximate(function, ulps):
+        def operation(self, a):
+            exact = function(a.data.astype(np.float64)).astype(np.float32)
+            exact[np.abs(exact) < np.finfo(np.float32).tiny] = 0
+            signs = np.arange(exact.size).reshape(exact.shape) % 3 - 1
+            error = np.where(np.isfinite(exact) & (exact != 0), ulps * signs, 0).astype(np.int32)
+            return TensorHandle((exact.view(np.int32) + error).view(np.float32), a.dtype.scalar)
+
+        return operation
+
+    def fma(self, a, b, c):
+        a, b, c = (operand.data.astype(np.float64) for operand in (a, b, c))
+        return TensorHandle((a * b + c).astype(np.float32), tl.float32)
+
+    for name, function, ulps in (
+        ("exp2", np.exp2, 2),
+        ("rsqrt", lambda a: 1 / np.sqrt(a), 2),
+        ("sqrt", np.sqrt, 1),
+    ):
+        monkeypatch.setattr(InterpreterBuilder, f"create_{name}", approximate(function, ulps))
+    monkeypatch.setattr(InterpreterBuilder, "create_fma", fma)
+
+
+@pytest.fixture(autouse=True)
+def kernels_run(monkeypatch, rounding_of_a_gpu):
     """Sends the losses to the kernels, and counts."""
     calls = []
     launch = torch_triton._launch
@@ -139,6 +174,56 @@ def test_half_types_are_rounded_once_at_the_end(gamma, kind, dtype):
     assert worst_ulps(on_host(slope), expected, name, terms) <= bound
 
 
+@pytest.mark.parametrize("kind", ["int8", "hard", "soft"])
+@pytest.mark.parametrize("gamma", [0.1, 0.3, 1.5, 3.7, 5.0, 10.0])
+def test_an_exponent_without_code_of_its_own(gamma, kind):
+    """From m of 1e-38 to m of 1, and around the middle, where the logarithm changes its parts."""
+    x = torch.cat([torch.linspace(-a, a, 8000) for a in (1.0, 20.0, 88.0)]).to(DEVICE)
+    t, formula = targets(kind, x), SigmoidFocal(None, gamma)
+    value = torch_triton.value(formula, x, t)
+    slope = torch_triton.slope(formula, x, t, torch.ones((), device=DEVICE))
+    x, y = on_host(x), on_host(t)
+    expected = reference.sigmoid_focal_loss(x, y, None, gamma)
+    assert worst_ulps(on_host(value), expected, "float32") <= promised_ulps(gamma)
+    expected = reference.sigmoid_focal_loss_grad(x, y, None, gamma)
+    terms = gradient_terms(x, y, None, gamma)
+    assert worst_ulps(on_host(slope), expected, "float32", terms) <= promised_ulps(gamma)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("kind", ["int8", "soft"])
+@pytest.mark.parametrize("gamma", [0.1, 0.5, 2.0, 5.0])
+def test_every_number_of_a_half_type(gamma, kind, dtype):
+    """Before rounding to the half type the error is 1/100 of the last digit it has."""
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    x = x[x.isfinite()].to(DEVICE)
+    name = str(dtype).removeprefix("torch.")
+    formula, out = SigmoidFocal(0.25, gamma), torch.empty(len(x), device=DEVICE)
+    drawn = targets(kind, x)
+    for t in (drawn, 1 - drawn):
+        y, logit = on_host(t), on_host(x)
+        value = on_host(torch_triton.value(formula, x, t, out=out))
+        expected = reference.sigmoid_focal_loss(logit, y, 0.25, gamma)
+        assert worst_ulps(value, expected, name) <= 0.01
+        slope = torch_triton.slope(formula, x, t, torch.ones((), device=DEVICE), out=out)
+        expected = reference.sigmoid_focal_loss_grad(logit, y, 0.25, gamma)
+        terms = gradient_terms(logit, y, 0.25, gamma)
+        assert worst_ulps(on_host(slope), expected, name, terms) <= 0.01
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_a_sum_of_a_half_type_is_one_of_float32(gamma, dtype):
+    """Also where all logits are equal, and with them their errors."""
+    for at in (-12.0, -3.0, 0.0, 0.75, 5.0, None):
+        x = logits(5003)[16:] if at is None else torch.full((5003,), at, device=DEVICE)
+        x = x.to(dtype)
+        for t in (targets("int8", x), targets("soft", x)):
+            got = torch_triton.total(SigmoidFocal(0.25, gamma), x, t).item()
+            expected = reference.sigmoid_focal_loss(on_host(x), on_host(t), 0.25, gamma).sum()
+            assert got == pytest.approx(expected, rel=2e-6 + 1e-6 * gamma)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("gamma", GAMMAS)
 def test_infinite_logits_have_the_limits_of_the_formula(gamma, dtype):
@@ -187,6 +272,17 @@ def test_any_number_of_logits(n):
     torch.testing.assert_close(total.double(), value.double().sum(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("classes", [0, 7, 80])
+def test_indices_of_64_bits(monkeypatch, classes):
+    """They are for more than 2^30 logits, which the interpreter cannot take."""
+    x, t, formula = logits(5040), targets("soft", logits(5040)), SigmoidFocal(0.25, 2.0)
+    if classes:
+        x, t, formula = x.view(-1, classes), labels(5040 // classes, classes), Sparse(formula)
+    expected = torch_triton.value(formula, x, t)
+    monkeypatch.setattr(torch_triton, "IN_32_BITS", 0)
+    assert torch.equal(torch_triton.value(formula, x, t), expected)
+
+
 @pytest.mark.parametrize("gamma", GAMMAS)
 def test_a_nan_stays_one(gamma):
     x, t = torch.tensor([float("nan"), 1.0], device=DEVICE), torch.ones(2, device=DEVICE)
@@ -194,6 +290,16 @@ def test_a_nan_stays_one(gamma):
     for a, b in ((x, t), (t, x)):
         assert torch_triton.value(formula, a, b).isnan().tolist() == [True, False]
         assert torch_triton.slope(formula, a, b, one).isnan().tolist() == [True, False]
+    # Also with hard targets, but not in a row that is ignored.
+    for half in (torch.float32, *HALVES):
+        logit = x.to(half)
+        assert torch_triton.value(formula, logit, t.bool()).isnan().tolist() == [True, False]
+        assert torch_triton.slope(formula, logit, t.bool(), one).isnan().tolist() == [True, False]
+        for label, expected in ((1, [True, False]), (-1, [True, False]), (-2, [False, False])):
+            row = Sparse(formula), logit[None], torch.tensor([label], device=DEVICE)
+            assert torch_triton.value(*row)[0].isnan().tolist() == expected
+            assert torch_triton.slope(*row, one)[0].isnan().tolist() == expected
+            assert torch_triton.total(*row).isnan().item() == any(expected)
 
 
 # ---------------------------------------------------------------- through the losses

@@ -403,6 +403,46 @@ def test_an_exported_module_gives_the_loss_of_any_batch(kind, module, function, 
     torch.testing.assert_close(by_export, by_focal, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.5, 2.0])
+@pytest.mark.parametrize("kind", ["targets", "labels"])
+def test_an_exported_sigmoid_focal_loss_has_the_exact_gradient(kind, gamma, reduction, strict):
+    """At every logit, 0 and the extremes among them, in a graph that needs nothing of focal."""
+    module = F.SigmoidFocalLoss if kind == "targets" else F.SparseSigmoidFocalLoss
+    module = module(0.25, gamma, reduction)
+    x = torch.tensor([EXTREMES, [-x for x in EXTREMES], [5.0] * 9]).T
+    t = soft(9, 3).round() if kind == "targets" else torch.tensor([0, 1, 2, -1, 0, 1, 2, -1, -2])
+    exported = torch.export.export(module, (x, t), strict=strict)
+    operations = {node.target for node in exported.graph.nodes if node.op == "call_function"}
+    assert all(operation.namespace == "aten" for operation in operations)
+    results = []
+    for loss in (module, exported.module()):
+        leaf = x.clone().requires_grad_()
+        results.append(torch.autograd.grad(loss(leaf, t).sum(), leaf)[0])
+    torch.testing.assert_close(*results, rtol=2e-6, atol=1e-38)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+def test_a_graph_of_loss_and_gradient_has_the_registered_derivative(gamma):
+    from functorch.compile import aot_function, nop
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def loss(x, t):
+        return F.sparse_sigmoid_focal_loss(x, t, 0.25, gamma, reduction="sum")
+
+    def slope(x, t):
+        return torch.autograd.grad(loss(x, t), x)[0]
+
+    x, t = torch.tensor(EXTREMES)[:, None].requires_grad_(), torch.tensor([-1, 0, -2] * 3)
+    expected = slope(x, t)
+    assert torch.equal(make_fx(slope)(x, t)(x, t), expected)
+    ahead = aot_function(loss, fw_compiler=nop, bw_compiler=nop)
+    torch.testing.assert_close(
+        torch.autograd.grad(ahead(x, t), x)[0], expected, rtol=1e-6, atol=1e-38
+    )
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the check of the shapes
 def test_torchscript_has_the_loss_as_a_call_of_python():

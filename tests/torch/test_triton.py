@@ -6,7 +6,9 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from backends import REQUIRE_ALL
@@ -14,6 +16,7 @@ from folders import ROOT, TESTS
 
 torch = pytest.importorskip("torch")
 
+import focal.kernels  # noqa: E402
 import focal.torch as F  # noqa: E402
 from focal.core.formulas import SigmoidFocal  # noqa: E402
 from focal.torch import _pointwise  # noqa: E402
@@ -55,78 +58,120 @@ def test_the_kernels_in_the_interpreter() -> None:
 
 COMPILE = """
 import itertools
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
-from focal.kernels.torch_triton import BLOCK, _kernel
+import torch
+from benchmarks.instructions import compiled, opcodes
+from focal.core.formulas import SigmoidFocal, Sparse
 
-# A float is passed in 32 bits unless its annotation says otherwise.
-gamma = next(p for p in _kernel.params if p.name == "gamma").annotation_type
-assert gamma == "fp64"
-floats = dict.fromkeys(("alpha", "alpha_rest", "half_smoothing"), "fp32")
-types = {"n": "i32", "gamma": gamma, **floats}
-tasks = {"value": "*bf16", "sum": "*fp32", "slope": "*bf16"}
-cases = itertools.product(
-    tasks.items(), ("fp32", "i64"), (None, 0.5, 2.0), (False, True)
-)
-for (task, out), t, power, smoothed in cases:
-    sparse = t == "i64"
-    scale = {"scale": "*fp32"} if task == "slope" else {}
-    signature = {"x": "*bf16", "t": f"*{t}", "out": out, **scale, **types}
-    constants = {
-        "TASK": task,
-        "GAMMA": power,
-        "BALANCED": True,
-        "HARD": sparse and not smoothed,
-        "SMOOTHED": smoothed,
-        "CLASSES": 80 if sparse else 0,
-        "SCALES": not sparse,
-        "BLOCK": BLOCK,
-        "scale": None,
-    }
-    names = _kernel.arg_names
-    source = ASTSource(
-        _kernel,
-        {name: signature.get(name, "constexpr") for name in names},
-        {(i,): constants[name] for i, name in enumerate(names) if name not in signature},
-    )
-    for capability in (80, 90):
-        assert compile(source, GPUTarget("cuda", capability, 32)).asm["cubin"]
+FLOAT, HALF, F16 = torch.float32, torch.bfloat16, torch.float16
+TASKS = "value", "sum", "slope"
+H100 = itertools.product((90,), TASKS, (FLOAT, HALF), (1.5, 2.0), (0.0,))
+others = itertools.product((80, 100), ("slope",), (FLOAT, HALF), (1.5,), (0.0,))
+rare = [(90, "slope", *c) for c in ((FLOAT, 0.5, 0.0), (F16, 1.5, 0.0), (FLOAT, 1.5, 0.1))]
+for capability, task, dtype, gamma, smoothing in (*H100, *others, *rare):
+    rows = 2**27 if dtype == F16 else 1000  # more logits than 32 bits count
+    x = torch.empty(rows, 80, dtype=dtype, device="meta")
+    labels = torch.empty(rows, dtype=torch.int64, device="meta")
+    loss = SigmoidFocal(0.25, gamma, smoothing)
+    for formula, t in ((loss, x), (Sparse(loss), labels)):
+        kernel = compiled(task, formula, x, t, capability)
+        names = opcodes(kernel)
+        assert ".f64" not in kernel.asm["ptx"], (task, dtype, gamma)
+        assert "LDG.E.128" in names
+        # No spilled registers, but for one address in the largest kernel.
+        assert sum(name.startswith(("LDL", "STL")) for name in names) <= (2 if smoothing else 0)
 print("compiled")
 """
 
 
 @needs_triton
 def test_the_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
-    """For the A100 and the H100; the compiler needs no such device."""
+    """For the A100, the H100 and the B200: no float64, no spilled registers, loads of 128 bits."""
     assert run(COMPILE, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path)) == "compiled\n"
 
 
-def test_without_a_working_triton_it_is_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, y = torch.randn(50, requires_grad=True), torch.rand(50).round()
-    expected = F.sigmoid_focal_loss(x, y, reduction="sum")
-    slope = torch.autograd.grad(expected, x)[0]
+@pytest.fixture
+def triton_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Sends losses on the CPU to whatever stands for Triton's kernels."""
     monkeypatch.setattr(_pointwise, "TRITON_DEVICE", "cpu")
-    _pointwise._triton_on.cache_clear()
-    try:
-        # Not installed, so quietly; installed, but with no GPU for it to compile for, so aloud.
-        monkeypatch.setitem(sys.modules, "focal.kernels.torch_triton", None)
-        assert torch.equal(F.sigmoid_focal_loss(x, y, reduction="sum"), expected)
-        monkeypatch.setitem(sys.modules, "focal.kernels.torch_triton", BrokenTriton)
-        _pointwise._triton_on.cache_clear()
-        with pytest.warns(UserWarning, match="focal does without: no C compiler"):
-            got = F.sigmoid_focal_loss(x, y, reduction="sum")
-    finally:
-        _pointwise._triton_on.cache_clear()
-    assert torch.equal(got, expected)
-    assert torch.equal(torch.autograd.grad(got, x)[0], slope)
+    clear = _pointwise._triton.cache_clear, _pointwise._trial.cache_clear
+    for each in clear:
+        each()
+    yield
+    for each in clear:
+        each()
 
 
-class BrokenTriton:
-    """Stands in for the module of the kernels."""
+def replace_kernels(monkeypatch: pytest.MonkeyPatch, module: ModuleType | None) -> None:
+    monkeypatch.setitem(sys.modules, "focal.kernels.torch_triton", module)
+    monkeypatch.delattr(focal.kernels, "torch_triton", raising=False)
 
-    @staticmethod
-    def total(formula: SigmoidFocal, x: object, t: object) -> None:
-        raise RuntimeError("no C compiler")
+
+def without_triton(monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, torch.Tensor]:
+    with monkeypatch.context() as patch:
+        patch.setattr(_pointwise, "TRITON_DEVICE", "none")
+        return loss_and_slope()
+
+
+def loss_and_slope() -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.linspace(-5, 5, 50, requires_grad=True)
+    loss = F.sigmoid_focal_loss(x, torch.ones(50), reduction="sum")
+    return loss, torch.autograd.grad(loss, x)[0]
+
+
+def test_without_triton_it_is_the_formula(
+    monkeypatch: pytest.MonkeyPatch, triton_on_the_cpu: None
+) -> None:
+    expected = without_triton(monkeypatch)
+    replace_kernels(monkeypatch, None)
+    for a, b in zip(loss_and_slope(), expected, strict=True):  # without a warning
+        assert torch.equal(a, b)
+
+
+def test_a_failure_of_triton_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, triton_on_the_cpu: None
+) -> None:
+    """Seldom, as it may cost a failed compilation; a success is for good."""
+    expected = without_triton(monkeypatch)
+    kernels = Kernels(failures=3)
+    replace_kernels(monkeypatch, kernels)
+    with pytest.warns(UserWarning, match="Triton cannot compile for cpu, .*: no C compiler"):
+        got = loss_and_slope()
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+    device = torch.device("cpu")
+    _pointwise._trial.cache_clear()
+    kernels.tried = 0
+    with pytest.warns(UserWarning, match="no C compiler"):
+        assert _pointwise._triton_on(device) is None
+    tried = []
+    for _ in range(2, 12):  # no second warning: warnings are errors
+        _pointwise._triton_on(device)
+        tried.append(kernels.tried)
+    assert tried == [2, 2, 3, 3, 3, 3, 4, 4, 4, 4]
+    assert _pointwise._triton_on(device) is kernels
+
+
+def test_nothing_is_compiled_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial, kernels = _pointwise._Trial(torch.device("cuda")), Kernels(failures=9)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not trial.passed(kernels)
+    assert (trial.calls, kernels.tried) == (0, 0)
+
+
+class Kernels(ModuleType):
+    """Stands in for the module of the kernels, which fails as often as told."""
+
+    def __init__(self, failures: int) -> None:
+        super().__init__("kernels")
+        self.failures, self.tried = failures, 0
+
+    def total(self, formula: SigmoidFocal, x: object, t: object) -> None:
+        self.tried += 1
+        if self.tried <= self.failures:
+            raise RuntimeError("no C compiler")
+
+    def takes(self, *operands: object) -> bool:
+        return False
 
 
 def test_importing_the_adapter_does_not_load_triton() -> None:
