@@ -336,12 +336,15 @@ def _log2(m):
 
 @triton.jit
 def _two_to_product(a, a_rest, b, b_rest):
-    """2^((a + a_rest)(b + b_rest)): an exponent of 100 in one float32 would lose 7 bits."""
-    high = a * b
-    low = tl.fma(a, b, -high) + a_rest * b + a * b_rest
-    both = high + low
+    """2^((a + a_rest)(b + b_rest)): an exponent of 100 in one float32 would lose 7 bits.
+
+    With a b in `fma` alone: of a product with a name, a compiler that fuses takes another value in
+    one sum than in the next.
+    """
+    low = a_rest * b + a * b_rest
+    both = tl.fma(a, b, low)
     shifted = tl.where(both < -127.0, -127.0, both) + 12582912.0
-    r = (high - (shifted - 12582912.0)) + low
+    r = tl.fma(a, b, 12582912.0 - shifted) + low
     return _exp_near_0(r * 0.6931471805599453) * _two_to(shifted)
 
 

@@ -31,7 +31,8 @@ def rounding_of_a_gpu(monkeypatch):
     """Gives the interpreter the errors that NVIDIA documents for its instructions.
 
     2 ULP for ex2.approx.ftz and rsqrt.approx.ftz, 1 for sqrt.approx.ftz, of either sign or none, a
-    different one for neighbors; numbers below the normal ones are 0; fma rounds once.
+    different one for neighbors; numbers below the normal ones are 0; fma rounds once. A product in
+    a sum becomes fma, as the compiler makes it, also where the product is used elsewhere.
     """
     if DEVICE != "cpu":
         return
@@ -51,6 +52,28 @@ def rounding_of_a_gpu(monkeypatch):
         a, b, c = (operand.data.astype(np.float64) for operand in (a, b, c))
         return TensorHandle((a * b + c).astype(np.float32), tl.float32)
 
+    multiply = InterpreterBuilder.create_fmul
+
+    def fmul(self, a, b):
+        product = multiply(self, a, b)
+        product.factors = a.data.astype(np.float64), b.data.astype(np.float64)
+        return product
+
+    def fused(add, sign):
+        def operation(self, a, b):
+            total = add(self, a, b)
+            for product, other, of_product, of_other in ((a, b, 1, sign), (b, a, sign, 1)):
+                if hasattr(product, "factors") and total.data.dtype == np.float32:
+                    exact = of_product * np.multiply(*product.factors) + of_other * other.data
+                    return TensorHandle(exact.astype(np.float32), total.dtype)
+            return total
+
+        return operation
+
+    monkeypatch.setattr(InterpreterBuilder, "create_fmul", fmul)
+    for name, sign in (("create_fadd", 1), ("create_fsub", -1)):
+        add = getattr(InterpreterBuilder, name)
+        monkeypatch.setattr(InterpreterBuilder, name, fused(add, sign))
     for name, function, ulps in (
         ("exp2", np.exp2, 2),
         ("rsqrt", lambda a: 1 / np.sqrt(a), 2),
@@ -508,7 +531,8 @@ def test_more_logits_than_32_bits_count():
     t = torch.zeros(n, device=DEVICE, dtype=torch.int8)
     x[-1] = 1000.0
     total = torch_triton.total(SigmoidFocal(None, 0.0), x, t)
-    assert total.item() == pytest.approx((n - 1) * np.log(2) + 1000.0, rel=1e-6)
+    # All logits have the same error, for which the docstring of the kernels has a bound.
+    assert total.item() == pytest.approx((n - 1) * np.log(2) + 1000.0, rel=2e-6)
 
 
 @needs_gpu
