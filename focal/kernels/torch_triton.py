@@ -241,7 +241,8 @@ def _load(
         # Division by a constant and in 32 bits, or it would be slow.
         place = (start % CLASSES).to(tl.int32) + first
         rows = t + start // CLASSES + place // CLASSES
-        label = tl.load(rows, mask=inside, other=-2).to(tl.int32)
+        label = tl.load(rows, mask=inside, other=0).to(tl.int32)
+        label = tl.where(inside, label, -2)  # which not every type of labels has
         y = label - place % CLASSES == one
         y = y if HARD else y.to(tl.float32)
         counted = label >= -1

@@ -283,6 +283,8 @@ def test_every_type_of_labels(dtype):
     formula = Sparse(SigmoidFocal(0.25, 2.0))
     expected = torch_triton.value(formula, x, t)
     assert torch.equal(torch_triton.value(formula, x, t.to(dtype)), expected)
+    total = torch_triton.total(formula, x, t.to(dtype))
+    torch.testing.assert_close(total, expected.sum(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("n", [1, 2, 1009, 1024, 1025, 5003])
