@@ -44,7 +44,7 @@ class Traffic(TorchDispatchMode):
         launches: Operations that run a kernel, by name. One on a list of tensors counts once.
         bytes: What these read and write, by name: each operand and each result once.
         waits: Operations at which the host waits for the device, by name: those whose result it
-            needs, and copies between the two of memory that is not pinned.
+            needs, and copies between the two of memory that is not pinned, or has gaps.
         devices: The devices of all tensors.
         peak: The most bytes of CUDA memory at once, of tensors that were made in here.
     """
@@ -92,7 +92,7 @@ class Traffic(TorchDispatchMode):
 
     def _is_pinned(self, given: list[Tensor], made: list[Tensor]) -> bool:
         host = [a for a in (*given, *made) if a.device.type == "cpu"]
-        return all(a.untyped_storage() in self._pinned for a in host)
+        return all(a.untyped_storage() in self._pinned and a.is_contiguous() for a in host)
 
     def _hold(self, a: Tensor) -> None:
         """Count the memory of a new tensor until it is freed."""
@@ -134,7 +134,8 @@ class _FakeDevice(FakeTensorMode):
         if name.startswith("_fused_"):  # optimizers; PyTorch has no rule for them
             return None
         if name == "_pin_memory":  # PyTorch refuses without a GPU
-            func, args, kwargs = torch.ops.aten.clone.default, args[:1], {}
+            func, kwargs = torch.ops.aten.empty_strided.default, {"dtype": args[0].dtype}
+            args = args[0].shape, args[0].stride()  # which it keeps
         return super().dispatch(func, types, args, kwargs)
 
 

@@ -51,7 +51,8 @@ def test_what_is_counted():
     assert dict(counted(lambda x: torch.ones(3).to(x.device)).waits) == {"_to_copy": 1}
     pinned = counted(lambda x: torch.ones(3).pin_memory().to(x.device, non_blocking=True))
     waited_for = counted(lambda x: torch.ones(3).pin_memory().to(x.device))
-    assert waited_for.waits
+    gaps = counted(lambda x: torch.ones(3, 2)[:, :1].pin_memory().to(x.device, non_blocking=True))
+    assert waited_for.waits and gaps.waits
     assert dict(counted(lambda x: x[x > 0]).waits) == {"index": 1}
     assert dict(counted(lambda x: torch.nonzero(x)).waits) == {"nonzero": 1}
     assert not pinned.waits and dict(pinned.launches) == {"_to_copy": 1}
@@ -185,6 +186,13 @@ def test_a_step_waits_for_nothing_and_stays_on_its_device(name, device):
         assert {x.device for x in losses.values()} == {torch.device(device)}
     assert found.devices - {CPU} == {torch.device(device)}
     assert not found.waits
+
+
+def test_an_array_with_gaps_is_moved_without_waiting():
+    with traffic.fake_cuda("cuda:0"), traffic.counted() as found:
+        gaps = torch.ones(3, 2)[:, :1]  # of NumPy, a fake copy would have none
+        assert backend._moved(gaps, torch.device("cuda:0")).shape == (3, 1)
+    assert not found.waits and found.launches
 
 
 @pytest.mark.parametrize("device", DEVICES)

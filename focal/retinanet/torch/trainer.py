@@ -344,7 +344,8 @@ def _moved(x: np.ndarray, device: torch.device) -> Tensor:
     tensor = torch.as_tensor(x)
     if device.type != "cuda":
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    # With gaps it would be copied by way of memory that is not pinned.
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def _normalized(model: RetinaNet, images: np.ndarray | Tensor) -> Tensor:
