@@ -264,6 +264,18 @@ def test_it_is_captured_as_one_graph(tiny):
 # Normalization
 
 
+def test_frozen_batch_norm_in_function_transforms():
+    from torch.func import grad, vmap
+
+    norm, x = FrozenBatchNorm2d(2), images(2, 3, 2, 4, 4).requires_grad_()
+    norm.running_var.copy_(torch.tensor([4.0, 9.0]))
+    slope = torch.tensor([1 / 2, 1 / 3])[:, None, None].expand(3, 2, 4, 4)
+    near = {"rtol": 1e-5, "atol": 0}
+    torch.testing.assert_close(grad(lambda x: norm(x).sum())(x[0]), slope, **near)
+    each = vmap(grad(lambda x: norm(x).sum()))(x)
+    torch.testing.assert_close(each, slope.expand(2, 3, 2, 4, 4), **near)
+
+
 def test_frozen_batch_norm_is_batch_norm_in_evaluation():
     norm, frozen = torch.nn.BatchNorm2d(6).eval(), FrozenBatchNorm2d(6)
     tensors = {name: images(6, seed=i) for i, name in enumerate(frozen.state_dict())}

@@ -58,12 +58,15 @@ class _FixedNorm(torch.autograd.Function):
     One kernel each way, also for x of a half type, while the statistics are float32.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(mean, var, weight)
+    def forward(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.batch_norm(x, mean, var, weight, bias, eps=NORM_EPS)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:4])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
