@@ -291,8 +291,8 @@ def test_a_nan_stays_one(gamma):
         assert torch_triton.value(formula, a, b).isnan().tolist() == [True, False]
         assert torch_triton.slope(formula, a, b, one).isnan().tolist() == [True, False]
     # Also with hard targets, but not in a row that is ignored.
-    for half in (torch.float32, *HALVES):
-        logit = x.to(half)
+    for dtype in (torch.float32, *HALVES):
+        logit = x.to(dtype)
         assert torch_triton.value(formula, logit, t.bool()).isnan().tolist() == [True, False]
         assert torch_triton.slope(formula, logit, t.bool(), one).isnan().tolist() == [True, False]
         for label, expected in ((1, [True, False]), (-1, [True, False]), (-2, [False, False])):
