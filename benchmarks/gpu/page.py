@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def summary(content: Mapping[str, Any]) -> str:
-    """A part in few lines: what became of it, its tables, its failures."""
+    """A part in a few lines: its state, its tables, its failures."""
     failed, left_out = content["failed"], content["left_out"]
     counts = f"{len(content['measured'])} measured, {len(failed)} failed, {len(left_out)} left out"
     lines = [f"== {content['part']}: {content['state']}, {content.get('seconds')} s, {counts}"]

@@ -37,7 +37,11 @@ def plan(job: Job) -> Plan:
         "step": lambda: steps(job, {"focal": ours, "torchvision": theirs}),
         "profile": lambda: profile(job),
         "step, variants": lambda: steps(
-            job, {"focal, frozen batch norm": frozen, "torchvision, channels last": theirs_last}
+            job,
+            {
+                "focal, frozen batch norm": frozen,
+                "torchvision, channels last": functools.partial(theirs, layout=torch.channels_last),
+            },
         ),
         "speed with the loader": lambda: speed(job),
         "training": lambda: training(job),
@@ -55,10 +59,6 @@ def frozen(setting: Settings, device: str) -> Step:
 
 def ours_compiled(setting: Settings, device: str) -> Step:
     return ours(setting._replace(run=setting.run.replace(compile=True)), device)
-
-
-def theirs_last(setting: Settings, device: str) -> Step:
-    return theirs(setting, device, torch.channels_last)
 
 
 def theirs(
