@@ -496,7 +496,7 @@ def test_extra_memory_is_that_of_the_gradient(dtype, sparse):
     before = torch.cuda.memory_allocated()
     loss(x, t, reduction="sum").backward()
     extra = torch.cuda.max_memory_allocated() - before
-    assert extra <= 1.01 * x.nbytes  # one partial sum per 1024 logits, and rounding
+    assert extra <= 1.01 * x.nbytes  # one partial sum per program, and rounding
 
 
 @needs_gpu
