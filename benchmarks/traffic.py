@@ -170,8 +170,8 @@ class _Autocast:
 @contextlib.contextmanager
 def fake_cuda(device: str = "cuda:0") -> Iterator[None]:
     """Tensors on "cuda" can be made and differentiated, without a GPU or CUDA; none has values."""
-    if torch.version.cuda:
-        raise RuntimeError("fake_cuda: needs a build of PyTorch without CUDA")
+    if torch.cuda.is_available():
+        raise RuntimeError("fake_cuda: expected a machine without a GPU; PyTorch sees one")
     make, autocast = torch.Tensor._make_subclass, _Autocast()
 
     def make_on_meta(*args: Any, **options: Any) -> Any:

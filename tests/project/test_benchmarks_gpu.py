@@ -238,6 +238,24 @@ def test_the_page_shows_the_committed_results():
     assert text.count(page.EMPTY) == len(command.PARTS) - len(results)
 
 
+def test_the_counts_on_the_pages_are_those_of_the_results():
+    traffic, instructions = (
+        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("traffic", "instructions")
+    )
+    text = page.PAGE.read_text()
+    row = "| | now | **{launches:,}** | **{gigabytes:.0f}** | **{waits}** | {peak_gib} |"
+    assert all(row.format(**found) in text for found in traffic["norms"].values())
+    row = "alone launches {} operations, and post-processing of the 16 images {}."
+    assert row.format(*(found["launches"] for found in traffic["parts"].values())) in text
+
+    text = (ROOT / "docs/benchmarks.md").read_text()
+    for short, dtype in (("fp32", "float32"), ("bf16", "bfloat16")):
+        for kind, targets in (("dense", dtype), ("sparse", "labels")):
+            found = instructions["per_logit"][f"{short} {kind} sum and slope, gamma 2.0"]
+            figures = f"{found['bytes']} | {found['all']} | {found['inferred share of copy']:.0%}"
+            assert f"| {dtype} | {targets} | {figures} |" in text
+
+
 def test_detections_are_packed_without_loss():
     rng = np.random.default_rng(0)
     found = [
