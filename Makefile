@@ -50,7 +50,7 @@ lint: $(ALL)
 bench: $(ALL)
 	$(RUN) -m benchmarks
 
-# The same holds here. DATA is a folder in the COCO format, MINUTES is for each part.
+# RUN and ALL as for test-gpu. DATA is a folder in the COCO format, MINUTES is for each part.
 OUT ?= runs/gpu
 MINUTES ?= 9
 bench-gpu: $(ALL)

@@ -3,11 +3,11 @@
 `python -m benchmarks.instructions` writes results/instructions.json.
 
 The kernels have no loop: all instructions of the program are counted, those of rare branches too,
-and divided by the logits of a thread. An H200 issues at most 132 multiprocessors x 4 x 32 lanes x
-1.755 GHz = 29.7e12 instructions of a lane per second, of which an eighth may be MUFU (exponential,
-square roots), and copies 4.3e12 bytes per second, reads and writes added: 6.9 instructions in the
-time of a byte. A kernel takes at least the longer one of the two times. The share of the copy's
-bandwidth that this leaves is inferred, not measured: latencies and launches come on top.
+and divided by the logits of a thread. At 1.755 GHz an H200 issues at most 132 multiprocessors x 4 x
+32 lanes x 1.755e9 = 29.7e12 instructions per second and lane, of which an eighth may be MUFU
+(exponential, square roots). A copy is assumed to move 4.3e12 bytes per second, reads and writes
+added: 6.9 instructions per byte. A kernel takes at least the longer one of the two times. The share
+of the copy's bandwidth that follows is inferred, not measured: latencies and launches come on top.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ KINDS = {
     "memory": r"LD|ST|SHFL",
     "integer and conversion": r"",
 }
-"""Kinds of instructions by their names; the first that fits."""
+"""Patterns of the instructions' names; the first that matches decides."""
 
 
 def compiled(
@@ -139,7 +139,6 @@ def main() -> None:
         "instructions",
         "python -m benchmarks.instructions",
         target="sm_90",
-        triton=triton.__version__,
         per_logit=found,
     )
     rows: list[tuple[str, ...]] = [("kernel", *next(iter(found.values())))]

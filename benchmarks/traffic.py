@@ -1,11 +1,13 @@
-"""What a GPU would do in PyTorch code, counted without one, on fake CUDA tensors.
+"""Kernel launches, memory traffic and waits of PyTorch code, counted on fake CUDA tensors.
 
-`python -m benchmarks.traffic` counts a training step of `r50` and writes results/traffic.json.
+`python -m benchmarks.traffic` counts training steps, target assignment and post-processing of `r50`
+and writes results/traffic.json.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,9 +23,11 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import focal.torch
 from benchmarks.common import record, table
 from focal.retinanet.config import RetinaNetConfig, TrainConfig
 from focal.retinanet.data import Batch
+from focal.retinanet.postprocess import detections
 from focal.retinanet.presets import PRESETS
 from focal.retinanet.torch.network import build_network
 from focal.retinanet.torch.trainer import Trainer
@@ -35,6 +39,8 @@ WAITING = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2
 """Operations of which the host needs a result, so that it waits for the device."""
 ALLOCATING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 COPYING = {"_to_copy", "copy_"}
+BOXES = 41
+"""Boxes of each image."""
 
 
 class Traffic(TorchDispatchMode):
@@ -165,8 +171,8 @@ class _Autocast:
 @contextlib.contextmanager
 def fake_cuda(device: str = "cuda:0") -> Iterator[None]:
     """Tensors on "cuda" can be made and differentiated, without a GPU or CUDA; none has values."""
-    if torch.version.cuda:
-        raise RuntimeError("fake_cuda: needs a build of PyTorch without CUDA")
+    if torch.cuda.is_available():
+        raise RuntimeError("fake_cuda: expected a machine without a GPU; PyTorch sees one")
     make, autocast = torch.Tensor._make_subclass, _Autocast()
 
     def make_on_meta(*args: Any, **options: Any) -> Any:
@@ -278,33 +284,63 @@ def example_batch(train: TrainConfig, size: tuple[int, int], boxes: int) -> Batc
     )
 
 
+def summary(traffic: Traffic) -> dict[str, Any]:
+    """What was counted, in all."""
+    return {
+        "launches": traffic.launches.total(),
+        "gigabytes": round(traffic.bytes.total() / 1e9, 1),
+        "waits": traffic.waits.total(),
+        "peak_gib": round(traffic.peak / 2**30, 1),
+    }
+
+
+def step(config: RetinaNetConfig, train: TrainConfig) -> dict[str, Any]:
+    """Count a training step."""
+    with fake_cuda():
+        trainer = trainer_on("cuda:0", config, train)
+        batch = example_batch(train, config.image_size, BOXES)
+        trainer.step(0, batch, 0.01)  # makes the momentum
+        with counted() as traffic:
+            trainer.step(1, batch, 0.01)
+    return {
+        **summary(traffic),
+        "waits_by_name": dict(traffic.waits.most_common()),
+        "launches_by_name": dict(traffic.launches.most_common()),
+        "gigabytes_by_name": {k: round(v / 1e9, 2) for k, v in traffic.bytes.most_common(20)},
+    }
+
+
+def parts(config: RetinaNetConfig, images: int) -> dict[str, Any]:
+    """Count target assignment and post-processing alone."""
+    with fake_cuda(), torch.inference_mode():
+        zeros = functools.partial(torch.zeros, device="cuda:0")
+        anchors = focal.torch.anchors(config.image_size, config.anchors).to("cuda:0")
+        boxes, labels = zeros(images, BOXES, 4), zeros(images, BOXES, dtype=torch.int64)
+        outputs = [zeros(images, len(anchors), n) for n in (config.num_classes, 4)]
+        sizes = zeros(images, 2, dtype=torch.int64)
+        with counted() as assignment:
+            focal.torch.assign_targets(anchors, boxes, labels)
+        with counted() as processing:
+            detections(focal.torch, *outputs, anchors, sizes, config)
+    return {"assign_targets": summary(assignment), "post-processing": summary(processing)}
+
+
 def main() -> None:
-    """Count a step of `r50`, 16 images of 1024 x 1024 with 41 boxes each."""
+    """Count for `r50` with 16 images of 1024 x 1024."""
     preset = PRESETS["r50"]
     config = preset.detector.replace(classes=tuple(map(str, range(80))))
     train = preset.train.replace(precision="bfloat16")
-    found = {}
-    for norm, head_norm in (("frozen_batch", "none"), ("batch", "none"), ("group", "group")):
-        with fake_cuda():
-            trainer = trainer_on("cuda:0", config.replace(norm=norm, head_norm=head_norm), train)
-            batch = example_batch(train, config.image_size, 41)
-            trainer.step(0, batch, 0.01)  # makes the momentum
-            with counted() as traffic:
-                trainer.step(1, batch, 0.01)
-        found[norm] = {
-            "launches": traffic.launches.total(),
-            "gigabytes": round(traffic.bytes.total() / 1e9, 1),
-            "waits": traffic.waits.total(),
-            "peak_gib": round(traffic.peak / 2**30, 1),
-            "waits_by_name": dict(traffic.waits.most_common()),
-            "launches_by_name": dict(traffic.launches.most_common()),
-            "gigabytes_by_name": {k: round(v / 1e9, 2) for k, v in traffic.bytes.most_common(20)},
-        }
-    setting = f"step of r50, 16 x {config.image_size}, 41 boxes, 80 classes, bfloat16"
-    record("traffic", "python -m benchmarks.traffic", setting=setting, norms=found)
-    rows = [("norm", "launches", "GB", "waits", "peak GiB")]
-    for norm, x in found.items():
-        rows.append((norm, *(str(x[k]) for k in ("launches", "gigabytes", "waits", "peak_gib"))))
+    norms = {
+        norm: step(config.replace(norm=norm, head_norm=head_norm), train)
+        for norm, head_norm in (("frozen_batch", "none"), ("batch", "none"), ("group", "group"))
+    }
+    images = train.batch_size
+    setting = f"r50, {images} x {config.image_size}, {BOXES} boxes, 80 classes; steps in bfloat16"
+    found = parts(config, images)
+    record("traffic", "python -m benchmarks.traffic", setting=setting, norms=norms, parts=found)
+    rows = [("", "launches", "GB", "waits", "peak GiB")]
+    for name, x in (norms | found).items():
+        rows.append((name, *(str(x[k]) for k in ("launches", "gigabytes", "waits", "peak_gib"))))
     print(table(rows))
 
 

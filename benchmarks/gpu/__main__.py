@@ -111,7 +111,7 @@ def run_stage(job: Job) -> int | None:
 
 
 def _environment(job: Job) -> dict[str, str]:
-    """Of a stage."""
+    """The environment of a stage."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     added = {
         "PYTHONPATH": os.pathsep.join(paths),
@@ -166,6 +166,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    # Else the process would end without its children.
+    # So that SIGTERM ends the stage as well.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(main())

@@ -55,9 +55,8 @@ def pack(found: Sequence[Mapping[str, Any]]) -> str:
         "count": np.array([len(entry["scores"]) for entry in found], np.int64),
         "boxes": np.concatenate([np.zeros((0, 4), np.float32), *(e["boxes"] for e in found)]),
         "scores": np.concatenate([np.zeros(0, np.float32), *(e["scores"] for e in found)]),
-        "labels": np.concatenate([np.zeros(0, np.int16), *(e["labels"] for e in found)]),
+        "labels": np.concatenate([[], *(e["labels"] for e in found)]).astype(np.int16),
     }
-    arrays["labels"] = arrays["labels"].astype(np.int16)
     file = io.BytesIO()
     np.savez_compressed(file, **arrays)
     return base64.b64encode(file.getvalue()).decode()

@@ -15,7 +15,8 @@ from focal.core.formulas import SigmoidFocal, Sparse
 from focal.testing.ulp import LIMITS, allowed_ulp
 from focal.torch import xp
 
-GAMMAS = (2.0, 0.5, 0.0, 1.0, 3.7)
+NO_CODE_OF_ITS_OWN = 3.7
+GAMMAS = (2.0, 0.5, 0.0, 1.0, NO_CODE_OF_ITS_OWN)
 KINDS = ("hard", "soft", "sparse")
 LOGITS, BLOCK = 10**8, 10**7
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -34,6 +35,8 @@ def plan(job: Job) -> Plan:
 
 def random_logits(job: Job, kind: str, gamma: float) -> dict[str, Any]:
     """Worst errors over 10^8 logits, block by block."""
+    if job.dry and gamma == NO_CODE_OF_ITS_OWN:
+        raise LeftOut("Triton's interpreter rounds a fused multiply-add twice")
     block, blocks = (1_600, 1) if job.dry else (BLOCK, LOGITS // BLOCK)
     generator = torch.Generator(job.device).manual_seed(0)
     worst = Worst()

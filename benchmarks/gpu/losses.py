@@ -23,7 +23,16 @@ from benchmarks.bench_torch import (
     textbook,
     textbook_sparse,
 )
-from benchmarks.common import ALPHA, CLASSES, GAMMA, POSITIVES, Case, interleaved, wall_clock
+from benchmarks.common import (
+    ALPHA,
+    CLASSES,
+    GAMMA,
+    POSITIVES,
+    Case,
+    add_share_of_copy,
+    interleaved,
+    wall_clock,
+)
 from benchmarks.gpu.results import Again, Job, LeftOut, Plan
 from focal.torch import sigmoid_focal_loss
 
@@ -72,18 +81,25 @@ def times_of(job: Job, dtype: str, kind: str, phase: str) -> dict[str, Any]:
     times = interleaved(runs, repetitions, timer=timer)
     target = torch.empty_like(x)
     copy = interleaved({"copy": lambda: target.copy_(x)}, repetitions, timer=timer)["copy"]
-    bandwidth = 2 * x.nbytes / max(copy["median_ms"], 1e-6)  # bytes per ms
-    # Logits and targets are read in each pass, and the gradient is written.
-    needed = {"forward": x.nbytes + t.nbytes, "backward": 2 * x.nbytes + t.nbytes}
-    nbytes = needed.get(phase, sum(needed.values()))
-    found: dict[str, Any] = {"copy_gb_per_s": round(bandwidth / 1e6, 1), "sides": {}}
-    for side, run in runs.items():
-        share = nbytes / bandwidth / max(times[side]["median_ms"], 1e-6)
-        memory = {}
-        if phase != "backward":
-            memory = {"extra_memory_in_logits": round(extra_memory(run, job.dry) / x.nbytes, 3)}
-        found["sides"][side] = {**times[side], "share_of_copy": round(share, 3), **memory}
-    return found
+    bandwidth = bytes_per_second(x, copy)
+    add_share_of_copy(times, needed_bytes(phase, x, t), bandwidth)
+    if phase != "backward":
+        for side, run in runs.items():
+            memory = extra_memory(run, job.dry) / x.nbytes
+            times[side]["extra_memory_in_logits"] = round(memory, 3)
+    return {"copy_gb_per_s": round(bandwidth / 1e9, 1), "sides": times}
+
+
+def bytes_per_second(x: Any, copy: Mapping[str, float]) -> float:
+    """What a copy of the logits reads and writes in a second."""
+    milliseconds = max(copy["median_ms"], 1e-3)  # 0 in a dry run
+    return 2 * x.nbytes / milliseconds * 1e3
+
+
+def needed_bytes(phase: str, x: Any, t: Any) -> int:
+    """Logits and targets are read in each pass, and the gradient is written."""
+    forward, backward = x.nbytes + t.nbytes, 2 * x.nbytes + t.nbytes
+    return {"forward": forward, "backward": backward, "both": forward + backward}[phase]
 
 
 @functools.lru_cache(maxsize=1)

@@ -6,8 +6,8 @@ import importlib.util
 from functools import partial
 from typing import Any
 
-from benchmarks.common import CLASSES, POSITIVES, Case, interleaved
-from benchmarks.gpu.losses import ANCHORS, BATCH, DRY_ROWS
+from benchmarks.common import CLASSES, POSITIVES, Case, add_share_of_copy, interleaved
+from benchmarks.gpu.losses import ANCHORS, BATCH, DRY_ROWS, bytes_per_second, needed_bytes
 from benchmarks.gpu.results import Job, LeftOut, Plan
 
 DTYPES, KINDS = ("float32", "bfloat16"), ("dense", "sparse")
@@ -60,11 +60,9 @@ def times_of(job: Job, dtype: str, kind: str) -> dict[str, Any]:
         nbytes = memory.temp_size_in_bytes + memory.output_size_in_bytes
         return lambda: jax.block_until_ready(run(x, t)), nbytes
 
-    times = interleaved({"copy": compiled(lambda x, t: x + 1)[0]}, repetitions)
-    bandwidth = 2 * x.nbytes / max(times["copy"]["median_ms"], 1e-6)
-    needed = {"forward": x.nbytes + t.nbytes, "backward": 2 * x.nbytes + t.nbytes}
-    needed["both"] = sum(needed.values())
-    found: dict[str, Any] = {"copy_gb_per_s": round(bandwidth / 1e6, 1)}
+    copy = interleaved({"copy": compiled(lambda x, t: x + 1)[0]}, repetitions)["copy"]
+    bandwidth = bytes_per_second(x, copy)
+    found: dict[str, Any] = {"copy_gb_per_s": round(bandwidth / 1e9, 1)}
     for phase, change in (
         ("both", jax.value_and_grad),
         ("forward", lambda loss: loss),
@@ -72,14 +70,8 @@ def times_of(job: Job, dtype: str, kind: str) -> dict[str, Any]:
     ):
         both = {side: compiled(change(loss)) for side, loss in losses.items()}
         times = interleaved({side: run for side, (run, _) in both.items()}, repetitions)
-        found[phase] = {
-            side: {
-                **times[side],
-                "share_of_copy": round(
-                    needed[phase] / bandwidth / max(times[side]["median_ms"], 1e-6), 3
-                ),
-                "extra_memory_in_logits": round(nbytes / x.nbytes, 3),
-            }
-            for side, (_, nbytes) in both.items()
-        }
+        add_share_of_copy(times, needed_bytes(phase, x, t), bandwidth)
+        for side, (_, nbytes) in both.items():
+            times[side]["extra_memory_in_logits"] = round(nbytes / x.nbytes, 3)
+        found[phase] = times
     return found

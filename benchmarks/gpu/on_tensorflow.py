@@ -12,7 +12,7 @@ from benchmarks.common import CLASSES, POSITIVES, interleaved
 from benchmarks.gpu import agree
 from benchmarks.gpu.losses import ANCHORS, BATCH, DRY_ROWS
 from benchmarks.gpu.results import Job, LeftOut, Plan
-from benchmarks.gpu.training import first_batch, peak_gib, settings, step_of
+from benchmarks.gpu.training import time_of_step
 
 KINDS = ("dense", "sparse")
 
@@ -64,17 +64,8 @@ def outputs_of(job: Job, device: str) -> dict[str, Any]:
 
 
 def step(job: Job) -> dict[str, Any]:
-    """Time of a training step, and the memory."""
+    """Time and memory of a training step."""
     on_gpu(job)
     if job.dry:
         raise LeftOut("not in a dry run, where its compilation takes too long")
-    setting = settings(job)
-    batch, run = first_batch(setting), step_of("tensorflow", setting, None)
-    times = interleaved({"focal": lambda: run(batch)}, 10)["focal"]
-    speed = round(setting.run.batch_size / times["median_ms"] * 1e3, 1)
-    side = {**times, "images_per_second": speed, "peak_memory_gib": peak_gib("tensorflow", False)}
-    return {
-        "image_size": setting.detector.image_size,
-        "batch_size": setting.run.batch_size,
-        "sides": {"focal": side},
-    }
+    return time_of_step(job, "tensorflow")

@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def summary(content: Mapping[str, Any]) -> str:
-    """A part in few lines: what became of it, its tables, its failures."""
+    """A part in a few lines: its state, its tables, its failures."""
     failed, left_out = content["failed"], content["left_out"]
     counts = f"{len(content['measured'])} measured, {len(failed)} failed, {len(left_out)} left out"
     lines = [f"== {content['part']}: {content['state']}, {content.get('seconds')} s, {counts}"]
@@ -93,7 +93,7 @@ def tables(content: Mapping[str, Any]) -> dict[str, Rows]:
 
 def tests(measured: Measured) -> Iterator[tuple[str, Rows]]:
     ran = measured.get("pytest tests/gpu", {"outcomes": {}})["outcomes"]
-    yield "Tests", [tuple(ran), tuple(map(str, ran.values()))] if ran else []
+    yield "Tests", _row(ran) if ran else []
     rows: Rows = [("worst ULP, loss and gradient", "logits", "bound", "loss", "gradient")]
     for name, found in measured.items():
         for gamma, one in found.items() if name.startswith("every") else [("", found)]:
@@ -131,16 +131,12 @@ def losses(measured: Measured) -> Iterator[tuple[str, Rows]]:
 
 def _phases(phases: Mapping[str, Any]) -> Rows:
     """A row for each side."""
-    names = [name for name in ("forward", "backward", "both") if isinstance(phases.get(name), dict)]
+    found = [phases.get(name, {}) for name in ("forward", "backward", "both")]
     rows = []
-    for side in dict.fromkeys(side for name in names for side in phases[name]):
-        both = phases.get("both", {}).get(side, {})
-        times = (
-            phases.get(name, {}).get(side, {}).get("median_ms", "")
-            for name in ("forward", "backward", "both")
-        )
-        rest = (both.get("share_of_copy", ""), both.get("extra_memory_in_logits", ""))
-        rows.append((side, *map(str, (*times, *rest))))
+    for side in dict.fromkeys(side for phase in found for side in phase):
+        *_, both = ones = [phase.get(side, {}) for phase in found]
+        rest = (both.get("share_of_copy"), both.get("extra_memory_in_logits"))
+        rows.append((side, *map(_cell, (*(one.get("median_ms") for one in ones), *rest))))
     return rows
 
 
@@ -154,41 +150,50 @@ def training(measured: Measured) -> Iterator[tuple[str, Rows]]:
     setting = measured.get("step", {})
     size = "x".join(map(str, setting.get("image_size", ())))
     yield f"Step, batch of {setting.get('batch_size')}, {size}", rows
-    speed = measured.get("speed with the loader")
-    if speed:
-        names = ("images_per_second", "loader_alone_images_per_second", "first_step_s")
+    if speed := measured.get("speed with the loader"):
         yield (
             "With the loader",
-            [
-                ("images/s", "loader alone, images/s", "first step, s"),
-                tuple(_cell(speed[name]) for name in names),
-            ],
+            _row(
+                {
+                    "images/s": speed["images_per_second"],
+                    "loader alone, images/s": speed["loader_alone_images_per_second"],
+                    "first step, s": speed["first_step_s"],
+                }
+            ),
         )
-    if "profile" in measured:
-        one = measured["profile"]
-        names = ("step_ms", "kernel_ms", "kernels")
-        waits = sum(one["waits"].values())
+    if one := measured.get("profile"):
         yield (
             "Profile of a step",
-            [
-                ("step, ms", "kernels, ms", "kernels", "waits"),
-                (*(_cell(one[name]) for name in names), str(waits)),
-            ],
+            _row(
+                {
+                    "step, ms": one["step_ms"],
+                    "kernels, ms": one["kernel_ms"],
+                    "kernels": one["kernels"],
+                    "waits": sum(one["waits"].values()),
+                }
+            ),
         )
-    if "training" in measured:
-        one = measured["training"]
+    if one := measured.get("training"):
         scores = one.get("AP") if isinstance(one.get("AP"), dict) else {}
         yield (
             f"Run, {one.get('split', 'stopped')}",
-            [
-                ("steps", "seconds", "images/s", "peak GiB", "AP", "AP50", "last loss"),
-                (
-                    *(_cell(one.get(k)) for k in ("steps", "seconds", "images_per_second")),
-                    *(_cell(one.get("peak_memory_gib")), _cell(scores.get("AP"))),
-                    *(_cell(scores.get("AP50")), _cell(one["log"][-1][1] if one["log"] else None)),
-                ),
-            ],
+            _row(
+                {
+                    "steps": one["steps"],
+                    "seconds": one["seconds"],
+                    "images/s": one["images_per_second"],
+                    "peak GiB": one["peak_memory_gib"],
+                    "AP": scores.get("AP"),
+                    "AP50": scores.get("AP50"),
+                    "last loss": one["log"][-1][1] if one["log"] else None,
+                }
+            ),
         )
+
+
+def _row(cells: Mapping[str, Any]) -> Rows:
+    """A table of one row."""
+    return [tuple(cells), tuple(map(_cell, cells.values()))]
 
 
 def agree(measured: Measured) -> Iterator[tuple[str, Rows]]:

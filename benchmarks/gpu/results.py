@@ -102,7 +102,7 @@ class Report:
 
 
 def strict(value: Any) -> Any:
-    """As JSON has it: a number that is not finite is a text."""
+    """With text for numbers that are not finite, which JSON does not have."""
     if isinstance(value, Mapping):
         return {str(key): strict(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -129,7 +129,7 @@ class Job:
 
     @property
     def device(self) -> str:
-        """Of PyTorch."""
+        """PyTorch's name of the device."""
         return "cpu" if self.dry else "cuda"
 
     def seconds_left(self) -> float:

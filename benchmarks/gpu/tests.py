@@ -59,12 +59,11 @@ def run_pytest(job: Job, more: list[str]) -> dict[str, Any]:
     text = path.read_text(encoding="utf-8", errors="replace")
     outcomes = OUTCOME.findall(text)
     failed = [name for name, outcome in outcomes if outcome in ("FAILED", "ERROR")]
-    passed = status == 0
     return {
         "status": status,
         "outcomes": dict(Counter(outcome for _, outcome in outcomes)),
         "failed": failed,
         "skipped": [name for name, outcome in outcomes if outcome == "SKIPPED"],
         "last_line": (text.splitlines() or [""])[-1],
-        "output": "" if passed else text[-20_000:],
+        "output": "" if status == 0 else text[-20_000:],
     }

@@ -5,15 +5,13 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from benchmarks.common import interleaved, wall_clock
 from benchmarks.gpu.losses_jax import on_gpu
 from benchmarks.gpu.results import Job, Plan
 from benchmarks.gpu.training import (
-    first_batch,
-    peak_gib,
     settings,
     speed_with_loader,
     step_of,
+    time_of_step,
     train_to_the_end,
 )
 
@@ -27,25 +25,9 @@ def plan(job: Job) -> Plan:
 
 
 def step(job: Job) -> dict[str, Any]:
-    """Time of a step on a batch that stays the same, and the memory."""
+    """Time and memory."""
     on_gpu(job)
-    setting = settings(job)
-    batch, run = first_batch(setting), step_of("jax", setting, None)
-    compiling = wall_clock(lambda: run(batch)) / 1e3
-    repetitions, warm_up = (1, 1) if job.dry else (20, 3)
-    times = interleaved({"focal": lambda: run(batch)}, repetitions, warm_up)["focal"]
-    side = {
-        **times,
-        "images_per_second": round(setting.run.batch_size / times["median_ms"] * 1e3, 1),
-        "peak_memory_gib": peak_gib("jax", job.dry),
-    }
-    return {
-        "image_size": setting.detector.image_size,
-        "batch_size": setting.run.batch_size,
-        "precision": setting.run.precision,
-        "first_step_s": round(compiling, 2),
-        "sides": {"focal": side},
-    }
+    return time_of_step(job, "jax")
 
 
 @functools.cache

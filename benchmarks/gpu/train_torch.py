@@ -37,7 +37,11 @@ def plan(job: Job) -> Plan:
         "step": lambda: steps(job, {"focal": ours, "torchvision": theirs}),
         "profile": lambda: profile(job),
         "step, variants": lambda: steps(
-            job, {"focal, frozen batch norm": frozen, "torchvision, channels last": theirs_last}
+            job,
+            {
+                "focal, frozen batch norm": frozen,
+                "torchvision, channels last": functools.partial(theirs, layout=torch.channels_last),
+            },
         ),
         "speed with the loader": lambda: speed(job),
         "training": lambda: training(job),
@@ -55,10 +59,6 @@ def frozen(setting: Settings, device: str) -> Step:
 
 def ours_compiled(setting: Settings, device: str) -> Step:
     return ours(setting._replace(run=setting.run.replace(compile=True)), device)
-
-
-def theirs_last(setting: Settings, device: str) -> Step:
-    return theirs(setting, device, torch.channels_last)
 
 
 def theirs(
@@ -199,7 +199,6 @@ def profile(job: Job) -> dict[str, Any]:
         e.key: e.count for e in averages if e.key.startswith(("cudaLaunch", "cuLaunch", "cudaMem"))
     }
     waits = {e.key: e.count for e in averages if "Synchronize" in e.key}
-    top = sorted(kernels, key=lambda e: -e.self_device_time_total)[:ROWS]
     size = "x".join(map(str, setting.detector.image_size))
     head = f"One training step in PyTorch, {setting.run.batch_size} x {size}, {milliseconds:.1f} ms"
     write_atomically(job.out / PROFILE, f"{head}\n\n{table}\n".encode())
@@ -210,7 +209,6 @@ def profile(job: Job) -> dict[str, Any]:
         "kernels": sum(e.count for e in kernels),
         "calls": launches,
         "waits": waits,
-        "top": [[e.key[:100], e.count, round(e.self_device_time_total / 1e3, 3)] for e in top],
     }
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.common import interleaved, wall_clock
 from benchmarks.gpu.detections import detections_on, scored
 from benchmarks.gpu.results import Job, LeftOut
 from focal.retinanet import PRESETS
@@ -82,6 +83,24 @@ def step_of(backend: str, setting: Settings, device: str | None) -> Callable[[Ba
         return float(trainer.step(number, batch, 1e-4)["gradient_norm"])
 
     return step
+
+
+def time_of_step(job: Job, backend: str) -> dict[str, Any]:
+    """Time of a step on a batch that stays the same, and the memory."""
+    setting = settings(job)
+    batch, run = first_batch(setting), step_of(backend, setting, None)
+    compiling = wall_clock(lambda: run(batch)) / 1e3
+    repetitions, warm_up = (1, 1) if job.dry else (20, 3)
+    times = interleaved({"focal": lambda: run(batch)}, repetitions, warm_up)["focal"]
+    speed = round(setting.run.batch_size / times["median_ms"] * 1e3, 1)
+    memory = peak_gib(backend, job.dry)
+    return {
+        "image_size": setting.detector.image_size,
+        "batch_size": setting.run.batch_size,
+        "precision": setting.run.precision,
+        "first_step_s": round(compiling, 2),
+        "sides": {"focal": {**times, "images_per_second": speed, "peak_memory_gib": memory}},
+    }
 
 
 def speed_with_loader(

@@ -1,7 +1,7 @@
-"""A Triton kernel of the focal loss as it is usually made: what ours is compared with.
+"""A Triton kernel of the focal loss as it is usually written, for comparison.
 
-Forward and backward take the power of `1 - p_t` by `pow`, the backward pass twice, and the sum is
-made by atomic additions, so that it is another one each time. Where `1 - p_t` rounds to 0, the
+Forward and backward compute the power of `1 - p_t` with `pow`, the backward pass twice, and atomic
+additions make the sum, whose rounding differs from run to run. Where `1 - p_t` rounds to 0, the
 gradient has `pow(0, gamma - 1)`, which is infinite for gamma below 1: times 0 it is NaN.
 """
 
@@ -17,7 +17,7 @@ from triton.language.extra import libdevice
 
 BLOCK = 1024
 COMPILED = not triton.knobs.runtime.interpret
-"""The interpreter does not have the library of CUDA."""
+"""The interpreter does not have CUDA's library."""
 
 
 class UsualFocal(torch.autograd.Function):

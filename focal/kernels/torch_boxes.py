@@ -24,17 +24,17 @@ ROWS = 64
 MOST = 8192
 """The most boxes of an image to suppress: one bit for each pair of them is stored."""
 EXACT = {"enable_fp_fusion": False}
-"""Options of what computes overlaps."""
+"""Options of the kernels that compute overlaps."""
 
 
 def takes(boxes: Tensor, others: Tensor | None) -> bool:
-    """Whether the kernels are for anchors and boxes, or for boxes and perhaps their classes."""
-    fits = boxes.dtype == torch.float32 and boxes.numel() > 0
+    """Whether the kernels take these anchors and boxes, or boxes and perhaps their classes."""
     if others is None or not others.is_floating_point():
-        fits = fits and boxes.shape[-2] <= MOST
+        corners, few = [boxes], boxes.shape[-2] <= MOST
     else:
-        fits = fits and others.dtype == torch.float32 and others.numel() > 0
-    return fits and (others is None or others.device == boxes.device)
+        corners, few = [boxes, others], True
+    fits = all(a.dtype == torch.float32 and a.numel() > 0 for a in corners)
+    return few and fits and (others is None or others.device == boxes.device)
 
 
 def match(
@@ -151,7 +151,7 @@ def _place(n, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "words"])
 def _hits_kernel(boxes, classes, hits, n, words, threshold, ROWS: tl.constexpr):
-    """For each box a bit for each later one that it drops if it stays; its own bit if it is NaN."""
+    """For each box one bit per later box that it suppresses, and its own bit if it is NaN."""
     image = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     bit = tl.arange(0, 32)
@@ -175,7 +175,7 @@ def _hits_kernel(boxes, classes, hits, n, words, threshold, ROWS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "words"])
 def _sweep_kernel(hits, keep, n, words, WORDS: tl.constexpr, UNROLL: tl.constexpr):
-    """From the first box to the last: one that no box has dropped drops its own."""
+    """From the first box to the last: one that is not suppressed suppresses those of its bits."""
     image = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, WORDS)
     dropped = tl.zeros((WORDS,), tl.int32)

@@ -5,14 +5,16 @@ logits of float32 or a half type. Nothing is saved between forward and backward:
 derivative from the logits is faster than reading a saved one. There are no atomics: a sum adds one
 number per program, in a fixed order.
 
-What is computed from float32 logits is within the documented 6 + 4 gamma ULP, with an exponential
-and a logarithm in additions and multiplications. From half types it is exact to 1/100 of their last
-digit, and a sum to (2 + gamma) 1e-6, with the GPU's own exponential. Nothing is in float64: an
-exponent without code of its own is multiplied with the logarithm in two parts.
+From float32 logits, errors are within the documented 6 + 4 gamma ULP; exponential and logarithm are
+made of additions and multiplications. From half types, errors before rounding are within 0.01 ULP
+of that type, and a sum has a relative error of at most (2 + gamma) 1e-6; the exponential is the
+GPU's own. Nothing is in float64: a gamma without code of its own is multiplied by the logarithm in
+two parts.
 
-`tl.exp2`, `tl.rsqrt` and `tl.sqrt` are one approximate instruction each, of 2, 2 and 1 ULP, and
-1 / d is made from them, as `/` takes eight. The tests give the interpreter these errors. Triton's
-`log` and `log2` take about thirty. `python -m benchmarks.instructions` counts what a logit costs.
+`tl.exp2`, `tl.rsqrt` and `tl.sqrt` are one approximate instruction each, with errors of up to 2, 2
+and 1 ULP, which the tests give the interpreter as well. 1 / d is made from `tl.rsqrt`, as `/` takes
+eight instructions. Triton's `log` and `log2` take about thirty. `python -m benchmarks.instructions`
+counts the instructions per logit.
 
 A kernel is compiled at its first launch, which is not possible while a CUDA graph is captured: run
 a step before, which PyTorch requires anyway.
@@ -40,7 +42,7 @@ BLOCK = 2048
 WARPS = 4
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}  # fusion is the default up to Triton 3.9
 IN_32_BITS = 2**30
-"""Logits that are counted in 32 bits; more in 64, which costs a few instructions."""
+"""The most logits with indices of 32 bits; those of 64 cost a few instructions."""
 OWN_KERNEL = (0.0, 0.5, 1.0, 2.0)
 """Exponents with a kernel of their own; all others share one."""
 
@@ -60,7 +62,7 @@ def value(
         formula: `SigmoidFocal`, for targets like the logits, or that in `Sparse`, for labels.
         x: Logits: any number of them, or (rows, classes) for labels.
         t: Targets, or a label for each row.
-        out: Where it is written to, contiguous and of the shape of x. Default: a new tensor.
+        out: The result, contiguous and of the shape of x. Default: a new tensor.
     """
     out = _like(x) if out is None else out
     _launch("value", formula, x, t, out)
@@ -320,7 +322,7 @@ def _power_over_m(power, m, GAMMA: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def _log2(m):
-    """log2(m) of a normal number m > 0: a whole number, and a rest within 0.5 and 2^-25 of it."""
+    """log2(m) of a normal number m > 0 in two parts: an integer, and a rest of at most 0.5."""
     bits = m.to(tl.int32, bitcast=True)
     whole = (bits - 0x3F3504F3) & -0x800000  # the bits of sqrt(0.5)
     f = (bits - whole).to(tl.float32, bitcast=True) - 1.0

@@ -234,7 +234,7 @@ class TrainConfig(_Config):
     jitter: Fraction = 0.0
     """Strength of the random brightness, contrast and saturation, 0 to 1."""
     workers: Natural | None = None
-    """Threads that read, augment and collate; 0: none. None: one for each core but one, up to 8."""
+    """Threads that read, augment and collate; 0: none. None: cores less one, from 1 to 8."""
 
     # Records
     log_every: Count = 20

@@ -284,7 +284,7 @@ def _exported(formula: Sparse, x: Tensor, labels: Tensor) -> Tensor:
     """A loss of labels as one of dense targets.
 
     An exported program has no registered derivatives: it is differentiated operation by operation.
-    For dense targets that is as exact, but what a background saves costs its derivative at 0.
+    For dense targets that is as exact; the shorter formula of `Sparse` would be wrong at 0.
     """
     classes = torch.arange(x.shape[-1], device=x.device)
     y = (labels[..., None] == classes).to(wide(x).dtype)

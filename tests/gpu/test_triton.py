@@ -316,8 +316,8 @@ def test_a_nan_stays_one(gamma):
         assert torch_triton.value(formula, a, b).isnan().tolist() == [True, False]
         assert torch_triton.slope(formula, a, b, one).isnan().tolist() == [True, False]
     # Also with hard targets, but not in a row that is ignored.
-    for half in (torch.float32, *HALVES):
-        logit = x.to(half)
+    for dtype in (torch.float32, *HALVES):
+        logit = x.to(dtype)
         assert torch_triton.value(formula, logit, t.bool()).isnan().tolist() == [True, False]
         assert torch_triton.slope(formula, logit, t.bool(), one).isnan().tolist() == [True, False]
         for label, expected in ((1, [True, False]), (-1, [True, False]), (-2, [False, False])):
@@ -521,7 +521,7 @@ def test_extra_memory_is_that_of_the_gradient(dtype, sparse):
     before = torch.cuda.memory_allocated()
     loss(x, t, reduction="sum").backward()
     extra = torch.cuda.max_memory_allocated() - before
-    assert extra <= 1.01 * x.nbytes  # one partial sum per 1024 logits, and rounding
+    assert extra <= 1.01 * x.nbytes  # one partial sum per program, and rounding
 
 
 @needs_gpu

@@ -58,6 +58,7 @@ X = jax.ShapeDtypeStruct((6, 3), jnp.float32)
 LABELS = jax.ShapeDtypeStruct((6,), jnp.int32)
 SCORES = jax.ShapeDtypeStruct((6,), jnp.float32)
 BOXES = jax.ShapeDtypeStruct((6, 4), jnp.float32)
+LISTS = jax.ShapeDtypeStruct((2, 6, 4), jnp.float32)
 ANCHORS = jax.ShapeDtypeStruct((200, 4), jnp.float32)
 LOSSES = {
     "sigmoid_focal_loss": (X, X),
@@ -93,6 +94,12 @@ OTHERS = {
     "num_positives": (F.num_positives, LABELS),
     "prior_bias_init": (lambda: F.prior_bias_init(0.01)(None, (3,), jnp.float32),),
 }
+CASES = OTHERS | {
+    "clip_boxes, gradient": (jax.grad(lambda x: F.clip_boxes(x, (64, 64)).sum()), BOXES),
+    "clip_boxes, bfloat16": (OTHERS["clip_boxes"][0], BOXES.update(dtype=jnp.bfloat16)),
+    "clip_boxes, int32": (OTHERS["clip_boxes"][0], BOXES.update(dtype=jnp.int32)),
+    "assign_targets, batch": (F.assign_targets, ANCHORS, LISTS, LABELS.update(shape=(2, 6))),
+}
 NUMBERS = {"AnchorConfig", "expected_initial_loss", "inverse_frequency_alpha", "prior_bias"}
 """What takes and gives no arrays of JAX."""
 
@@ -113,10 +120,11 @@ def test_a_loss_and_its_derivatives(name, dtype):
     for_cuda(jax.jit(jax.grad(lambda x, y: jax.grad(total)(x, y).sum())), x, y)
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", CASES)
 def test_a_function(name):
-    function, *arguments = OTHERS[name]
-    for_cuda(jax.jit(function), *arguments)
+    function, *arguments = CASES[name]
+    text = for_cuda(jax.jit(function), *arguments)
+    assert not re.search(r"\bi64>|custom_call", text)  # which would be slow
 
 
 def convolutions(text):

@@ -1,7 +1,6 @@
 """What JAX users do with a loss: transformations, 64 bits, strict types, sharding, training."""
 
 import os
-import re
 import subprocess
 import sys
 import textwrap
@@ -639,23 +638,3 @@ def test_matching_and_nms_need_no_name_of_jax_that_is_not_public(monkeypatch):
     for f in (lambda b: F.match_anchors(b, b), lambda b: F.nms(b, scores, 0.5)):
         eager, traced = f(boxes), jax.jit(f)(boxes)
         assert_array_equal(traced[: len(eager)], eager)
-
-
-def test_boxes_are_lowered_for_a_gpu():
-    """Without one: the program has no type of 64 bits and nothing that calls back to Python."""
-    boxes, truth = jnp.zeros((30, 4)), jnp.zeros((2, 5, 4))
-    labels, scores = jnp.zeros((2, 5), jnp.int32), jnp.zeros(30)
-    cases = {
-        "clip": (lambda b: F.clip_boxes(b, (32, 40)), boxes),
-        "clip, slope": (jax.grad(lambda b: F.clip_boxes(b, (32, 40)).sum()), boxes),
-        "clip, half": (lambda b: F.clip_boxes(b, (32, 40)), boxes.astype(jnp.bfloat16)),
-        "clip, integers": (lambda b: F.clip_boxes(b, (32, 40)), boxes.astype(jnp.int32)),
-        "code": (lambda b: F.decode_boxes(F.encode_boxes(b, b + 1), b + 1), boxes),
-        "overlaps": (F.generalized_box_iou, boxes, boxes),
-        "targets": (F.assign_targets, boxes, truth, labels),
-        "nms": (lambda b, s: F.nms(b, s, 0.5), boxes, scores),
-    }
-    for name, (function, *arrays) in cases.items():
-        module = jax.export.export(jax.jit(function), platforms=["cuda"])(*arrays).mlir_module()
-        assert "stablehlo" in module, name
-        assert not re.search(r"\b[fi]64>|custom_call|dynamic_shape", module), name

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 from folders import BCCD, ROOT
+from triton_process import compile_without_a_gpu, needs_triton
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("PIL")
@@ -90,7 +91,7 @@ def test_a_stage_that_cannot_start(stage, tmp_path, source):
 def test_the_time_is_over(stage, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "GRACE", 0)
     stage(SLOW)
-    status, found = run(tmp_path / "out", "--minutes", "0.05")
+    status, found = run(tmp_path / "out", "--minutes", "0.15")
     assert status == 0 and found["state"] == "out of time"
     assert found["measured"] == {"first": 1} and not found["failed"]
     assert found["left_out"]["slow"].startswith("not reached")
@@ -163,10 +164,9 @@ def test_a_dry_run_writes_every_part(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
     assert {p.name for p in out.iterdir()} == {f"{p}.json" for p in EXPECTED} | {"profile.txt"}
-    assert len(list(out.iterdir())) <= 8
     assert "Self CPU" in (out / "profile.txt").read_text()
     summary = done.stdout[done.stdout.index("== tests") :]
-    assert len(summary) < 12_000
+    assert len(summary) < 12_000  # characters, a few screens
     for part, names in EXPECTED.items():
         found = json.loads((out / f"{part}.json").read_text())
         assert names <= found["measured"].keys() and HEAD <= found.keys()
@@ -221,27 +221,14 @@ for kernel in (usual_kernel._forward, usual_kernel._backward):
         values = {(i,): constants[n] for i, n in enumerate(names) if n in constants}
         source = ASTSource(kernel, signature, values)
         assert "pow" in compile(source, GPUTarget("cuda", 90, 32)).asm["ttir"]
+print("compiled")
 """
 
 
+@needs_triton
 def test_the_usual_kernel_compiles_without_a_gpu(tmp_path):
     """With `pow` of CUDA's library, which the interpreter lacks."""
-    pytest.importorskip("triton")
-    environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-
-
-def test_every_part_has_its_place_on_the_page():
-    text = page.PAGE.read_text()
-    assert all(f"<!-- {part} -->" in text for part in command.PARTS)
-    assert "What was shown without a GPU" in text
+    compile_without_a_gpu(COMPILE, tmp_path)
 
 
 def test_the_page_shows_the_committed_results():
@@ -249,6 +236,24 @@ def test_the_page_shows_the_committed_results():
     text = page.PAGE.read_text()
     assert pages.fill(text, {p: page.text(json.loads(r)) for p, r in results.items()}) == text
     assert text.count(page.EMPTY) == len(command.PARTS) - len(results)
+
+
+def test_the_counts_on_the_pages_are_those_of_the_results():
+    traffic, instructions = (
+        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("traffic", "instructions")
+    )
+    text = page.PAGE.read_text()
+    row = "| | now | **{launches:,}** | **{gigabytes:.0f}** | **{waits}** | {peak_gib} |"
+    assert all(row.format(**found) in text for found in traffic["norms"].values())
+    row = "alone launches {} operations, and post-processing of the 16 images {}."
+    assert row.format(*(found["launches"] for found in traffic["parts"].values())) in text
+
+    text = (ROOT / "docs/benchmarks.md").read_text()
+    for short, dtype in (("fp32", "float32"), ("bf16", "bfloat16")):
+        for kind, targets in (("dense", dtype), ("sparse", "labels")):
+            found = instructions["per_logit"][f"{short} {kind} sum and slope, gamma 2.0"]
+            figures = f"{found['bytes']} | {found['all']} | {found['inferred share of copy']:.0%}"
+            assert f"| {dtype} | {targets} | {figures} |" in text
 
 
 def test_detections_are_packed_without_loss():

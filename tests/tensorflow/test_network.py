@@ -250,7 +250,8 @@ def test_xla_computes_in_the_precision(precision):
         lower = trainer._gradient.experimental_get_compiler_ir
         text = lower(images, *target, anchors, tf.constant(1.0))(stage="hlo")
     found = [line for line in text.splitlines() if " convolution(" in line]
-    assert len(found) > 2 * len(backend_tf.state(trainer.model)) / 5
+    kernels = [x for x in trainer.model.variables if len(x.shape) == 4]
+    assert len(found) > 2 * len(kernels)  # those of the backward pass, too
     types = {x for line in found for x in re.findall(r"[( ]([a-z]+\d+)\[", line)}
     if precision == "float32":
         assert types == {"f32"}
@@ -278,12 +279,12 @@ def test_auto_is_bfloat16_where_the_device_multiplies_it(monkeypatch, details, p
 
 def test_details_are_those_of_the_gpu_behind_the_name(monkeypatch):
     """The first is split in two, as TensorFlow can be told to."""
-    own = {"V100": (7, 0), "H100": (9, 0)}
     parts = {"V100": [object(), object()], "H100": None}
-    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: list(own))
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: list(parts))
     monkeypatch.setattr(tf.config, "get_logical_device_configuration", parts.get)
-    details = lambda gpu: {"device_name": gpu, "compute_capability": own[gpu]}  # noqa: E731
-    monkeypatch.setattr(tf.config.experimental, "get_device_details", details)
+    monkeypatch.setattr(
+        tf.config.experimental, "get_device_details", lambda gpu: {"device_name": gpu}
+    )
     names = [backend_tf._details(f"GPU:{index}")["device_name"] for index in range(3)]
     assert names == ["V100", "V100", "H100"]
     assert backend_tf._details("CPU:0") == {}

@@ -356,7 +356,7 @@ def settings_of_cudnn(cudnn):
 
 @pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="since PyTorch 2.9")
 @pytest.mark.parametrize("allowed", [True, False])
-def test_convolutions_on_a_gpu_are_float32_and_the_settings_come_back(monkeypatch, allowed):
+def test_convolutions_on_a_gpu_are_float32_and_the_settings_come_back(allowed):
     cudnn = torch.backends.cudnn
     before = settings_of_cudnn(cudnn)
     try:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from backends import REQUIRE_ALL
-from folders import ROOT, TESTS
+from triton_process import compile_without_a_gpu, needs_triton, pass_in_the_interpreter, run
 
 torch = pytest.importorskip("torch")
 
@@ -21,39 +17,10 @@ import focal.torch as F  # noqa: E402
 from focal.core.formulas import SigmoidFocal  # noqa: E402
 from focal.torch import _pointwise  # noqa: E402
 
-ON_LINUX = sys.platform == "linux"
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None and not (REQUIRE_ALL and ON_LINUX),
-    reason="triton is not installed",
-)
-
-
-def run(code: str, **environment: str) -> str:
-    """What a fresh interpreter prints: a process has one Triton, compiled or interpreted."""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
-    return done.stdout
-
 
 @needs_triton
 def test_the_kernels_in_the_interpreter() -> None:
-    """Runs tests/gpu/test_triton.py; all of it but what only a GPU can do must pass."""
-    file = str(TESTS / "gpu/test_triton.py")
-    arguments = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", file]
-    printed = run(
-        f"import sys, pytest; sys.exit(pytest.main({arguments!r}))",
-        TRITON_INTERPRET="1",
-        PYTEST_ADDOPTS="",
-    )
-    assert " passed" in printed
-    skipped = [line for line in printed.splitlines() if line.startswith("SKIPPED")]
-    assert all(line.endswith("needs a GPU") for line in skipped)
+    pass_in_the_interpreter("gpu/test_triton.py")
 
 
 COMPILE = """
@@ -86,7 +53,7 @@ print("compiled")
 @needs_triton
 def test_the_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
     """For the A100, the H100 and the B200: no float64, no spilled registers, loads of 128 bits."""
-    assert run(COMPILE, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path)) == "compiled\n"
+    compile_without_a_gpu(COMPILE, tmp_path)
 
 
 @pytest.fixture

@@ -2,49 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from backends import REQUIRE_ALL
-from folders import ROOT, TESTS
+from triton_process import compile_without_a_gpu, needs_triton, pass_in_the_interpreter
 
 pytest.importorskip("torch")
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None and not (REQUIRE_ALL and sys.platform == "linux"),
-    reason="triton is not installed",
-)
-
-
-def run(code: str, **environment: str) -> str:
-    """What a fresh interpreter prints: a process has one Triton, compiled or interpreted."""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
-    return done.stdout
+pytestmark = needs_triton
 
 
 def test_the_kernels_in_the_interpreter() -> None:
-    """Runs tests/gpu/test_triton_boxes.py; all of it but what only a GPU can do must pass."""
-    file = str(TESTS / "gpu/test_triton_boxes.py")
-    arguments = ["-q", "-rs", "-p", "no:cacheprovider", "-p", "no:xdist", file]
-    printed = run(
-        f"import sys, pytest; sys.exit(pytest.main({arguments!r}))",
-        TRITON_INTERPRET="1",
-        PYTEST_ADDOPTS="",
-    )
-    assert " passed" in printed
-    skipped = [line for line in printed.splitlines() if line.startswith("SKIPPED")]
-    assert all(line.endswith("needs a GPU") for line in skipped)
+    pass_in_the_interpreter("gpu/test_triton_boxes.py")
 
 
 COMPILE = """
@@ -87,4 +56,4 @@ print("compiled")
 
 def test_the_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
     """For three generations of GPUs; the compiler needs no such device."""
-    assert run(COMPILE, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path)) == "compiled\n"
+    compile_without_a_gpu(COMPILE, tmp_path)

@@ -221,7 +221,7 @@ def _prefetch(
 
 
 def _default_workers() -> int:
-    """One for each core but one, which is left to the training loop; more than 8 gain little."""
+    """The number of cores less one, which is left to the training loop, from 1 to 8."""
     own = getattr(os, "sched_getaffinity", None)  # not on every system
     cores = len(own(0)) if own else os.cpu_count() or 1
     return max(1, min(8, cores - 1))

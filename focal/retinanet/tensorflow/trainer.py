@@ -53,9 +53,9 @@ POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
 class _FullFloat32:
     """A context in which float32 is multiplied as float32: a GPU's default is TF32.
 
-    TensorFlow reads its switch when it launches a kernel or compiles for XLA, which it has done
-    when a call returns, unless execution is asynchronous. The switch is the whole process's: the
-    first to come in keeps its value, which the last to leave, of all threads, puts back.
+    TensorFlow reads its switch when it launches a kernel or compiles with XLA. Both are done when a
+    call returns, unless execution is asynchronous. The switch is that of the whole process: the
+    first thread to enter saves its value, and the last to leave restores it.
     """
 
     def __init__(self) -> None:

@@ -83,7 +83,7 @@ class GroupNorm(nn.GroupNorm):
         """Normalize x, of shape (N, channels, H, W)."""
         if x.dtype == self.weight.dtype:
             y = super().forward(x)
-        else:  # Autocast would take float32. In a half type sums are of float32 as well.
+        else:  # Autocast would compute in float32, as the sums for half types are anyway.
             weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
             with torch.autocast(x.device.type, enabled=False):
                 y = F.group_norm(x, self.num_groups, weight, bias, self.eps)

@@ -191,7 +191,7 @@ class Trainer:
             if self.device.type == "cuda":  # on a CPU there is none: each has its own statistics
                 nn.SyncBatchNorm.convert_sync_batchnorm(model)
             self.network = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        # A step that is not taken must not change them. Counters are no such state.
+        # A skipped step must leave them unchanged. The counters of batches are not used.
         self.statistics = [
             x
             for m in model.modules()
@@ -363,18 +363,17 @@ def _normalized(model: RetinaNet, images: np.ndarray | Tensor) -> Tensor:
 def _convolutions(device: torch.device) -> Iterator[None]:
     """Convolutions of cuDNN in full float32, not TF32, by the fastest algorithm for each shape.
 
-    The shapes are few: canvases have one size. The settings are those of the process, so they are
-    set back.
+    The shapes are few: canvases have one size. Both are settings of the process, so they are
+    restored.
     """
     if device.type != "cuda":
         yield
         return
     cudnn = torch.backends.cudnn
-    # PyTorch 2.8 has no setting of convolutions alone.
-    owner: Any = cudnn
-    name, exact = "allow_tf32", False  # type: str, Any
-    if hasattr(cudnn, "conv"):
-        owner, name, exact = cudnn.conv, "fp32_precision", "ieee"
+    setting: tuple[Any, str, Any] = cudnn, "allow_tf32", False
+    if hasattr(cudnn, "conv"):  # since PyTorch 2.9, where convolutions have a setting of their own
+        setting = cudnn.conv, "fp32_precision", "ieee"
+    owner, name, exact = setting
     before, benchmark = getattr(owner, name), cudnn.benchmark
     try:
         setattr(owner, name, exact)
