@@ -146,17 +146,21 @@ class _FakeDevice(FakeTensorMode):
 
 
 class _Autocast:
-    """Autocast of convolutions; PyTorch's own does not see fake tensors."""
+    """Autocast of the network's operations; PyTorch's own does not see fake tensors."""
 
     def __init__(self) -> None:
         self.weights: dict[int, Tensor] = {}
-        self._conv2d = F.conv2d
+        self._conv2d, self._group_norm = F.conv2d, F.group_norm
 
     def conv2d(self, *args: Any) -> Tensor:
         """In the type of autocast where it is enabled."""
         if torch.is_autocast_enabled("cuda"):
             args = tuple(self._cast(a, torch.get_autocast_dtype("cuda")) for a in args)
         return self._conv2d(*args)
+
+    def group_norm(self, x: Tensor, *args: Any) -> Tensor:
+        """In float32 where autocast is enabled."""
+        return self._group_norm(x.float() if torch.is_autocast_enabled("cuda") else x, *args)
 
     def _cast(self, a: Any, dtype: torch.dtype) -> Any:
         if not isinstance(a, Tensor) or a.dtype == dtype:
@@ -183,6 +187,7 @@ def fake_cuda(device: str = "cuda:0") -> Iterator[None]:
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
         mock.patch("torch.cuda.is_bf16_supported", lambda *_: True),
         mock.patch("torch.nn.functional.conv2d", autocast.conv2d),
+        mock.patch("torch.nn.functional.group_norm", autocast.group_norm),
         mock.patch("torch.clear_autocast_cache", autocast.weights.clear),
         # This asks for plain tensors, of which lists are taken at once.
         mock.patch("torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True),

@@ -12,6 +12,7 @@ traffic = pytest.importorskip("benchmarks.traffic")
 
 from focal.retinanet import PRESETS, TrainConfig  # noqa: E402
 from focal.retinanet.torch import trainer as backend  # noqa: E402
+from focal.retinanet.torch.network import GroupNorm  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 DEVICES = ["cuda:0", "cuda:1"]
@@ -191,6 +192,40 @@ def test_an_array_with_gaps_is_moved_without_waiting():
         gaps = torch.ones(3, 2)[:, :1]  # of NumPy, a fake copy would have none
         assert backend._moved(gaps, torch.device("cuda:0")).shape == (3, 1)
     assert not found.waits and found.launches
+
+
+def test_group_norm_stays_in_the_half_type_under_autocast():
+    with traffic.fake_cuda():
+        norm = traffic.on_fake_device(GroupNorm(4, 8), "cuda:0")
+        x = torch.zeros(2, 8, 5, 4, dtype=torch.bfloat16, device="cuda:0")
+        with torch.autocast("cuda", torch.bfloat16), traffic.Traffic() as found:
+            assert norm(x).dtype == torch.bfloat16
+    assert dict(found.launches) == {"_to_copy": 2, "native_group_norm": 1}  # weight and bias
+
+
+def test_steps_and_inference_are_without_tf32(monkeypatch):
+    """Forward and backward; the settings are those of the process before and after."""
+    cudnn, seen = torch.backends.cudnn, []
+
+    def look(*_):
+        seen.append((cudnn.conv.fp32_precision, cudnn.benchmark))
+
+    before = cudnn.conv.fp32_precision, cudnn.benchmark
+    config, run = STEPS["float32"]
+    with traffic.fake_cuda(), traffic.counted():
+        trainer = traffic.trainer_on("cuda:0", config, run)
+        trainer.model.register_forward_hook(look)
+        trainer.model.backbone.body.conv1.weight.register_hook(look)
+        trainer.step(0, traffic.example_batch(run, config.image_size, 3), 0.01)
+        assert seen == [("ieee", True)] * 2
+        seen.clear()
+        images = np.zeros((1, 64, 64, 3), np.uint8)
+        with pytest.raises(RuntimeError):  # fake results have no values to return
+            backend.raw_outputs(trainer.model, images)
+        with pytest.raises(RuntimeError):
+            backend.detect(trainer.model, images, np.full((1, 2), 64))
+    assert seen == [("ieee", True)] * 2
+    assert (cudnn.conv.fp32_precision, cudnn.benchmark) == before
 
 
 @pytest.mark.parametrize("device", DEVICES)
