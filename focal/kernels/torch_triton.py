@@ -96,16 +96,10 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _launch(
-    task: str,
-    formula: SigmoidFocal | Sparse,
-    x: Tensor,
-    t: Tensor,
-    out: Tensor,
-    scale: Tensor | None = None,
-    SCALES: bool = False,
-) -> None:
-    operands, constants = _arguments(task, formula, x, t, out, scale, SCALES)
+def _launch(task: str, *arguments: Any, **options: Any) -> None:
+    """Run the kernel for a task; the rest is as `_arguments` takes it."""
+    operands, constants = _arguments(task, *arguments, **options)
+    x: Tensor = operands[0]
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _kernel[(triton.cdiv(x.numel(), BLOCK),)](*operands, **constants, **OPTIONS)
 
