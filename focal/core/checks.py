@@ -67,12 +67,15 @@ def check_scalar(
     return xp.astype(xp.constant(array, like), wide_type(xp, like))
 
 
-def check_integer(function: str, parameter: str, value: Any, low: int) -> int:
-    """An integer >= low."""
+def check_integer(
+    function: str, parameter: str, value: Any, low: int, high: int | None = None
+) -> int:
+    """An integer in [low, high]; None: without an upper limit."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{function}: {parameter} must be an integer; got {_kind(value)}")
-    if value < low:
-        raise ValueError(f"{function}: {parameter} must be >= {low}; got {value}")
+    if value < low or (high is not None and value > high):
+        wanted = f">= {low}" if high is None else f"in [{low}, {high}]"
+        raise ValueError(f"{function}: {parameter} must be {wanted}; got {value}")
     return int(value)
 
 

@@ -36,6 +36,7 @@ BackboneName = Literal["tiny", "resnet18", "resnet34", "resnet50", "resnet101", 
 # Integers with their least value, numbers with their range
 Count = Annotated[int, 1]
 Natural = Annotated[int, 0]
+Id = Annotated[int, -(2**63)]
 Number = Annotated[float, (-checks.INFINITY, checks.INFINITY)]
 NonNegative = Annotated[float, (0, checks.INFINITY)]
 Positive = Annotated[float, (1e-6, checks.INFINITY)]
@@ -98,6 +99,8 @@ class RetinaNetConfig(_Config):
 
     classes: tuple[str, ...] = ()
     """Names of the foreground classes; class index k is `classes[k]`. Their number is K."""
+    category_ids: tuple[Id, ...] = ()
+    """The id of each class in the COCO files that the detector reads and writes; (): 1 to K."""
     image_size: Size = (1024, 1024)
     """(height, width) in pixels of the canvas. Images are scaled to fit it, keeping their aspect
     ratio, and padded."""
@@ -157,6 +160,11 @@ class RetinaNetConfig(_Config):
         name = "RetinaNetConfig"
         checks.check_number(name, "background", self.background, 0, self.foreground)
         checks.check_alpha(name, self.alpha)
+        if self.category_ids and len(self.category_ids) != len(self.classes):
+            raise ValueError(
+                f"{name}: category_ids must be () or one for each of the {len(self.classes)} "
+                f"classes; got {len(self.category_ids)}"
+            )
         strides = tuple(2**level for level in self.levels)
         if self.anchors.strides != strides:
             raise ValueError(
@@ -223,6 +231,9 @@ class TrainConfig(_Config):
     """`torch.compile`, or XLA in TensorFlow. JAX always compiles."""
     recompute: bool = False
     """Activation checkpointing of residual blocks and subnets."""
+    freeze: Annotated[int, 0, 5] = 0
+    """Stages of the backbone whose weights and statistics stay as they are: 1 is the stem, 5 the
+    whole backbone, without the feature pyramid (FREEZE_AT in detectron2)."""
 
     # Input
     crop: Size | None = None
@@ -240,6 +251,8 @@ class TrainConfig(_Config):
     log_every: Count = 20
     eval_every: Natural = 0
     """Steps between evaluations on the validation split; 0: only at the end."""
+    patience: Natural = 0
+    """Stop after this many evaluations in a row without a better AP; 0: never."""
     save_every: Natural = 500
     """Steps between checkpoints; 0: only at the end."""
     keep: Count = 2
@@ -290,7 +303,7 @@ def _check(owner: str, name: str, value: Any, hint: Any) -> None:
         for item in value:
             _check(owner, name, item, inner[0])
     elif kind is Annotated and inner[0] is int:
-        checks.check_integer(owner, name, value, inner[1])
+        checks.check_integer(owner, name, value, *inner[1:])
     elif kind is Annotated:
         checks.check_number(owner, name, value, *inner[1])
     elif not isinstance(value, hint):
