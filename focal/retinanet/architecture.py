@@ -10,7 +10,7 @@ from typing import Literal
 
 from focal.retinanet.config import RetinaNetConfig
 
-__all__ = ["BACKBONES", "NORM_EPS", "Backbone", "backbone", "norm_groups"]
+__all__ = ["BACKBONES", "NORM_EPS", "Backbone", "backbone", "frozen_parts", "norm_groups"]
 
 NORM_EPS = 1e-5
 """Added to the variance by every normalization, batch or group."""
@@ -72,6 +72,11 @@ BACKBONES: Mapping[str, Backbone] = MappingProxyType(
         "resnext101_32x8d": Backbone("bottleneck", (3, 4, 23, 3), groups=32, width_per_group=8),
     }
 )
+
+
+def frozen_parts(stages: int) -> tuple[str, ...]:
+    """Names of the backbone's modules in its first stages: the stem, then C2 to C5."""
+    return ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")[: stages + 1 if stages else 0]
 
 
 def norm_groups(channels: int) -> int:

@@ -81,7 +81,7 @@ def step(
     trainer = backend_torch.Trainer(_detector(config, weights), run)
     parts = {name: float(x) for name, x in trainer.step(number, batch, rate).items()}
     if run.clip_norm is None:  # in float64: over millions of weights, float32 loses 2e-5
-        gradients = [p.grad.double() for p in trainer.model.parameters()]
+        gradients = [p.grad.double() for p in trainer.parameters]
         norm = float(torch.nn.utils.get_total_norm(gradients))
         assert parts["gradient_norm"] == pytest.approx(norm, rel=1e-4)
         parts["gradient_norm"] = norm

@@ -301,8 +301,9 @@ def test_the_record_of_a_run(name, backend):
             ),
             SGD,
         ),
+        (CONFIG, SGD.replace(freeze=3, ema=0.99)),
     ],
-    ids=["batch", "frozen_batch-image-giou-clip", "resnet18-group-ema"],
+    ids=["batch", "frozen_batch-image-giou-clip", "resnet18-group-ema", "frozen-stages"],
 )
 @not_torch
 def test_a_step_is_pytorchs(pytorch, name, backend, lively, config, run):
@@ -334,6 +335,30 @@ def test_a_step_is_pytorchs(pytorch, name, backend, lively, config, run):
             assert np.all(np.abs(kept[key] - x) <= bound), key
         else:
             assert_near(kept[key] - before[key], x - before[key], 1e-4, key)
+
+
+@pytest.mark.parametrize("stages", [1, 3, 5])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_frozen_stages_keep_their_weights_and_statistics(backend, lively, stages, recompute):
+    before, batch = lively(CONFIG), batch_of(CONFIG)
+    run = ADAMW.replace(freeze=stages, ema=0.5, recompute=recompute)
+    trainer = backend.Trainer(detector(backend, CONFIG, before), run)
+    for number in range(2):
+        trainer.step(number, batch, 1e-2)
+    after, kept = part(trainer.state(), "model/"), trainer.weights()
+    frozen = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")[: stages + 1]
+    for name, old in before.items():
+        if name.startswith(tuple(f"backbone.body.{module}." for module in frozen)):
+            np.testing.assert_array_equal(after[name], old, err_msg=name)
+            # What is averaged with itself may be rounded.
+            np.testing.assert_allclose(kept[name], old, rtol=1e-6, err_msg=name)
+        else:
+            assert (after[name] != old).any(), name
+    again = backend.Trainer(detector(backend, CONFIG, lively(CONFIG)), run)
+    again.load_state(trainer.state())
+    for t in (trainer, again):
+        t.step(2, batch, 1e-2)
+    assert_same(again.state(), trainer.state())
 
 
 def biased(framework, key):

@@ -19,11 +19,20 @@ from jax import Array, lax
 from jax.nn.initializers import Initializer
 
 from focal.jax import prior_bias_init
-from focal.retinanet.architecture import NORM_EPS, Backbone, backbone, norm_groups
+from focal.retinanet.architecture import NORM_EPS, Backbone, backbone, frozen_parts, norm_groups
 from focal.retinanet.config import RetinaNetConfig
 from focal.retinanet.weights import check_names
 
-__all__ = ["RetinaNet", "arrays", "build_network", "load_state", "replaced", "state"]
+__all__ = [
+    "RetinaNet",
+    "arrays",
+    "build_network",
+    "freeze",
+    "load_state",
+    "replaced",
+    "state",
+    "trained",
+]
 
 
 def _drawn_by_numpy(draw: Callable[[np.random.Generator, tuple[int, ...]], Any]) -> Initializer:
@@ -337,6 +346,23 @@ class RetinaNet(nnx.Module):
         """
         levels = self.backbone["fpn"](self.backbone["body"](images))
         return self.head["classification_head"](levels), self.head["regression_head"](levels)
+
+
+def trained(stages: int) -> Callable[[tuple[Any, ...], Any], bool]:
+    """A filter of the parameters that are trained: all but those of the frozen stages."""
+    frozen = frozen_parts(stages)
+
+    def is_trained(path: tuple[Any, ...], variable: Any) -> bool:
+        inside = path[:2] == ("backbone", "body") and path[2] in frozen
+        return isinstance(variable, nnx.Param) and not inside
+
+    return is_trained
+
+
+def freeze(model: RetinaNet, stages: int) -> None:
+    """Normalize with the running statistics in the backbone's first stages, and keep them."""
+    for name in frozen_parts(stages):
+        getattr(model.backbone["body"], name).eval()
 
 
 def build_network(config: RetinaNetConfig, seed: int) -> RetinaNet:

@@ -29,9 +29,11 @@ from focal.retinanet.jax.network import (
     RetinaNet,
     arrays,
     build_network,
+    freeze,
     load_state,
     replaced,
     state,
+    trained,
 )
 from focal.retinanet.objective import EMA_START, Losses, Targets, losses, normalizer, targets
 from focal.retinanet.postprocess import detections
@@ -136,6 +138,7 @@ class _Run(NamedTuple):
 
     parameters: nnx.State
     statistics: nnx.State
+    """Of batch normalization, and the parameters that are frozen."""
     average: nnx.State
     """The moving average of both; empty where the run has none."""
     slots: optax.OptState
@@ -163,7 +166,7 @@ class Trainer:
         if precision == "auto":
             precision = _fast_precision(mesh.devices.flat if mesh else [_device(model)])
         self.static = nnx.graphdef(model), train.replace(precision=precision)
-        parameters, statistics = nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
+        parameters, statistics = _split(model, train)
         average = nnx.merge_state(parameters, statistics) if train.ema else nnx.State({})
         slots = _optimizer(train).init(parameters)
         run = _Run(parameters, statistics, average, slots, jnp.float32(EMA_START), jnp.bool(True))
@@ -210,8 +213,7 @@ class Trainer:
         check_names(saved, {k: v.shape for k, v in slots.items()})
         leaves = [saved[k] for k in slots]
         run = _Run(
-            nnx.state(self.model, nnx.Param),
-            nnx.state(self.model, nnx.Not(nnx.Param)),
+            *_split(self.model, self.train),
             replaced(self.run.average, part(tensors, "average/")),
             jax.tree.unflatten(jax.tree.structure(self.run.slots), leaves),
             jnp.asarray(tensors["mean_positives"]),
@@ -268,8 +270,9 @@ def _train_step(
         model.train(
             dtype=jnp.dtype(train.precision), precision=precision, recompute=train.recompute
         )
+        freeze(model, train.freeze)
         parts = losses(F, *model(_normalized(images, config)), anchors, target, config, divisor)
-        return parts.classification + parts.box, (parts, nnx.state(model, nnx.Not(nnx.Param)))
+        return parts.classification + parts.box, (parts, _split(model, train)[1])
 
     def accumulate(carry: Any, piece: tuple[Array, Targets]) -> tuple[Any, None]:
         """One gradient-accumulation step."""
@@ -300,6 +303,12 @@ def _train_step(
     # `optax.apply_if_finite` looks at gradients alone, and lets statistics and average go on.
     kept = jax.tree.map(lambda x, old: jnp.where(healthy, x, old), new, run)
     return kept._replace(healthy=healthy), (loss, *parts, positives, norm)
+
+
+def _split(model: RetinaNet, train: TrainConfig) -> tuple[nnx.State, nnx.State]:
+    """The parameters that are trained, and all else."""
+    own = trained(train.freeze)
+    return nnx.state(model, own), nnx.state(model, nnx.Not(own))
 
 
 def _optimizer(train: TrainConfig) -> optax.GradientTransformation:

@@ -17,7 +17,7 @@ import tensorflow as tf
 from keras import ops
 from tensorflow import Tensor
 
-from focal.retinanet.architecture import NORM_EPS, Backbone, backbone, norm_groups
+from focal.retinanet.architecture import NORM_EPS, Backbone, backbone, frozen_parts, norm_groups
 from focal.retinanet.config import RetinaNetConfig
 from focal.retinanet.weights import check_names
 from focal.tensorflow import PriorBias
@@ -27,6 +27,7 @@ __all__ = [
     "arrays",
     "assign",
     "build_network",
+    "freeze",
     "load_state",
     "named_layers",
     "named_variables",
@@ -77,7 +78,7 @@ def _pad(x: Tensor, margin: int, value: float = 0.0) -> Tensor:
 class BatchNorm(keras.layers.Layer):
     """Batch normalization as one fused kernel each way, in less than half of the time of Keras's.
 
-    Frozen, it is a fixed scale and shift without trainable weights.
+    Frozen, or while it is not `trainable`, it is a fixed scale and shift.
     """
 
     def __init__(self, channels: int, frozen: bool = False) -> None:
@@ -92,7 +93,7 @@ class BatchNorm(keras.layers.Layer):
 
     def call(self, x: Tensor, training: bool = False) -> Tensor:
         """Normalize x, of shape (N, H, W, channels)."""
-        if self.frozen:
+        if self.frozen or not self.trainable:
             # As one scale and shift, the backward pass needs no feature map: the fused kernel does.
             scale = self.gamma * ops.rsqrt(self.moving_variance + NORM_EPS)
             shift = self.beta - self.moving_mean * scale
@@ -179,7 +180,7 @@ class Block(keras.layers.Layer):
         if not (self.recompute and training):
             return self.compute(x)
         layers = (layer for _, layer in named_layers(self))
-        norms = [x for x in layers if isinstance(x, BatchNorm) and not x.frozen]
+        norms = [x for x in layers if isinstance(x, BatchNorm) and not x.frozen and x.trainable]
         return _recomputed(self.compute, norms)(x)
 
     def compute(self, x: Tensor) -> Tensor:
@@ -415,6 +416,14 @@ def recompute(model: RetinaNet) -> None:
     for _, layer in named_layers(model):
         if isinstance(layer, (Block, ClassificationHead, RegressionHead)):
             layer.recompute = True
+
+
+def freeze(model: RetinaNet, stages: int) -> None:
+    """Keep the weights and statistics of the backbone's first stages as they are."""
+    for name in frozen_parts(stages):
+        layers = getattr(model.backbone["body"], name)
+        for layer in layers if isinstance(layers, list) else [layers]:
+            layer.trainable = False
 
 
 def build_network(config: RetinaNetConfig, seed: int) -> RetinaNet:

@@ -27,6 +27,7 @@ from focal.retinanet.tensorflow.network import (
     arrays,
     assign,
     build_network,
+    freeze,
     load_state,
     named_layers,
     named_variables,
@@ -255,6 +256,7 @@ class Trainer:
                     model = build_network(given.config, train.seed)
                 load_state(model, state(given))
             self.model = model
+            freeze(model, train.freeze)
             if train.recompute:
                 recompute(model)
             self.optimizer = _optimizer(train)

@@ -20,12 +20,20 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # SyncBatchNorm, too
 from torch.utils.checkpoint import checkpoint
 
-from focal.retinanet.architecture import NORM_EPS, Backbone, backbone, norm_groups
+from focal.retinanet.architecture import NORM_EPS, Backbone, backbone, frozen_parts, norm_groups
 from focal.retinanet.config import RetinaNetConfig
 from focal.retinanet.weights import check_names
 from focal.torch import anchors, init_prior_bias_
 
-__all__ = ["BatchNorm", "RetinaNet", "build_network", "load_state", "recompute", "state"]
+__all__ = [
+    "BatchNorm",
+    "RetinaNet",
+    "build_network",
+    "freeze",
+    "load_state",
+    "recompute",
+    "state",
+]
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -377,6 +385,12 @@ def recompute(model: RetinaNet) -> None:
     for module in model.modules():
         if isinstance(module, Recomputed):
             module.recompute = True
+
+
+def freeze(model: RetinaNet, stages: int) -> None:
+    """Keep the weights and statistics of the backbone's first stages as they are."""
+    for name in frozen_parts(stages):
+        getattr(model.backbone.body, name).requires_grad_(False).eval()
 
 
 def build_network(config: RetinaNetConfig, seed: int) -> RetinaNet:

@@ -27,6 +27,7 @@ from focal.retinanet.torch.network import (
     BatchNorm,
     RetinaNet,
     build_network,
+    freeze,
     load_state,
     recompute,
     state,
@@ -170,6 +171,7 @@ class Trainer:
                 "got 'batch'"
             )
         self.model = model.train()
+        freeze(model, train.freeze)
         self.train = train
         self.replicas = replicas or Replicas()
         self.device = _device(model)
