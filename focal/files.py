@@ -6,7 +6,7 @@ import contextlib
 import os
 from pathlib import Path
 
-__all__ = ["PARTIAL", "sync_folder", "write_atomically"]
+__all__ = ["PARTIAL", "write_atomically"]
 
 PARTIAL = ".partial"
 """The suffix of a file that is being written; a killed process leaves it behind."""
@@ -33,11 +33,11 @@ def write_atomically(path: str | os.PathLike[str], *pieces: bytes | memoryview) 
     finally:
         with contextlib.suppress(OSError):  # it would hide the first error
             partial.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    _sync_folder(path.parent)
 
 
-def sync_folder(path: Path) -> None:
-    """Make renames and removals in a folder durable."""
+def _sync_folder(path: Path) -> None:
+    """Make a rename in a folder durable."""
     if os.name == "posix":  # on Windows folders cannot be opened
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -73,10 +73,11 @@ def check_integer(
     """An integer in [low, high]; None: without an upper limit."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{function}: {parameter} must be an integer; got {_kind(value)}")
-    if value < low or (high is not None and value > high):
+    number = int(value)
+    if number < low or (high is not None and number > high):
         wanted = f">= {low}" if high is None else f"in [{low}, {high}]"
         raise ValueError(f"{function}: {parameter} must be {wanted}; got {value}")
-    return int(value)
+    return number
 
 
 def check_alpha(function: str, alpha: Any) -> float | None:

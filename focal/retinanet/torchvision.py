@@ -17,10 +17,17 @@ from focal.retinanet.config import RetinaNetConfig
 from focal.retinanet.detector import backend_module, build
 from focal.retinanet.presets import CONVENTIONS
 
-__all__ = ["from_torchvision", "load_torchvision", "read_torchvision"]
+__all__ = [
+    "LOGITS",
+    "from_torchvision",
+    "load_torchvision",
+    "read_torchvision",
+    "torchvision_detector",
+]
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
-_LOGITS = "head.classification_head.cls_logits.bias"
+LOGITS = "head.classification_head.cls_logits."
+"""The names of the last layer of the class head begin like this."""
 
 
 def load_torchvision(
@@ -67,27 +74,40 @@ def load_torchvision(
             stacklevel=2,
         )
         image_size = canvas
-    tensors = read_torchvision(source)
-    if _LOGITS not in tensors:
+    tensors, config = torchvision_detector(read_torchvision(source), classes, norm_eps)
+    model = build(config.replace(image_size=image_size), backend, device=device)
+    backend_module(backend).load_state(model, tensors)
+    return model
+
+
+def torchvision_detector(
+    tensors: Mapping[str, np.ndarray],
+    classes: Sequence[str] | None = None,
+    norm_eps: float | None = None,
+) -> tuple[dict[str, np.ndarray], RetinaNetConfig]:
+    """The weights of one of torchvision's RetinaNets for our networks, and its config.
+
+    Args:
+        tensors: From `read_torchvision`.
+        classes: As in `load_torchvision`.
+        norm_eps: As in `load_torchvision`.
+    """
+    if f"{LOGITS}bias" not in tensors:
         raise ValueError(
             "load_torchvision: source must be the weights of a RetinaNet; "
-            f"got {len(tensors)} tensors without {_LOGITS}"
+            f"got {len(tensors)} tensors without {LOGITS}bias"
         )
     second = "head.classification_head.conv.0.1.weight" in tensors
     convention = CONVENTIONS["torchvision_v2" if second else "torchvision"]
-    config = RetinaNetConfig(
-        image_size=image_size, norm="batch" if second else "frozen_batch", **convention
-    )
-    count = len(tensors[_LOGITS]) // config.anchors.per_cell
+    config = RetinaNetConfig(norm="batch" if second else "frozen_batch", **convention)
+    count = len(tensors[f"{LOGITS}bias"]) // config.anchors.per_cell
     if classes is None:
         classes = [str(k) for k in range(count)]
     if len(classes) != count:
         raise ValueError(f"load_torchvision: classes must be {count} names; got {len(classes)}")
     if norm_eps is None:
         norm_eps = NORM_EPS if second else 0.0
-    model = build(config.replace(classes=tuple(classes)), backend, device=device)
-    backend_module(backend).load_state(model, _with_epsilon(tensors, norm_eps))
-    return model
+    return _with_epsilon(tensors, norm_eps), config.replace(classes=tuple(classes))
 
 
 def read_torchvision(source: Source, *, norm_eps: float = NORM_EPS) -> dict[str, np.ndarray]:

@@ -19,6 +19,7 @@ from focal.retinanet.config import RetinaNetConfig
 
 __all__ = [
     "check_names",
+    "is_ours",
     "load_weights",
     "part",
     "read_tensors",
@@ -58,6 +59,15 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], R
         return tensors, RetinaNetConfig.from_json(metadata["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: expected a RetinaNetConfig inside; {error!r}") from error
+
+
+def is_ours(path: str | os.PathLike[str]) -> bool:
+    """Whether this is a safetensors file that this library wrote."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return str((file.metadata() or {}).get("format", "")).startswith("focal.")
+    except (OSError, SafetensorError):
+        return False
 
 
 def write_tensors(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-__all__ = ["Dataset", "Example", "coco_annotation"]
+__all__ = ["Dataset", "Example", "category_ids", "coco_annotation", "dataset_name"]
 
 
 class Example(NamedTuple):
@@ -86,3 +86,13 @@ def coco_annotation(
         "area": (x2 - x1) * (y2 - y1) if area is None else float(area),
         "iscrowd": iscrowd,
     }
+
+
+def dataset_name(dataset: Dataset) -> str:
+    """The name of a dataset in logs and tables; default: that of its class."""
+    return str(getattr(dataset, "name", type(dataset).__name__))
+
+
+def category_ids(dataset: Dataset) -> tuple[int, ...]:
+    """The category id of each label in the ground truth; default: 1 to K."""
+    return tuple(getattr(dataset, "category_ids", range(1, len(dataset.classes) + 1)))

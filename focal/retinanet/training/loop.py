@@ -8,7 +8,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -19,16 +19,20 @@ import numpy as np
 import focal
 from focal.retinanet.config import RetinaNetConfig, TrainConfig
 from focal.retinanet.data import Batch, Dataset, train_batches
+from focal.retinanet.data.dataset import dataset_name
 from focal.retinanet.detector import backend_module
 from focal.retinanet.replicas import Replicas
 from focal.retinanet.training.evaluate import evaluate_model
 from focal.retinanet.training.first_loss import check_first_loss
-from focal.retinanet.training.progress import ProgressBar
+from focal.retinanet.training.progress import Progress
 from focal.retinanet.training.run_folder import RunFolder
 from focal.retinanet.training.stopping import Signals, Stopped
 from focal.retinanet.weights import save_weights
 
-__all__ = ["learning_rate", "train"]
+__all__ = ["Callback", "learning_rate", "train"]
+
+Callback = Callable[[int, dict[str, Any]], object]
+"""Called with the step and what is logged of it: a line of metrics.jsonl."""
 
 MAX_PENDING_STEPS = 100
 """Losses are read from the device at least this often."""
@@ -56,9 +60,12 @@ def train(
     backend: str = "torch",
     device: str | None = None,
     initial: Mapping[str, np.ndarray] | None = None,
+    fresh: tuple[str, ...] = (),
     resume: bool = False,
     notes: Mapping[str, Any] | None = None,
     replicas: Replicas | None = None,
+    callback: Callback | None = None,
+    signals: Signals | None = None,
 ) -> Any:
     """Train a detector into a run folder.
 
@@ -75,9 +82,12 @@ def train(
         backend: The framework.
         device: Such as "cpu" or "cuda"; default: a GPU where there is one.
         initial: Weights to start from instead of random ones.
+        fresh: Prefixes of the names that `initial` lacks, and that start as in a new detector.
         resume: Continue from the newest whole checkpoint in `out`.
         notes: More entries for config.json.
         replicas: Data-parallel replicas. Default: those that the framework's launcher started.
+        callback: Called with the step and the metrics that were logged, in the main process.
+        signals: Signals that are recorded already. Default: from here on.
 
     Returns:
         The trained model, with the weights that were saved.
@@ -85,9 +95,14 @@ def train(
     Raises:
         Stopped: a signal came, and the state is saved; it is a KeyboardInterrupt.
         FloatingPointError: a loss or a gradient is not finite.
+        FileExistsError: `out` holds a run, and `resume` is not set.
         OSError: a file cannot be written; existing files stay whole.
-        ValueError: the checkpoint is damaged or of another run, or an example cannot be used.
+        ValueError: the classes are not those of the datasets, the checkpoint is damaged or of
+            another run, or an example cannot be used.
     """
+    _check_classes(config, dataset, validation)
+    if train_config.patience and not (train_config.eval_every and validation):
+        raise ValueError("train: patience needs eval_every > 0 and a validation split")
     library = backend_module(backend)
     replicas = replicas or library.replicas(device)
     replicas.check(train_config)
@@ -100,19 +115,21 @@ def train(
             "ema": "on" if train_config.ema else "off",
             "seed": str(train_config.seed),  # of the order of the data, which is all that is random
         },
+        {"config": config.to_json()},
         train_config.keep,
         writes=replicas.rank == 0,
     )
     model = library.build(config, train_config.seed, device)
     if initial is not None:
-        library.load_state(model, initial)
+        new = {k: v for k, v in library.state(model).items() if k.startswith(fresh)}
+        library.load_state(model, {**initial, **new})
     trainer = library.Trainer(model, train_config, replicas)
     first, before = 0, 0.0
-    if resume:
-        tensors, first, before = folder.resume(train_config.steps)
-        trainer.load_state(tensors)
-    else:
+    if not resume:
         folder.start()
+    elif (found := folder.resume(train_config.steps)) is not None:
+        tensors, first, before = found
+        trainer.load_state(tensors)
     record = {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "focal": focal.__version__,
@@ -138,15 +155,26 @@ def train(
         first=first,
         before=before,
         check_start=initial is None and config.loss == "focal" and replicas.processes == 1,
+        callback=callback,
+        signals=signals or Signals(),
     )
-    with run.signals:
+    with run.signals if signals is None else contextlib.nullcontext():
         with contextlib.closing(batches):
-            run.steps(batches)
+            last = run.steps(batches)
         record["seconds"] = run.seconds(1)
-        model = run.measured(train_config.steps)
+        model = run.measured(last)
         folder.write_config(record)
         run.wait()  # for the measurement
     return model
+
+
+def _check_classes(config: RetinaNetConfig, *datasets: Dataset | None) -> None:
+    for dataset in datasets:
+        if dataset is not None and tuple(dataset.classes) != config.classes:
+            raise ValueError(
+                f"train: {dataset_name(dataset)} has the classes {tuple(dataset.classes)}; "
+                f"expected {config.classes}"
+            )
 
 
 @dataclass
@@ -168,7 +196,8 @@ class _Run:
     check_start: bool
     """Whether to compare the first loss with the expected one. Not with several processes: each has
     a part of the batch, but the loss of the whole."""
-    signals: Signals = field(default_factory=Signals)
+    callback: Callback | None
+    signals: Signals
     pending: list[tuple[int, Mapping[str, Any], np.ndarray]] = field(default_factory=list)
     """Number, losses and image ids of the steps since losses were last read from the device."""
 
@@ -179,23 +208,23 @@ class _Run:
         """Since the run began, without the time between stopping and resuming."""
         return round(time.monotonic() - self.begin, digits)
 
-    def steps(self, batches: Iterator[Batch]) -> None:
-        """The remaining steps, with logs, checkpoints and evaluations."""
+    def steps(self, batches: Iterator[Batch]) -> int:
+        """The remaining steps, with logs, checkpoints and evaluations; the number of the last."""
         train, first = self.train, self.first
+        if early := self.replicas.maximum(self.signals.received):
+            self.stop(early, first)
         if 0 < first < train.steps and _every(train.eval_every, first):
             self.measured(first)
-        silent = self.replicas.rank > 0
-        bar = ProgressBar(
-            total=train.steps, initial=first, unit="step", dynamic_ncols=True, disable=silent
-        )
-        with bar:
+        with Progress(train.steps, first, shown=self.replicas.rank == 0) as progress:
             speed = _Speed(train.batch_size, first)
+            if self.exhausted():
+                return first
             for done in range(first + 1, train.steps + 1):
                 rate = learning_rate(train, done - 1)
                 batch = next(batches)
                 parts = self.trainer.step(done - 1, batch, rate)
                 self.pending.append((done, parts, batch.image_ids))
-                bar.update()
+                progress.update()
                 logs = _every(train.log_every, done) or done == train.steps
                 saves = _every(train.save_every, done) or done == train.steps
                 evaluates = _every(train.eval_every, done) and done < train.steps
@@ -204,13 +233,26 @@ class _Run:
                 if starts:
                     check_first_loss(float(parts["classification"]), batch, self.config)
                 if logs:
-                    self.log(done, parts, rate, speed.since_last(done), bar)
+                    self.log(done, parts, rate, speed.since_last(done), progress)
                 if stopping:
                     self.stop(stopping, done)
                 if saves:
                     self.save(done)
                 if evaluates:
-                    self.measured(done)
+                    self.measured(done, progress)
+                    if self.exhausted():
+                        self.save(done)
+                        progress.write(f"stopped: no better AP in {train.patience} evaluations")
+                        return done
+        return train.steps
+
+    def exhausted(self) -> bool:
+        """Whether the last `patience` evaluations brought no better AP."""
+        if not self.train.patience:
+            return False
+        found = list(self.folder.evaluations().values()) if self.replicas.rank == 0 else []
+        since = len(found) - 1 - found.index(max(found)) if found else 0
+        return bool(self.replicas.maximum(int(since >= self.train.patience)))
 
     def stopping(self, reads: bool) -> int:
         """The signal for which all processes stop, or 0.
@@ -227,21 +269,36 @@ class _Run:
         return self.replicas.maximum(self.signals.received)
 
     def log(
-        self, step: int, parts: Mapping[str, Any], rate: float, speed: float, bar: ProgressBar
+        self, step: int, parts: Mapping[str, Any], rate: float, speed: float, progress: Progress
     ) -> None:
-        """Write a line of metrics; show it on the progress bar."""
+        """Write a line of metrics; show it with the progress."""
         values = {name: float(value) for name, value in parts.items()}
         values |= {"learning_rate": rate, "images_per_second": speed, "seconds": self.seconds(2)}
-        self.folder.log({"kind": "train", "step": step, **values})
-        bar.set_postfix_str(
+        self.record(step, {"kind": "train", "step": step, **values})
+        progress.show(
             f"loss {values['loss']:.3f} (class {values['classification']:.3f}, "
             f"box {values['box']:.3f}), lr {rate:.1e}, {speed:.0f} img/s"
         )
 
+    def record(self, step: int, entry: dict[str, Any]) -> None:
+        """Write a line of metrics, and hand it to the callback."""
+        self.folder.log(entry)
+        if self.callback is not None and self.replicas.rank == 0:
+            self.callback(step, entry)
+
     def save(self, step: int, state: dict[str, np.ndarray] | None = None) -> Path:
-        """A checkpoint of the state after a step; default: of the trainer's."""
+        """A checkpoint of the state after a step (default: of the trainer's), and its weights."""
         state = self.trainer.state() if state is None else state
-        return self.folder.save_checkpoint(state, step, time.monotonic() - self.begin)
+        path = self.folder.save_checkpoint(state, step, time.monotonic() - self.begin)
+        self.save_weights()
+        return path
+
+    def save_weights(self) -> dict[str, np.ndarray]:
+        """Write the weights to use, those of the last step; returns them."""
+        weights: dict[str, np.ndarray] = self.trainer.weights()
+        if self.replicas.rank == 0:
+            save_weights(self.folder.weights, weights, self.config)
+        return weights
 
     def stop(self, number: int, step: int) -> NoReturn:
         """Save a checkpoint and raise `Stopped`."""
@@ -271,20 +328,25 @@ class _Run:
         """The model to evaluate and return: only one, since graphs may never be freed."""
         return backend_module(self.backend).build(self.config, self.train.seed, self.device)
 
-    def measured(self, step: int) -> Any:
+    def measured(self, step: int, progress: Progress | None = None) -> Any:
         """The model with the weights to keep; they are saved, and evaluated if there is a split."""
         self.signals.at_once = self.replicas.processes == 1  # nothing here must be finished
         try:
-            weights = self.trainer.weights()
-            if self.replicas.rank == 0:
-                save_weights(self.folder.weights, weights, self.config)
+            weights = self.save_weights()
             backend_module(self.backend).load_state(self.candidate, weights)
-            # A resumed run may have been evaluated here already.
             if self.validation is not None and self.replicas.rank == 0:
-                if not self.folder.evaluated(step):
+                before = self.folder.evaluations()
+                if step not in before:  # where a resumed run was evaluated already
                     metrics, _ = evaluate_model(self.candidate, self.validation)
-                    split = self.validation.name
-                    self.folder.log({"kind": "eval", "split": split, "step": step, **metrics})
+                    best = max(before.values(), default=-math.inf)
+                    better = math.isnan(metrics["AP"]) or metrics["AP"] > best
+                    if better or not self.folder.best.exists():
+                        save_weights(self.folder.best, weights, self.config)
+                    split = dataset_name(self.validation)
+                    self.record(step, {"kind": "eval", "split": split, "step": step, **metrics})
+                    if progress is not None:
+                        text = f"step {step}: AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f}"
+                        progress.write(text + ("" if better else f" (best AP {best:.3f})"))
             return self.candidate
         except KeyboardInterrupt:
             if not self.signals.received:

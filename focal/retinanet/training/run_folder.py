@@ -1,8 +1,8 @@
 """The files of a training run, each complete at any time.
 
-config.json, metrics.jsonl, weights.safetensors (what to use) and the last few
-checkpoint-NNNNNN.safetensors (what to resume from). `focal.retinanet.report` adds pictures and
-report.html.
+config.json, metrics.jsonl, weights.safetensors (of the newest checkpoint), best.safetensors (of
+the evaluation with the greatest AP) and the last few checkpoint-NNNNNN.safetensors (what to resume
+from). `focal.retinanet.report` adds pictures and report.html.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from focal.files import PARTIAL, sync_folder, write_atomically
+from focal.files import PARTIAL, write_atomically
 from focal.retinanet.training.metrics import read_lines
 from focal.retinanet.weights import read_tensors, write_tensors
 
-__all__ = ["RunFolder", "plain_json", "read_checkpoint"]
+__all__ = ["RunFolder", "holds_run", "new_folder", "plain_json", "read_checkpoint"]
 
 CHECKPOINT_FORMAT = "focal.checkpoint"
 
@@ -35,6 +35,18 @@ def plain_json(record: Mapping[str, Any], indent: int | None = None) -> str:
         for key, value in record.items()
     }
     return json.dumps(finite, indent=indent, allow_nan=False)
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether there is anything of a run in a folder that a new run would replace."""
+    names = "config.json", "metrics.jsonl", "weights.safetensors", "best.safetensors"
+    return any((folder / name).exists() for name in names) or bool(_checkpoints(folder))
+
+
+def new_folder(parent: Path) -> Path:
+    """The first of parent/1, parent/2, ... that does not exist."""
+    numbers = (int(path.name) for path in parent.glob("*") if path.name.isdecimal())
+    return parent / str(max(numbers, default=0) + 1)
 
 
 def read_checkpoint(folder: Path) -> tuple[Path, dict[str, np.ndarray], dict[str, str]]:
@@ -76,42 +88,62 @@ class RunFolder:
     Args:
         path: The folder; made if it does not exist.
         facts: What a checkpoint must share with the run that resumes from it.
+        notes: What else a checkpoint tells of the run.
         keep: How many checkpoints to keep, >= 1.
         writes: False in all but one of several processes, which only read.
     """
 
     def __init__(
-        self, path: Path, facts: Mapping[str, str], keep: int, writes: bool = True
+        self,
+        path: Path,
+        facts: Mapping[str, str],
+        notes: Mapping[str, str],
+        keep: int,
+        writes: bool = True,
     ) -> None:
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.metrics = path / "metrics.jsonl"
         self.config = path / "config.json"
         self.weights = path / "weights.safetensors"
+        self.best = path / "best.safetensors"
         self._facts = dict(facts)
+        self._notes = dict(notes)
         self._keep = keep
         self._writes = writes
 
     def start(self) -> None:
-        """Begin anew: no checkpoints and no metrics yet."""
-        if not self._writes:
-            return
-        self._remove_partial_files()
-        # Checkpoints first: if the process is killed here, none may remain beside new metrics.
-        for path in _checkpoints(self.path):
-            path.unlink()
-        sync_folder(self.path)
-        write_atomically(self.metrics, b"")
-
-    def resume(self, until: int) -> tuple[dict[str, np.ndarray], int, float]:
-        """Resume from the newest whole checkpoint: its tensors, steps done, seconds they took.
-
-        Metrics written after the checkpoint are dropped; the run writes them again.
+        """Begin a run, where there is none.
 
         Raises:
-            FileNotFoundError: there is no checkpoint.
-            ValueError: none is whole, or it is of another run, or of a step beyond `until`.
+            FileExistsError: the folder holds a run; it is left as it is.
         """
+        if not self._writes:
+            return
+        if holds_run(self.path):
+            raise FileExistsError(
+                f"{self.path}: holds a run already; continue it with --resume (resume=True), or "
+                "choose another folder with --out (out=...)"
+            )
+        self._remove_partial_files()
+        write_atomically(self.metrics, b"")
+
+    def resume(self, until: int) -> tuple[dict[str, np.ndarray], int, float] | None:
+        """Resume from the newest whole checkpoint: its tensors, steps done, seconds they took.
+
+        Metrics written after the checkpoint are dropped; the run writes them again. None: the run
+        was killed before its first checkpoint.
+
+        Raises:
+            FileNotFoundError: there is no run.
+            ValueError: no checkpoint is whole, or it is of another run, or of a step beyond
+                `until`.
+        """
+        if not _checkpoints(self.path) and self.metrics.is_file():
+            if self._writes:
+                self._remove_partial_files()
+                write_atomically(self.metrics, b"")
+            return None
         path, tensors, found = read_checkpoint(self.path)
         for name, value in self._facts.items():
             if found.get(name) != value:
@@ -138,7 +170,7 @@ class RunFolder:
         path = self.path / f"checkpoint-{steps:06d}.safetensors"
         if not self._writes:
             return path
-        metadata = {"step": str(steps), "seconds": str(seconds), **self._facts}
+        metadata = {"step": str(steps), "seconds": str(seconds), **self._facts, **self._notes}
         write_tensors(path, tensors, CHECKPOINT_FORMAT, metadata)
         self._remove_older(path)
         return path
@@ -155,10 +187,10 @@ class RunFolder:
         except OSError as error:  # when the disk is full it names no file
             raise OSError(error.errno, error.strerror, str(self.metrics)) from error
 
-    def evaluated(self, step: int) -> bool:
-        """Whether the metrics hold the evaluation after this step."""
-        lines = read_lines(self.metrics)
-        return any(x.get("kind") == "eval" and x["step"] == step for x in lines)
+    def evaluations(self) -> dict[int, float]:
+        """The AP of each evaluation by its step; -1 where there was no object."""
+        lines = (line for line in read_lines(self.metrics) if line.get("kind") == "eval")
+        return {line["step"]: -1.0 if line["AP"] is None else line["AP"] for line in lines}
 
     def write_config(self, record: Mapping[str, Any]) -> None:
         """Write config.json."""

@@ -61,4 +61,4 @@ class Signals:
             raise KeyboardInterrupt
         if not again:  # not through sys.stderr, which the signal may have interrupted
             with contextlib.suppress(OSError):  # a terminal that went away
-                os.write(2, b"\nfocal: finishing this step; Ctrl-C stops at once\n")
+                os.write(2, b"\nfocal: stopping after this step; Ctrl-C stops at once\n")
