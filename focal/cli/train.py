@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
+from typing import Any
 
 from focal.cli.options import (
     Commands,
     add_backend,
     add_data,
     add_detector,
-    configs,
+    assignments,
+    has_split,
     open_dataset,
     print_metrics,
 )
@@ -20,20 +21,23 @@ __all__ = ["add", "run"]
 
 EPILOG = """\
 examples:
-  focal train --data shapes --image-size 128x128 --steps 1500 --out runs/shapes
+  focal train --data shapes --image-size 128x128 --steps 1500
       train on the generated set, which needs no download
-  focal train --data path/to/coco --preset tiny --out runs/mine
-      train on your own images: a folder with instances_{train,val,test}.json and images/,
-      or the COCO 2017 layout
-  focal train --data path/to/coco --preset r50 --set norm=batch --set steps=20000
+  focal train --data path/to/images --out runs/mine
+      train on your own images, in the COCO format or as exported from Roboflow or CVAT; canvas,
+      anchors and steps are chosen from the boxes
+  focal train --data path/to/images --weights retinanet_resnet50.pth --freeze backbone --steps 2000
+      fine-tune torchvision's detector for your classes
+  focal train --data path/to/images --preset r50 --set norm=batch --set steps=20000
       change any field of the detector or the run
-  focal train --data path/to/coco --out runs/mine --resume
+  focal train --data path/to/images --out runs/mine --resume
       resume a run that was stopped
-  torchrun --nproc-per-node 8 -m focal train --data path/to/coco --preset r50
+  torchrun --nproc-per-node 8 -m focal train --data path/to/images --preset r50
       share each batch among 8 GPUs; see docs/scaling.md for JAX and TensorFlow
 
-The run folder holds config.json, metrics.jsonl, weights.safetensors, the last checkpoints,
-loss.png, detections.png and report.html.
+The run folder holds config.json, metrics.jsonl, weights.safetensors (of the last step),
+best.safetensors (of the greatest AP), the last checkpoints, loss.png, detections.png and
+report.html.
 """
 
 
@@ -48,10 +52,37 @@ def add(commands: Commands) -> None:
     add_data(train)
     add_backend(train)
     add_detector(train)
-    train.add_argument("--out", type=Path, default=Path("runs/latest"), help="the run folder")
+    train.add_argument(
+        "--out", type=Path, help="the run folder (default: a new one, runs/1, runs/2, ...)"
+    )
     train.add_argument("--steps", type=int, help="optimizer steps (default: the preset's)")
     train.add_argument("--seed", type=int, help="of weights, order and augmentation (default: 0)")
-    train.add_argument("--weights", type=Path, help="start from this weights file")
+    train.add_argument(
+        "--weights",
+        type=Path,
+        help="start from a weights file, checkpoint or run folder, or from torchvision's weights "
+        "of a RetinaNet or ResNet (.pth); the class head starts anew if the classes differ",
+    )
+    train.add_argument(
+        "--freeze",
+        metavar="STAGES",
+        help="keep the first stages of the backbone as they are: 1 (the stem) to 5, or backbone",
+    )
+    train.add_argument(
+        "--fit",
+        action=argparse.BooleanOptionalAction,
+        help="choose image size, anchors, crop and steps from the boxes (default: for tiny without "
+        "--weights)",
+    )
+    train.add_argument(
+        "--eval-every", type=int, help="steps between evaluations on val (0: only at the end)"
+    )
+    train.add_argument(
+        "--patience", type=int, help="stop after this many evaluations without a better AP"
+    )
+    train.add_argument(
+        "--tensorboard", action="store_true", help="write TensorBoard event files to the run folder"
+    )
     train.add_argument(
         "--resume",
         action="store_true",
@@ -69,51 +100,50 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace, command: str) -> None:
     """Run the command."""
-    from focal.retinanet.detector import backend_module, predict
-    from focal.retinanet.report import report
-    from focal.retinanet.report.curves import loss_plot
-    from focal.retinanet.training.loop import train
-    from focal.retinanet.training.metrics import read_metrics
-    from focal.retinanet.weights import load_weights
+    from focal.retinanet.run import run
+    from focal.retinanet.training.metrics import number, read_metrics
 
-    detector, settings = configs(options)
-    # First of all: a framework must know of the other processes before it is used.
-    replicas = backend_module(options.backend).replicas(options.device)
-    replicas.check(settings)
-    if replicas.rank > 0:  # only one process logs
-        logging.getLogger().setLevel(logging.WARNING)
-    dataset = open_dataset(options.data, "train", detector)
-    validation = open_dataset(options.data, "val", detector)
-    if validation.classes != dataset.classes:
-        raise ValueError(
-            f"{validation.name}: its classes are {validation.classes}, "
-            f"those of {dataset.name} are {dataset.classes}"
-        )
-    detector = detector.replace(classes=dataset.classes)
-    initial = None if options.weights is None else load_weights(options.weights)[0]
-    model = train(
-        detector,
-        settings,
-        dataset,
-        validation,
+    changes = assignments(options)
+    generated = options.data == "shapes"
+    size = _size_of_shapes(options, changes) if generated else None
+    data = open_dataset(options.data, "train", size, options.hold_out)
+    val = None
+    if options.hold_out > 0 or has_split(options.data, "val"):
+        val = open_dataset(options.data, "val", size, options.hold_out)
+    found = run(
+        data,
+        val,
         options.out,
+        preset=options.preset,
+        convention=options.convention,
+        weights=options.weights,
+        fit_to_data=False if generated and options.fit is None else options.fit,
+        tensorboard=options.tensorboard,
         backend=options.backend,
         device=options.device,
-        initial=initial,
         resume=options.resume,
+        changes=changes,
         notes={"command": command, "data": options.data},
-        replicas=replicas,
     )
-    if replicas.rank > 0:
+    if not found.writes:
         return
-    count = min(4, len(validation))
-    examples = [validation[i * len(validation) // count] for i in range(count)]
-    found = predict(model, [example.image for example in examples])
-    loss_plot(options.out / "metrics.jsonl", options.out / "loss.png")
-    report.detections_picture(examples, found, detector.classes, options.out / "detections.png")
-    page = report.write_report(options.out)
-    _, evaluations = read_metrics(options.out / "metrics.jsonl")
+    _, evaluations = read_metrics(found.folder / "metrics.jsonl")
     for split, lines in evaluations.items():
         print_metrics(f"{split} after {lines[-1]['step']} steps", lines[-1])
-    print(f"report: {page}")
-    print(f"weights: {options.out / 'weights.safetensors'}")
+        best = max(lines, key=lambda line: number(line, "AP"))
+        if best is not lines[-1]:
+            text = f"best AP {best['AP']:.3f} after {best['step']} steps"
+            print(f"{text}: {found.folder / 'best.safetensors'}")
+    print(f"report: {found.folder / 'report.html'}")
+    print(f"weights: {found.folder / 'weights.safetensors'}")
+
+
+def _size_of_shapes(options: argparse.Namespace, changes: dict[str, Any]) -> tuple[int, int]:
+    """The size of generated images: that of the canvas."""
+    from focal.retinanet.settings import preset_settings, recorded_settings
+
+    if "image_size" in changes:
+        return tuple(changes["image_size"])
+    if options.resume and options.out and (options.out / "config.json").is_file():
+        return recorded_settings(options.out / "config.json", {})[0].detector.image_size
+    return preset_settings(options.preset or "tiny").detector.image_size

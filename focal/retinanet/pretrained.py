@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,8 @@ import numpy as np
 
 from focal.retinanet.architecture import BACKBONES
 from focal.retinanet.config import RetinaNetConfig
+from focal.retinanet.presets import Preset
+from focal.retinanet.settings import apply
 from focal.retinanet.torchvision import LOGITS, read_torchvision, torchvision_detector
 from focal.retinanet.weights import is_ours, load_weights
 
@@ -30,18 +33,20 @@ class Pretrained(NamedTuple):
     config: RetinaNetConfig | None
     """The detector that they are of; None: they are of a backbone alone."""
 
-    def detector(self, default: RetinaNetConfig, changes: dict[str, Any]) -> RetinaNetConfig:
-        """The detector to train: that of the weights, with the changes.
+    def settings(self, default: Preset, changes: Mapping[str, Any]) -> Preset:
+        """The detector of the weights, and how to train it.
 
         Args:
-            default: The detector around weights of a backbone alone.
+            default: The run, and the detector around weights of a backbone alone.
             changes: Fields that were set by hand.
 
         Raises:
             ValueError: a change does not fit the weights.
         """
-        base = default.replace(backbone=self.backbone) if self.config is None else self.config
-        detector = base.replace(**changes)
+        own = default.detector.replace(backbone=self.backbone)
+        base = own if self.config is None else self.config
+        chosen = apply(Preset(base, default.train), changes)
+        detector = chosen.detector
         fields = ("backbone",) if self.config is None else _NETWORK
         for field in fields:
             own, wanted = getattr(base, field), getattr(detector, field)
@@ -52,7 +57,7 @@ class Pretrained(NamedTuple):
                 f"{self.source}: its weights are of {base.anchors.per_cell} anchors in a cell; "
                 f"got {detector.anchors.per_cell}"
             )
-        return detector
+        return chosen
 
     def fresh(self, classes: tuple[str, ...]) -> tuple[str, ...]:
         """Prefixes of the tensors that start anew: of the class head, where the classes differ."""

@@ -32,12 +32,12 @@ def preset_settings(preset: str, convention: str = "paper") -> Preset:
     return Preset(detector.replace(**changes), train)
 
 
-def recorded_settings(path: Path, **asked: str | None) -> Preset:
-    """The settings in the config.json of a run.
+def recorded_settings(path: Path, asked: Mapping[str, Any]) -> tuple[Preset, dict[str, Any]]:
+    """The settings in the config.json of a run, and what they started from.
 
     Args:
         path: The file.
-        asked: A preset or convention that the user names, which must be the run's.
+        asked: The preset, convention and weights that the user names, which must be the run's.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -48,13 +48,13 @@ def recorded_settings(path: Path, **asked: str | None) -> Preset:
     for name, value in asked.items():
         if value is not None and record.get(name, value) != value:
             raise ValueError(
-                f"{path}: the run has the {name} {record[name]}, and resumes with it; got {value}"
+                f"{path}: the run has {name} {record[name]}, and resumes with it; got {value}"
             )
-    return settings
+    return settings, {name: record.get(name) for name in asked}
 
 
 def apply(settings: Preset, changes: Mapping[str, Any]) -> Preset:
-    """The settings with fields of either config changed.
+    """The settings with fields of either config changed, of anchors also as "anchors.sizes".
 
     Raises:
         ValueError: a field that neither has, or a value that it does not take.

@@ -8,7 +8,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -64,7 +64,7 @@ def train(
     resume: bool = False,
     notes: Mapping[str, Any] | None = None,
     replicas: Replicas | None = None,
-    callback: Callback | None = None,
+    callbacks: Sequence[Callback] = (),
     signals: Signals | None = None,
 ) -> Any:
     """Train a detector into a run folder.
@@ -86,7 +86,7 @@ def train(
         resume: Continue from the newest whole checkpoint in `out`.
         notes: More entries for config.json.
         replicas: Data-parallel replicas. Default: those that the framework's launcher started.
-        callback: Called with the step and the metrics that were logged, in the main process.
+        callbacks: Called with the step and the metrics that were logged, in the main process.
         signals: Signals that are recorded already. Default: from here on.
 
     Returns:
@@ -155,7 +155,7 @@ def train(
         first=first,
         before=before,
         check_start=initial is None and config.loss == "focal" and replicas.processes == 1,
-        callback=callback,
+        callbacks=callbacks,
         signals=signals or Signals(),
     )
     with run.signals if signals is None else contextlib.nullcontext():
@@ -196,7 +196,7 @@ class _Run:
     check_start: bool
     """Whether to compare the first loss with the expected one. Not with several processes: each has
     a part of the batch, but the loss of the whole."""
-    callback: Callback | None
+    callbacks: Sequence[Callback]
     signals: Signals
     pending: list[tuple[int, Mapping[str, Any], np.ndarray]] = field(default_factory=list)
     """Number, losses and image ids of the steps since losses were last read from the device."""
@@ -281,10 +281,11 @@ class _Run:
         )
 
     def record(self, step: int, entry: dict[str, Any]) -> None:
-        """Write a line of metrics, and hand it to the callback."""
+        """Write a line of metrics, and hand it to the callbacks."""
         self.folder.log(entry)
-        if self.callback is not None and self.replicas.rank == 0:
-            self.callback(step, entry)
+        if self.replicas.rank == 0:
+            for callback in self.callbacks:
+                callback(step, entry)
 
     def save(self, step: int, state: dict[str, np.ndarray] | None = None) -> Path:
         """A checkpoint of the state after a step (default: of the trainer's), and its weights."""

@@ -21,7 +21,7 @@ from focal.files import PARTIAL, write_atomically
 from focal.retinanet.training.metrics import read_lines
 from focal.retinanet.weights import read_tensors, write_tensors
 
-__all__ = ["RunFolder", "holds_run", "new_folder", "plain_json", "read_checkpoint"]
+__all__ = ["RunFolder", "new_folder", "plain_json", "read_checkpoint", "refuse_run"]
 
 CHECKPOINT_FORMAT = "focal.checkpoint"
 
@@ -37,10 +37,18 @@ def plain_json(record: Mapping[str, Any], indent: int | None = None) -> str:
     return json.dumps(finite, indent=indent, allow_nan=False)
 
 
-def holds_run(folder: Path) -> bool:
-    """Whether there is anything of a run in a folder that a new run would replace."""
-    names = "config.json", "metrics.jsonl", "weights.safetensors", "best.safetensors"
-    return any((folder / name).exists() for name in names) or bool(_checkpoints(folder))
+def refuse_run(folder: Path) -> None:
+    """Raise a FileExistsError if a new run would replace what another left in the folder."""
+    names = "weights.safetensors", "best.safetensors"
+    if (
+        _checkpoints(folder)
+        or any((folder / name).exists() for name in names)
+        or any(read_lines(folder / "metrics.jsonl"))
+    ):
+        raise FileExistsError(
+            f"{folder}: holds a run already; continue it with --resume (resume=True), or choose "
+            "another folder with --out (out=...)"
+        )
 
 
 def new_folder(parent: Path) -> Path:
@@ -120,11 +128,7 @@ class RunFolder:
         """
         if not self._writes:
             return
-        if holds_run(self.path):
-            raise FileExistsError(
-                f"{self.path}: holds a run already; continue it with --resume (resume=True), or "
-                "choose another folder with --out (out=...)"
-            )
+        refuse_run(self.path)
         self._remove_partial_files()
         write_atomically(self.metrics, b"")
 

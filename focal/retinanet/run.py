@@ -1,0 +1,234 @@
+"""A training run from data to report: what `fit` and `focal train` do."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from focal.retinanet.data import Dataset, Example, Transformed
+from focal.retinanet.data.dataset import category_ids, dataset_name
+from focal.retinanet.detector import backend_module, predict
+from focal.retinanet.fitting import fit_config
+from focal.retinanet.pretrained import Pretrained, read_pretrained
+from focal.retinanet.presets import Preset
+from focal.retinanet.report import report
+from focal.retinanet.report.curves import loss_plot
+from focal.retinanet.settings import apply, preset_settings, recorded_settings
+from focal.retinanet.training.loop import Callback, train
+from focal.retinanet.training.run_folder import new_folder, refuse_run
+from focal.retinanet.training.stopping import Signals
+from focal.retinanet.training.tensorboard import TensorBoard
+
+__all__ = ["Run", "fit", "run"]
+
+_log = logging.getLogger(__name__)
+
+
+class Run(NamedTuple):
+    """A run that is over."""
+
+    model: Any
+    """With the weights of the last step."""
+    folder: Path
+    writes: bool
+    """Whether this process is the one that wrote the folder."""
+
+
+def fit(
+    data: Dataset,
+    val: Dataset | None = None,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    preset: str | None = None,
+    convention: str | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    fit_to_data: bool | None = None,
+    transform: Callable[..., Mapping[str, Any]] | None = None,
+    callback: Callback | None = None,
+    tensorboard: bool = False,
+    backend: str = "torch",
+    device: str | None = None,
+    resume: bool = False,
+    **settings: Any,
+) -> Any:
+    """Train a detector: what `focal train` does, with the same checks and the same run folder.
+
+    The run folder gets config.json, metrics.jsonl, the last checkpoints, weights.safetensors (of
+    the last step), best.safetensors (of the evaluation with the greatest AP), pictures and
+    report.html. Ctrl-C finishes the step and saves; `resume=True` continues.
+
+    Args:
+        data: What to learn from.
+        val: What to evaluate on, every `eval_every` steps and at the end; None: never.
+        out: The run folder, which must not hold a run unless `resume` is set. Default: a new one,
+            runs/1, runs/2, ...
+        preset: "tiny" (default) or "r50", of `PRESETS`.
+        convention: "paper" (default), "torchvision", "torchvision_v2" or "detectron2", of
+            `CONVENTIONS`.
+        weights: Start from these: a weights file, checkpoint or run folder of this library, or
+            torchvision's weights of a RetinaNet or a ResNet (.pth or .safetensors). The detector is
+            then that of the weights; where its classes are others, the last layer of its class head
+            starts anew, with the prior bias. Default: random weights.
+        fit_to_data: Choose canvas, anchors, crop and steps from the training boxes. Default: for
+            the preset "tiny" with random weights.
+        transform: Your augmentation, called as `transform(image=..., bboxes=..., labels=...)` for
+            each training image, before ours; see `Transformed`.
+        callback: Called as `callback(step, metrics)` with each line of metrics.jsonl, such as
+            {"kind": "train", "loss": ...} or {"kind": "eval", "AP": ...}.
+        tensorboard: Write TensorBoard event files to the run folder; needs the extra `tensorboard`.
+        backend: "torch", "jax" or "tensorflow".
+        device: Such as "cpu" or "cuda:1". Default: a GPU where there is one.
+        resume: Continue the run in `out` from its newest checkpoint, with its recorded settings.
+        settings: Any fields of `RetinaNetConfig` and `TrainConfig`, such as `steps=2000`, and
+            `freeze=5` to train all but the backbone.
+
+    Returns:
+        The framework's own model with the weights of the last step, as from `load`.
+
+    Raises:
+        FileExistsError: `out` holds a run, and `resume` is not set.
+        FloatingPointError: a loss or a gradient is not finite; the state before it is saved.
+        ValueError: a setting, example or class does not fit; the message names it.
+        KeyboardInterrupt: a signal came, and the state is saved.
+
+    Example:
+        >>> import tempfile
+        >>> from focal.retinanet import fit, predict
+        >>> from focal.retinanet.data import ShapesDataset
+        >>> data, val = ShapesDataset("train"), ShapesDataset("val", num_images=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model = fit(data, val, folder, image_size=(128, 128), steps=2, batch_size=2)
+        >>> found = predict(model, [val[0].image])
+    """
+    if transform is not None:
+        data = Transformed(data, transform)
+    return run(
+        data,
+        val,
+        None if out is None else Path(out),
+        preset=preset,
+        convention=convention,
+        weights=weights,
+        fit_to_data=fit_to_data,
+        callback=callback,
+        tensorboard=tensorboard,
+        backend=backend,
+        device=device,
+        resume=resume,
+        changes=settings,
+        notes={"data": dataset_name(data)},
+    ).model
+
+
+def run(
+    data: Dataset,
+    val: Dataset | None,
+    out: Path | None,
+    *,
+    preset: str | None,
+    convention: str | None,
+    weights: str | os.PathLike[str] | None,
+    fit_to_data: bool | None,
+    callback: Callback | None = None,
+    tensorboard: bool,
+    backend: str,
+    device: str | None,
+    resume: bool,
+    changes: dict[str, Any],
+    notes: Mapping[str, Any],
+) -> Run:
+    """`fit`, with what the command line adds; `changes` are the fields that were set by hand."""
+    # From here on: while a framework starts, an interrupt could be lost in its callbacks.
+    with Signals() as signals:
+        library = backend_module(backend)
+        # First of all: a framework must know of the other processes before it is used.
+        replicas = library.replicas(device)
+        writes = replicas.rank == 0
+        if not writes:  # one process logs
+            logging.getLogger("focal").setLevel(logging.WARNING)
+        if out is None:
+            if resume:
+                raise ValueError("resume: the run folder, out (--out), must be given")
+            number = int(new_folder(Path("runs")).name)
+            out = Path("runs") / str(replicas.maximum(number))
+        if not resume and writes:
+            refuse_run(out)
+        start = {
+            "preset": preset,
+            "convention": convention,
+            "weights": None if weights is None else os.fspath(weights),
+        }
+        if resume and (out / "config.json").is_file():
+            settings, start = recorded_settings(out / "config.json", start)
+            settings, pretrained = apply(settings, changes), None
+        else:
+            settings, pretrained = _settings(data, start, fit_to_data, changes)
+        detector, train_config = settings
+        replicas.check(train_config)
+        callbacks = [] if callback is None else [callback]
+        if tensorboard and writes:
+            callbacks.append(TensorBoard(out))
+        model = train(
+            detector,
+            train_config,
+            data,
+            val,
+            out,
+            backend=backend,
+            device=device,
+            initial=None if pretrained is None else pretrained.tensors,
+            fresh=() if pretrained is None else pretrained.fresh(detector.classes),
+            resume=resume,
+            notes={**start, **notes},
+            replicas=replicas,
+            callbacks=callbacks,
+            signals=signals,
+        )
+    if writes:
+        _report(model, data if val is None else val, out)
+    return Run(model, out, writes)
+
+
+def _settings(
+    data: Dataset, start: dict[str, Any], fit_to_data: bool | None, changes: dict[str, Any]
+) -> tuple[Preset, Pretrained | None]:
+    """The settings of a new run, and the weights to start from; completes `start`."""
+    ids = category_ids(data)
+    own = {"classes": tuple(data.classes), "category_ids": ids, **changes}
+    if ids == tuple(range(1, len(ids) + 1)):
+        own["category_ids"] = ()
+    pretrained = None
+    if start["weights"] is not None:
+        pretrained = read_pretrained(start["weights"])
+        if pretrained.config is not None and start["convention"] is not None:
+            raise ValueError(
+                f"convention: {start['weights']} has a detector with its own; "
+                f"got {start['convention']!r}"
+            )
+    small = pretrained is None or pretrained.backbone == "tiny"
+    start["preset"] = start["preset"] or ("tiny" if small else "r50")
+    settings = preset_settings(start["preset"], start["convention"] or "paper")
+    if pretrained is not None:
+        settings = pretrained.settings(settings, own)
+        _log.info(pretrained.summary(settings.detector))
+    else:
+        settings = apply(settings, own)
+    if fit_to_data if fit_to_data is not None else start["preset"] == "tiny" and not pretrained:
+        fitted = fit_config(data, *settings, frozenset(changes))
+        _log.info(fitted.sentence)
+        settings = Preset(fitted.detector, fitted.train)
+    return settings, pretrained
+
+
+def _report(model: Any, data: Dataset, folder: Path) -> None:
+    """Pictures and the page."""
+    count = min(4, len(data))
+    examples = [Example(*data[i * len(data) // count]) for i in range(count)]
+    found = predict(model, [example.image for example in examples])
+    loss_plot(folder / "metrics.jsonl", folder / "loss.png")
+    classes = model.config.classes
+    report.detections_picture(examples, found, classes, folder / "detections.png")
+    report.write_report(folder)
