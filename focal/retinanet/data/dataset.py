@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-__all__ = ["Dataset", "Example", "coco_annotation"]
+__all__ = ["Dataset", "Example", "category_ids", "coco_annotation", "dataset_name"]
 
 
 class Example(NamedTuple):
@@ -62,6 +62,16 @@ class Dataset(Protocol):
         `images` has one entry per example, in the same order.
         """
         ...
+
+
+def dataset_name(dataset: Dataset) -> str:
+    """The attribute `name`, or else the name of the class."""
+    return str(getattr(dataset, "name", type(dataset).__name__))
+
+
+def category_ids(dataset: Dataset) -> tuple[int, ...]:
+    """The attribute `category_ids`, or else 1 to K."""
+    return tuple(getattr(dataset, "category_ids", range(1, len(dataset.classes) + 1)))
 
 
 def coco_annotation(
