@@ -286,6 +286,7 @@ def example_batch(train: TrainConfig, size: tuple[int, int], boxes: int) -> Batc
         np.array([size] * count),
         np.ones(count),
         np.arange(count),
+        np.array([size] * count),
     )
 
 

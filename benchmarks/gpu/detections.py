@@ -13,7 +13,7 @@ import numpy as np
 
 from focal.retinanet.data import Dataset, eval_batches
 from focal.retinanet.detector import detect
-from focal.retinanet.training.evaluate import evaluate
+from focal.retinanet.training.evaluate import coco_metrics
 
 SHOWN = ("AP", "AP50", "AP75", "AR100")
 WITHOUT = (
@@ -26,7 +26,7 @@ def detections_on(model: Any, dataset: Dataset, batch_size: int = 8) -> list[dic
     found = []
     with contextlib.closing(eval_batches(dataset, model.config, batch_size)) as batches:
         for batch in batches:
-            results = detect(model, batch.images, batch.sizes, batch.scales)
+            results = detect(model, batch.images, batch.sizes, batch.scales, batch.image_sizes)
             for image_id, result in zip(batch.image_ids, results, strict=True):
                 if image_id >= 0:
                     found.append({"image_id": int(image_id), **result})
@@ -44,7 +44,7 @@ def average_precision(
     """COCO's AP, or why there is none."""
     if importlib.util.find_spec("pycocotools") is None:
         return WITHOUT
-    metrics = evaluate(dataset.ground_truth(), found, dataset.category_ids)
+    metrics = coco_metrics(dataset.ground_truth(), found, dataset.category_ids)
     return {name: round(metrics[name], 4) for name in SHOWN}
 
 

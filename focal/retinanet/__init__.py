@@ -12,10 +12,17 @@ A model is the framework's own (an `nn.Module` in PyTorch) with its `config`; th
 hide which framework it is.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from focal.retinanet.config import RetinaNetConfig, TrainConfig
 from focal.retinanet.detector import build, export, load, predict, raw_outputs, save
 from focal.retinanet.presets import CONVENTIONS, PRESETS, Preset
 from focal.retinanet.torchvision import load_torchvision
+
+if TYPE_CHECKING:
+    from focal.retinanet.training.evaluate import evaluate
 
 __all__ = [
     "CONVENTIONS",
@@ -24,6 +31,7 @@ __all__ = [
     "RetinaNetConfig",
     "TrainConfig",
     "build",
+    "evaluate",
     "export",
     "load",
     "load_torchvision",
@@ -31,3 +39,12 @@ __all__ = [
     "raw_outputs",
     "save",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs more packages than NumPy is imported where it is asked for."""
+    if name != "evaluate":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from focal.retinanet.training.evaluate import evaluate
+
+    return evaluate

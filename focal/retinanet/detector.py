@@ -30,6 +30,8 @@ __all__ = [
 ]
 
 BACKENDS = ("torch", "jax", "tensorflow")
+INFERENCE = ("score_threshold", "nms_threshold", "candidates", "max_detections")
+"""The fields of the config that `load` may change."""
 PREDICT_BATCH = 8
 """Batch size of `predict`: memory does not grow with the number of images."""
 
@@ -79,29 +81,55 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
     save_weights(path, backend_module(model.backend).state(model), model.config)
 
 
-def load(path: str | os.PathLike[str], backend: str = "torch", device: str | None = None) -> Any:
+def load(
+    source: str | os.PathLike[str],
+    backend: str = "torch",
+    device: str | None = None,
+    **changes: Any,
+) -> Any:
     """Read a detector that `save` or a training run wrote, in this framework or another.
 
     Args:
-        path: The safetensors file.
+        source: A weights file; a checkpoint of a run, of which the moving average of the weights
+            is taken where there is one; or a run folder: best.safetensors if it is there, else
+            weights.safetensors, else the newest whole checkpoint.
         backend: "torch", "jax" or "tensorflow".
         device: As in `build`.
+        **changes: Fields of `RetinaNetConfig` for inference, instead of those in the file:
+            `score_threshold`, `nms_threshold`, `candidates`, `max_detections`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a whole weights file of this library, or the backend is unknown.
+        ValueError: it is not a whole weights file or checkpoint of this library, the backend is
+            unknown, or a change is out of range.
+        TypeError: a change is of another field.
+
+    Example:
+        >>> import os, tempfile
+        >>> from focal.retinanet import PRESETS, build, load, save
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "detector.safetensors")
+        ...     save(build(PRESETS["tiny"].detector.replace(classes=("cell",))), path)
+        ...     model = load(path, score_threshold=0.5)
+        >>> model.config.score_threshold
+        0.5
     """
     from focal.retinanet.weights import load_weights
 
-    tensors, config = load_weights(path)
-    model = build(config, backend, device=device)
+    if unknown := changes.keys() - set(INFERENCE):
+        raise TypeError(
+            f"load: changes must be among {', '.join(INFERENCE)}; got {', '.join(sorted(unknown))}"
+        )
+    tensors, config = load_weights(source)
+    model = build(config.replace(**changes), backend, device=device)
     backend_module(backend).load_state(model, tensors)
     return model
 
 
-def export(model: Any, path: str | os.PathLike[str]) -> None:
+def export(model: Any, path: str | os.PathLike[str], canvas: bool = False) -> None:
     """Write the detector with its post-processing, for programs that do without this library.
 
+    The exported detector takes one image of any size and gives boxes in pixels of that image.
     What goes in and what comes out is the same in both formats:
     `focal.retinanet.torch.export.export_onnx` and
     `focal.retinanet.tensorflow.export.export_saved_model` describe it. ONNX is written by
@@ -111,6 +139,7 @@ def export(model: Any, path: str | os.PathLike[str]) -> None:
         model: From `build` or `load`.
         path: A file ending in .onnx, or a folder, without an ending, for a SavedModel of
             TensorFlow.
+        canvas: Take batches of images that are scaled to the canvas already instead.
 
     Raises:
         ValueError: `path` has another ending.
@@ -125,11 +154,11 @@ def export(model: Any, path: str | os.PathLike[str]) -> None:
     if backend == "torch":
         from focal.retinanet.torch.export import export_onnx
 
-        export_onnx(model, path)
+        export_onnx(model, path, canvas)
     else:
         from focal.retinanet.tensorflow.export import export_saved_model
 
-        export_saved_model(model, path)
+        export_saved_model(model, path, canvas)
 
 
 def export_backend(path: str | os.PathLike[str]) -> str:
@@ -142,29 +171,31 @@ def export_backend(path: str | os.PathLike[str]) -> str:
     return "torch" if suffix == ".onnx" else "tensorflow"
 
 
-def raw_outputs(model: Any, images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def raw_outputs(model: Any, images: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     """Class logits and box deltas of every anchor, before any threshold.
 
     Args:
         model: From `build` or `load`.
-        images: HWC uint8 RGB arrays of any size; each is scaled to fit the config's canvas.
+        images: As in `predict`; each is scaled to fit the config's `image_size`.
 
     Returns:
         Class logits (N, anchors, K) and box deltas (N, anchors, 4), float32.
 
     Raises:
-        TypeError, ValueError: an image is not an HWC uint8 array.
+        TypeError, ValueError: an image is none of these, or its file cannot be read.
     """
-    canvases, _, _ = _canvases("raw_outputs", model.config, images)
+    canvases = _canvases("raw_outputs", model.config, images)[0]
     return backend_module(model.backend).raw_outputs(model, canvases)
 
 
-def predict(model: Any, images: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
+def predict(model: Any, images: Sequence[Any]) -> list[dict[str, np.ndarray]]:
     """Detect objects.
 
     Args:
         model: From `build` or `load`.
-        images: HWC uint8 RGB arrays of any size.
+        images: Of any size, each an HWC uint8 RGB array, the path of a file, or an image of
+            Pillow. Of files and Pillow's images the EXIF rotation is applied, transparency is put
+            on white, and every mode is converted to RGB.
 
     Returns:
         For each image a dict, best detection first: `boxes` (n, 4) float32 as (x1, y1, x2, y2)
@@ -172,31 +203,42 @@ def predict(model: Any, images: Sequence[np.ndarray]) -> list[dict[str, np.ndarr
         `model.config.classes`.
 
     Raises:
-        TypeError, ValueError: an image is not an HWC uint8 array.
+        TypeError, ValueError: an image is none of these, or its file cannot be read.
+
+    Example:
+        >>> from PIL import Image
+        >>> from focal.retinanet import PRESETS, build, predict
+        >>> model = build(PRESETS["tiny"].detector.replace(classes=("cell",)))
+        >>> (found,) = predict(model, [Image.new("L", (640, 480))])
+        >>> found["boxes"].shape  # untrained, it finds nothing
+        (0, 4)
     """
     results: list[dict[str, np.ndarray]] = []
     for start in range(0, len(images), PREDICT_BATCH):
         some = images[start : start + PREDICT_BATCH]
-        canvases, sizes, scales = _canvases("predict", model.config, some)
-        for image, found in zip(some, detect(model, canvases, sizes, scales), strict=True):
-            # A sliver covers a whole pixel of the canvas, which can be more than the image has.
-            height, width = image.shape[:2]
-            limit = np.array([width, height, width, height], np.float32)
-            results.append(found | {"boxes": np.minimum(found["boxes"], limit)})
+        results += detect(model, *_canvases("predict", model.config, some))
     return results
 
 
 def detect(
-    model: Any, canvases: np.ndarray, sizes: np.ndarray, scales: np.ndarray
+    model: Any,
+    canvases: np.ndarray,
+    sizes: np.ndarray,
+    scales: np.ndarray,
+    image_sizes: np.ndarray,
 ) -> list[dict[str, np.ndarray]]:
     """`predict` for images that are on the canvas already, as a `Batch` has them."""
     found = backend_module(model.backend).detect(model, canvases, sizes)
     results = []
-    for boxes, scores, labels, scale in zip(*found, scales, strict=True):
+    for boxes, scores, labels, scale, (height, width) in zip(
+        *found, scales, image_sizes, strict=True
+    ):
         real = scores > 0
+        # A sliver covers a whole pixel of the canvas, which can be more than the image has.
+        limit = np.array([width, height, width, height], np.float32)
         results.append(
             {
-                "boxes": (boxes[real] / scale).astype(np.float32),
+                "boxes": np.minimum((boxes[real] / scale).astype(np.float32), limit),
                 "scores": scores[real].astype(np.float32),
                 "labels": labels[real].astype(np.int64),
             }
@@ -212,24 +254,37 @@ def backend_module(backend: str) -> ModuleType:
 
 
 def _canvases(
-    name: str, config: RetinaNetConfig, images: Sequence[np.ndarray]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Images on the canvas, the (height, width) that each covers, and its scale."""
+    name: str, config: RetinaNetConfig, images: Sequence[Any]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """What `detect` takes: canvases, the part of each that is covered, scales, image sizes."""
+    from PIL import Image
+
+    from focal.retinanet.data.images import from_pil, read_image
     from focal.retinanet.data.transforms import fit, place
 
-    fitted = []
-    for index, image in enumerate(images):
+    fitted, image_sizes = [], []
+    for index, given in enumerate(images):
+        image = given
+        if isinstance(given, str | os.PathLike):
+            image = read_image(given)
+        elif isinstance(given, Image.Image):
+            image = from_pil(given)
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
             kind = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
-            raise TypeError(f"{name}: images[{index}] must be a uint8 array; got {kind}")
+            raise TypeError(
+                f"{name}: images[{index}] must be a uint8 array, a path or an image of Pillow; "
+                f"got {kind}"
+            )
         if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise ValueError(
                 f"{name}: images[{index}] must have shape (height, width, 3); got {image.shape}"
             )
         fitted.append(fit(image, np.zeros((0, 4)), config.image_size))
+        image_sizes.append(image.shape[:2])
     canvases = [place(image, config.image_size, config.fill) for image, _, _ in fitted]
     return (
         np.stack(canvases) if canvases else np.zeros((0, *config.image_size, 3), np.uint8),
         np.array([image.shape[:2] for image, _, _ in fitted], np.int64).reshape(-1, 2),
         np.array([scale for _, _, scale in fitted], np.float64),
+        np.array(image_sizes, np.int64).reshape(-1, 2),
     )

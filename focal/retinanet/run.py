@@ -12,8 +12,8 @@ from focal.retinanet.data import Dataset, Example, Transformed
 from focal.retinanet.data.dataset import category_ids, dataset_name
 from focal.retinanet.detector import backend_module, predict
 from focal.retinanet.fitting import fit_config
-from focal.retinanet.pretrained import Pretrained, read_pretrained
 from focal.retinanet.presets import Preset
+from focal.retinanet.pretrained import Pretrained, read_pretrained
 from focal.retinanet.report import report
 from focal.retinanet.report.curves import loss_plot
 from focal.retinanet.settings import apply, preset_settings, recorded_settings

@@ -6,6 +6,7 @@ Names and layouts are those of torchvision's RetinaNet, convolutions (out, in, h
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,17 +19,23 @@ from focal.files import write_atomically
 from focal.retinanet.config import RetinaNetConfig
 
 __all__ = [
+    "CHECKPOINT_FORMAT",
     "check_names",
+    "checkpoints",
     "is_ours",
     "load_weights",
     "part",
+    "read_checkpoint",
     "read_tensors",
     "save_weights",
     "write_tensors",
 ]
 
 FORMAT = "focal.retinanet"
+CHECKPOINT_FORMAT = "focal.checkpoint"
 VERSION = "1"
+
+_log = logging.getLogger(__name__)
 
 
 def save_weights(
@@ -44,17 +51,42 @@ def save_weights(
     write_tensors(path, tensors, FORMAT, {"config": config.to_json()})
 
 
-def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], RetinaNetConfig]:
-    """Read a file of `save_weights`.
+def load_weights(source: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], RetinaNetConfig]:
+    """Read the weights of a detector: what `save_weights` or a run wrote.
+
+    Args:
+        source: A file of `save_weights`; a checkpoint of a run, of which the moving average of the
+            weights is taken where there is one; or a run folder: best.safetensors if it is there,
+            else weights.safetensors, else the newest whole checkpoint.
 
     Returns:
         The arrays by name, and the config.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a complete weights file of this library, in a version known here.
+        ValueError: it is not a complete file of this library, in a version known here, or it is a
+            checkpoint of a version that did not store the config.
     """
-    tensors, metadata = read_tensors(path, FORMAT)
+    path = Path(source)
+    if path.is_dir():
+        names = ("best.safetensors", "weights.safetensors")
+        path = next((path / name for name in names if (path / name).is_file()), path)
+    if path.is_dir():
+        if not checkpoints(path):
+            raise FileNotFoundError(
+                f"{path}: expected a run folder, with {', '.join(names)} or a checkpoint; "
+                "found none of them"
+            )
+        path, tensors, metadata = read_checkpoint(path)
+    else:
+        tensors, metadata = read_tensors(path, FORMAT, CHECKPOINT_FORMAT)
+    if metadata["format"] == CHECKPOINT_FORMAT:
+        if "config" not in metadata:
+            raise ValueError(
+                f"{path}: a checkpoint of an older version, without the detector's config; "
+                "expected one that has it, or weights.safetensors of its run"
+            )
+        tensors = part(tensors, "model/") | part(tensors, "average/")
     try:
         return tensors, RetinaNetConfig.from_json(metadata["config"])
     except (KeyError, TypeError, ValueError) as error:
@@ -68,6 +100,39 @@ def is_ours(path: str | os.PathLike[str]) -> bool:
             return str((file.metadata() or {}).get("format", "")).startswith("focal.")
     except (OSError, SafetensorError):
         return False
+
+
+def read_checkpoint(folder: Path) -> tuple[Path, dict[str, np.ndarray], dict[str, str]]:
+    """The newest checkpoint of a run folder that is whole: its path, tensors and metadata.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: none of them is whole.
+    """
+    paths = checkpoints(folder)
+    if not paths:
+        raise FileNotFoundError(f"{folder}: expected a checkpoint-*.safetensors; found none")
+    damage = []
+    for path in reversed(paths):
+        try:
+            tensors, metadata = read_tensors(path, CHECKPOINT_FORMAT)
+        except ValueError as error:
+            damage.append(str(error))
+            continue
+        for text in damage:
+            _log.warning("%s; taking %s", text, path.name)
+        return path, tensors, metadata
+    raise ValueError("; ".join(damage))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder, oldest first."""
+    found = {}
+    for path in folder.glob("checkpoint-*.safetensors"):
+        step = path.stem.removeprefix("checkpoint-")
+        if step.isdecimal():
+            found[int(step)] = path
+    return [found[step] for step in sorted(found)]
 
 
 def write_tensors(
@@ -90,12 +155,12 @@ def write_tensors(
 
 
 def read_tensors(
-    path: str | os.PathLike[str], kind: str
+    path: str | os.PathLike[str], *kinds: str
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Read a safetensors file of some kind: the arrays by name, and the metadata."""
-    path = Path(path)
+    """Read a safetensors file of one of the kinds: the arrays by name, and the metadata."""
+    path, formats = Path(path), " or ".join(map(repr, kinds))
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a file of format {kind!r}; found none")
+        raise FileNotFoundError(f"{path}: expected a file of format {formats}; found none")
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
@@ -103,9 +168,9 @@ def read_tensors(
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a whole safetensors file; {error}") from error
     found = metadata.get("format"), metadata.get("version")
-    if found != (kind, VERSION):
+    if found not in [(kind, VERSION) for kind in kinds]:
         raise ValueError(
-            f"{path}: expected format {kind!r}, version {VERSION!r}, in the metadata; "
+            f"{path}: expected format {formats}, version {VERSION!r}, in the metadata; "
             f"found format {found[0]!r}, version {found[1]!r}"
         )
     return tensors, metadata

@@ -83,7 +83,7 @@ def batch(first: int, last: int) -> Batch:
         boxes[image, :count] = np.concatenate([corner, corner + rng.uniform(8, 16, (count, 2))], 1)
         labels[image, :count] = rng.integers(0, 2, count)
     sizes, scales, ids = np.full((8, 2), 32), np.ones(8), np.arange(8)
-    return Batch(*(x[first:last] for x in (images, boxes, labels, sizes, scales, ids)))
+    return Batch(*(x[first:last] for x in (images, boxes, labels, sizes, scales, ids, sizes)))
 
 
 def after_a_step(

@@ -27,8 +27,7 @@ pytest.importorskip("pycocotools")
 
 from focal.retinanet import load
 from focal.retinanet.data import ShapesDataset
-from focal.retinanet.training.run_folder import read_checkpoint
-from focal.retinanet.weights import load_weights, save_weights
+from focal.retinanet.weights import load_weights, read_checkpoint, save_weights
 
 QUICK = [
     *(

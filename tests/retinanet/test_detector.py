@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("safetensors")
 import torch
+from PIL import ExifTags, Image
 
 import focal
 import focal.numpy as F
@@ -22,8 +23,10 @@ from focal.retinanet import (
     raw_outputs,
     save,
 )
-from focal.retinanet.data import ShapesDataset, train_batches
+from focal.retinanet.data import ShapesDataset, read_image, train_batches
+from focal.retinanet.detector import backend_module
 from focal.retinanet.objective import losses, targets
+from focal.retinanet.weights import save_weights, write_tensors
 
 CONFIG = PRESETS["tiny"].detector.replace(
     classes=("ball", "cube"), image_size=(48, 64), channels=16, head_depth=1, max_detections=20
@@ -83,6 +86,69 @@ def test_loading_needs_a_file_of_this_library(tmp_path):
     (tmp_path / "text").write_text("hello")
     with pytest.raises(ValueError, match="expected a whole safetensors file"):
         load(tmp_path / "text")
+
+
+def test_settings_of_inference_may_be_changed(tmp_path, model):
+    path = tmp_path / "net.safetensors"
+    save(model, path)
+    changes = {"score_threshold": 0.015, "nms_threshold": 0.9, "candidates": 7, "max_detections": 3}
+    changed = load(path, device="cpu", **changes)
+    assert changed.config == model.config.replace(**changes)
+    (found,) = predict(changed, [picture(48, 64)])
+    assert len(found["scores"]) == 3 and (found["scores"] > 0.015).all()
+    with pytest.raises(
+        TypeError, match=r"^load: changes must be among score_threshold, .*; got gamma, loss$"
+    ):
+        load(path, gamma=1.0, loss="ohem")
+    with pytest.raises(ValueError, match="score_threshold must be"):
+        load(path, score_threshold=2)
+
+
+def checkpoint(path, config, value, average=None):
+    """A checkpoint in which every weight has one value, and its moving average another."""
+    tensors = backend_module("torch").state(build(CONFIG, device="cpu"))
+    values = {"model/": value} | ({} if average is None else {"average/": average})
+    state = {
+        f"{k}{name}": np.full_like(x, v) for k, v in values.items() for name, x in tensors.items()
+    }
+    state["optimizer/0/exp_avg"] = np.ones(3, np.float32)
+    metadata = {} if config is None else {"config": config.to_json()}
+    write_tensors(path, state, "focal.checkpoint", {"step": "3", **metadata})
+    return path
+
+
+def loaded_value(source):
+    """The one value of all its weights."""
+    loaded = load(source, device="cpu")
+    assert loaded.config == CONFIG
+    (value,) = {float(v) for x in loaded.parameters() for v in x.detach().unique()}
+    return value
+
+
+def test_a_checkpoint_is_a_detector(tmp_path):
+    path = checkpoint(tmp_path / "checkpoint-000003.safetensors", CONFIG, 0.5)
+    assert loaded_value(path) == 0.5
+    checkpoint(path, CONFIG, 0.5, average=0.25)
+    assert loaded_value(path) == 0.25  # what the run evaluates
+    checkpoint(path, None, 0.5)
+    with pytest.raises(ValueError, match=r"000003.safetensors: a checkpoint of an older version"):
+        load(path)
+
+
+def test_a_run_folder_is_a_detector(tmp_path, caplog):
+    with pytest.raises(FileNotFoundError, match=r"expected a run folder, with best.safetensors, "):
+        load(tmp_path)
+    for step in (9, 10, 100):
+        checkpoint(tmp_path / f"checkpoint-{step:06d}.safetensors", CONFIG, step)
+    assert loaded_value(tmp_path) == 100
+    (tmp_path / "checkpoint-000100.safetensors").write_bytes(b"cut")
+    assert loaded_value(str(tmp_path)) == 10
+    assert "checkpoint-000100.safetensors: expected a whole" in caplog.text
+    tensors = backend_module("torch").state(build(CONFIG, device="cpu"))
+    for value, name in enumerate(("weights", "best")):
+        weights = {k: np.full_like(x, value) for k, x in tensors.items()}
+        save_weights(tmp_path / f"{name}.safetensors", weights, CONFIG)
+        assert loaded_value(tmp_path) == value
 
 
 def test_saving_needs_a_folder(tmp_path, model):
@@ -149,6 +215,33 @@ def test_raw_outputs_have_an_entry_for_each_anchor(model):
     assert np.isfinite(logits).all() and np.isfinite(deltas).all()
 
 
+def test_paths_and_images_of_pillow(tmp_path, model):
+    """Rotation, modes and transparency as `read_image` has them; the image stays as it was."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(picture(30, 64)).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(picture(48, 64)[..., 0]).save(tmp_path / "gray.png")
+    clear = np.dstack([picture(48, 50), np.full((48, 50), 99, np.uint8)])
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    Image.fromarray(clear[..., 0].astype(np.uint16) * 200).save(tmp_path / "deep.png")
+    for name in ("turned", "gray", "clear", "deep"):
+        path = tmp_path / f"{name}.png"
+        array = read_image(path)
+        with Image.open(path) as opened:
+            before = opened.size, opened.mode
+            same = predict(model, [array, path, str(path), opened])
+            logits = [raw_outputs(model, [image])[0] for image in (array, path, opened)]
+            assert (opened.size, opened.mode) == before and len(same[0]["scores"]) > 0
+        for found in same[1:]:
+            for key in ("boxes", "scores", "labels"):
+                np.testing.assert_array_equal(found[key], same[0][key])
+        np.testing.assert_array_equal(logits[0], logits[1])
+        np.testing.assert_array_equal(logits[0], logits[2])
+    assert read_image(tmp_path / "turned.png").shape == (64, 30, 3)
+    with pytest.raises(ValueError, match=r"none.png: not a readable image \(no such file\)"):
+        predict(model, [tmp_path / "none.png"])
+
+
 def test_no_images(model):
     anchors = len(F.anchors(CONFIG.image_size, CONFIG.anchors))
     assert predict(model, []) == []
@@ -185,9 +278,9 @@ def test_nothing_found_is_an_empty_array():
         (np.zeros((9, 9, 4), np.uint8), ValueError, r"got \(9, 9, 4\)"),
         (np.zeros((3, 9, 9), np.uint8), ValueError, r"got \(3, 9, 9\)"),
         (np.zeros((0, 9, 3), np.uint8), ValueError, r"got \(0, 9, 3\)"),
-        (np.zeros((9, 9, 3), np.float32), TypeError, "uint8 array; got float32"),
-        ([[[0, 0, 0]]], TypeError, "uint8 array; got list"),
-        ("image.png", TypeError, "uint8 array; got str"),
+        (np.zeros((9, 9, 3), np.float32), TypeError, "uint8 array.* Pillow; got float32"),
+        ([[[0, 0, 0]]], TypeError, "uint8 array, a path or an image of Pillow; got list"),
+        (None, TypeError, "uint8 array, a path .*; got NoneType"),
     ],
 )
 def test_what_is_no_image(model, function, image, error, message):

@@ -33,9 +33,9 @@ from focal.retinanet.torch.trainer import Trainer, state
 from focal.retinanet.training import loop
 from focal.retinanet.training.first_loss import first_loss
 from focal.retinanet.training.loop import learning_rate, train
-from focal.retinanet.training.run_folder import RunFolder, read_checkpoint
+from focal.retinanet.training.run_folder import RunFolder
 from focal.retinanet.training.stopping import Stopped
-from focal.retinanet.weights import load_weights
+from focal.retinanet.weights import load_weights, read_checkpoint
 
 RUN = TrainConfig(
     steps=6,

@@ -171,9 +171,8 @@ PRECISIONS = ("float32", "bfloat16")
 
 def small_batch():
     boxes, labels = np.full((2, 1, 4), (8, 8, 40, 40), np.float32), np.zeros((2, 1), np.int64)
-    return Batch(
-        pictures(2, (64, 96)), boxes, labels, np.full((2, 2), 64), np.ones(2), np.arange(2)
-    )
+    sizes = np.full((2, 2), 64)
+    return Batch(pictures(2, (64, 96)), boxes, labels, sizes, np.ones(2), np.arange(2), sizes)
 
 
 def tf32():
@@ -312,7 +311,7 @@ def test_all_is_on_the_device_that_is_named():
         run = TrainConfig(batch_size=2, precision="float32", optimizer="adamw", ema=0.9)
         images, sizes = np.zeros((2, 64, 64, 3), np.uint8), np.full((2, 2), 64)
         boxes, labels = np.full((2, 1, 4), (8, 8, 40, 40), np.float32), np.zeros((2, 1), np.int64)
-        batch = Batch(images, boxes, labels, sizes, np.ones(2), np.arange(2))
+        batch = Batch(images, boxes, labels, sizes, np.ones(2), np.arange(2), sizes)
 
         assert ours.replicas("cpu").count == 3
         assert ours.replicas("cpu:1").count == 1 and ours.replicas("cpu:1").handle is None

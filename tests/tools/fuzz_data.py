@@ -54,7 +54,7 @@ from focal.retinanet import PRESETS
 from focal.retinanet.data import CocoDataset, DataError, eval_batches, train_batches
 from focal.retinanet.report.check import check_data, read_boxes
 from focal.retinanet.report.check_report import check_record, check_text
-from focal.retinanet.training.evaluate import evaluate
+from focal.retinanet.training.evaluate import coco_metrics
 
 WIDTH, HEIGHT = 48, 32
 FILE = "instances_train.json"
@@ -660,7 +660,7 @@ def _train(case: Case) -> Outcome:
     list(eval_batches(data, DETECTOR, 2, workers=0))
     truth = data.ground_truth()
     json.dumps(truth, allow_nan=False)
-    evaluate(truth, [], data.category_ids)
+    coco_metrics(truth, [], data.category_ids)
     dropped = [line for line in lines if "dropped 0" not in line]
     return Outcome(SKIP, dropped[0]) if dropped else Outcome(FINE, "")
 

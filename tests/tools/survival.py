@@ -29,8 +29,7 @@ from PIL import Image
 
 from focal.cli import main as focal_main
 from focal.retinanet.data import ShapesDataset
-from focal.retinanet.training.run_folder import read_checkpoint
-from focal.retinanet.weights import load_weights, read_tensors
+from focal.retinanet.weights import load_weights, read_checkpoint, read_tensors
 
 KEEP = 2
 AIMS = {"start": 1, "step": 4, "write": 5}

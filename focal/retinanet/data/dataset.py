@@ -64,6 +64,16 @@ class Dataset(Protocol):
         ...
 
 
+def dataset_name(dataset: Dataset) -> str:
+    """The attribute `name`, or else the name of the class."""
+    return str(getattr(dataset, "name", type(dataset).__name__))
+
+
+def category_ids(dataset: Dataset) -> tuple[int, ...]:
+    """The attribute `category_ids`, or else 1 to K."""
+    return tuple(getattr(dataset, "category_ids", range(1, len(dataset.classes) + 1)))
+
+
 def coco_annotation(
     number: int,
     image_id: int,
@@ -86,13 +96,3 @@ def coco_annotation(
         "area": (x2 - x1) * (y2 - y1) if area is None else float(area),
         "iscrowd": iscrowd,
     }
-
-
-def dataset_name(dataset: Dataset) -> str:
-    """The name of a dataset in logs and tables; default: that of its class."""
-    return str(getattr(dataset, "name", type(dataset).__name__))
-
-
-def category_ids(dataset: Dataset) -> tuple[int, ...]:
-    """The category id of each label in the ground truth; default: 1 to K."""
-    return tuple(getattr(dataset, "category_ids", range(1, len(dataset.classes) + 1)))

@@ -11,7 +11,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from focal.retinanet.data.paths import is_file
 
-__all__ = ["DataError", "exif_turns", "printable", "read_image", "resize"]
+__all__ = ["DataError", "exif_turns", "from_pil", "printable", "read_image", "resize"]
 
 _FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "JPEG2000", "PPM")
 
@@ -58,12 +58,17 @@ def read_image(path: str | os.PathLike[str], max_size: tuple[int, int] | None = 
                 height, width = max_size[::-1] if _is_turned(image) else max_size
                 image.draft(None, (width, height))
             image.load()
-            with contextlib.suppress(Exception):  # damaged EXIF is ignored
-                ImageOps.exif_transpose(image, in_place=True)
-            return np.array(_to_rgb(image))
+            return from_pil(image)
     except Exception as error:  # Pillow's decoders raise many kinds on bad bytes
         sentence = f"{printable(str(path), 200)}: not a readable image ({_reason(path, error)})"
         raise DataError(sentence) from error
+
+
+def from_pil(image: Image.Image) -> np.ndarray:
+    """An image of Pillow as `read_image` would read it from a file: (H, W, 3) uint8."""
+    with contextlib.suppress(Exception):  # damaged EXIF is ignored
+        image = ImageOps.exif_transpose(image)
+    return np.array(_to_rgb(image))
 
 
 def resize(

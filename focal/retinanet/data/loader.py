@@ -37,6 +37,8 @@ class Batch(NamedTuple):
         sizes: (B, 2) int64, the (height, width) of the canvas that each image covers.
         scales: (B,) float64, canvas pixels per pixel of the original image.
         image_ids: (B,) int64; -1 for an image that only fills up the last batch.
+        image_sizes: (B, 2) int64, the (height, width) of the original image; in training of the
+            part of it that is shown, `sizes / scales`, rounded.
     """
 
     images: np.ndarray
@@ -45,6 +47,7 @@ class Batch(NamedTuple):
     sizes: np.ndarray
     scales: np.ndarray
     image_ids: np.ndarray
+    image_sizes: np.ndarray
 
 
 def train_batches(
@@ -115,15 +118,19 @@ def eval_batches(
     """
     count = len(dataset)
 
-    def item(index: int) -> tuple[Example, float]:
+    def item(index: int) -> tuple[Example, float, tuple[int, ...]]:
         last = min(index, count - 1)
         with _naming(dataset, last):
-            example, scale = _fit(dataset[last], config.image_size)
-        return (example if index < count else example._replace(image_id=-1)), scale
+            whole = dataset[last]
+            example, scale = _fit(whole, config.image_size)
+        example = example if index < count else example._replace(image_id=-1)
+        return example, scale, whole.image.shape[:2]
 
     def batch(first: int) -> Batch:
         items = [item(index) for index in range(first, first + batch_size)]
-        return _collate(items, config.image_size, dataset.max_boxes, config)
+        fitted = [(example, scale) for example, scale, _ in items]
+        collated = _collate(fitted, config.image_size, dataset.max_boxes, config)
+        return collated._replace(image_sizes=np.array([size for _, _, size in items], np.int64))
 
     return _prefetch(batch, range(0, count, batch_size), workers)
 
@@ -186,13 +193,16 @@ def _collate(
     for row, (example, _) in enumerate(items):
         boxes[row, : len(example.boxes)] = example.boxes
         labels[row, : len(example.labels)] = example.labels
+    sizes = np.array([example.image.shape[:2] for example, _ in items], np.int64)
+    scales = np.array([scale for _, scale in items], np.float64)
     return Batch(
         images=np.stack([place(example.image, canvas, config.fill) for example, _ in items]),
         boxes=boxes,
         labels=labels,
-        sizes=np.array([example.image.shape[:2] for example, _ in items], np.int64),
-        scales=np.array([scale for _, scale in items], np.float64),
+        sizes=sizes,
+        scales=scales,
         image_ids=np.array([example.image_id for example, _ in items], np.int64),
+        image_sizes=np.rint(sizes / scales[:, None]).astype(np.int64),
     )
 
 

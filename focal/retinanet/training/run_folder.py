@@ -19,11 +19,14 @@ import numpy as np
 
 from focal.files import PARTIAL, write_atomically
 from focal.retinanet.training.metrics import read_lines
-from focal.retinanet.weights import read_tensors, write_tensors
+from focal.retinanet.weights import (
+    CHECKPOINT_FORMAT,
+    checkpoints,
+    read_checkpoint,
+    write_tensors,
+)
 
-__all__ = ["RunFolder", "new_folder", "plain_json", "read_checkpoint", "refuse_run"]
-
-CHECKPOINT_FORMAT = "focal.checkpoint"
+__all__ = ["RunFolder", "new_folder", "plain_json", "refuse_run"]
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +44,7 @@ def refuse_run(folder: Path) -> None:
     """Raise a FileExistsError if a new run would replace what another left in the folder."""
     names = "weights.safetensors", "best.safetensors"
     if (
-        _checkpoints(folder)
+        checkpoints(folder)
         or any((folder / name).exists() for name in names)
         or any(read_lines(folder / "metrics.jsonl"))
     ):
@@ -55,39 +58,6 @@ def new_folder(parent: Path) -> Path:
     """The first of parent/1, parent/2, ... that does not exist."""
     numbers = (int(path.name) for path in parent.glob("*") if path.name.isdecimal())
     return parent / str(max(numbers, default=0) + 1)
-
-
-def read_checkpoint(folder: Path) -> tuple[Path, dict[str, np.ndarray], dict[str, str]]:
-    """The newest checkpoint of a run folder that is whole: its path, tensors and metadata.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: none of them is whole.
-    """
-    paths = _checkpoints(folder)
-    if not paths:
-        raise FileNotFoundError(f"{folder}: expected a checkpoint-*.safetensors; found none")
-    damage = []
-    for path in reversed(paths):
-        try:
-            tensors, metadata = read_tensors(path, CHECKPOINT_FORMAT)
-        except ValueError as error:
-            damage.append(str(error))
-            continue
-        for text in damage:
-            _log.warning("%s; taking %s", text, path.name)
-        return path, tensors, metadata
-    raise ValueError("; ".join(damage))
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run folder, oldest first."""
-    found = {}
-    for path in folder.glob("checkpoint-*.safetensors"):
-        step = path.stem.removeprefix("checkpoint-")
-        if step.isdecimal():
-            found[int(step)] = path
-    return [found[step] for step in sorted(found)]
 
 
 class RunFolder:
@@ -143,7 +113,7 @@ class RunFolder:
             ValueError: no checkpoint is whole, or it is of another run, or of a step beyond
                 `until`.
         """
-        if not _checkpoints(self.path) and self.metrics.is_file():
+        if not checkpoints(self.path) and self.metrics.is_file():
             if self._writes:
                 self._remove_partial_files()
                 write_atomically(self.metrics, b"")
@@ -205,7 +175,7 @@ class RunFolder:
     def _remove_older(self, newest: Path) -> None:
         """Remove the checkpoints before the last few."""
         # Checkpoints of later steps are damaged; the run will overwrite them.
-        until = _checkpoints(self.path)
+        until = checkpoints(self.path)
         until = until[: until.index(newest) + 1]
         for old in until[: -self._keep]:
             old.unlink()
