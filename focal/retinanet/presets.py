@@ -56,8 +56,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 )
 """What to train, by name: "tiny" and "r50", each a `Preset`."""
 
-# retinanet_resnet50_fpn (v1): P6 from P5, whole-pixel anchors at the corners of cells that are spread over
-# the image.
+# retinanet_resnet50_fpn (v1): P6 from P5, whole-pixel anchors at the corners of stretched cells.
 _TORCHVISION: Mapping[str, Any] = {
     "p6_from": "p5",
     "allow_low_quality": True,
