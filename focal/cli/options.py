@@ -117,7 +117,7 @@ def _preset(preset: str, convention: str) -> Configs:
     if "anchors" in changes:  # the preset's strides and sizes, the convention's placement
         own = changes["anchors"]
         changes["anchors"] = dataclasses.replace(
-            detector.anchors, offset=own.offset, rounded=own.rounded
+            detector.anchors, offset=own.offset, rounded=own.rounded, stretched=own.stretched
         )
     return detector.replace(**changes), run
 

@@ -10,7 +10,7 @@ import numpy as np
 from focal.core import checks
 from focal.core.namespace import Framework, In, Out
 
-__all__ = ["AnchorConfig", "anchors", "level_shapes"]
+__all__ = ["AnchorConfig", "anchors", "level_shapes", "level_steps"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class AnchorConfig:
         offset: Where in its cell an anchor is centered, as a fraction of the stride.
         rounded: Truncate the sizes and round the half-sides to whole pixels, as torchvision
             does.
+        stretched: Spread the cells over the image as torchvision does: `image size // cells`
+            pixels apart in each axis, instead of the stride.
 
     Raises:
         TypeError: a field is not numeric.
@@ -35,7 +37,8 @@ class AnchorConfig:
         >>> focal.AnchorConfig().per_cell
         9
 
-    Source: Lin et al. 2017, section 4, "Anchors".
+    Source: Lin et al. 2017, section 4, "Anchors"; `rounded` and `stretched`: torchvision's
+    `AnchorGenerator`.
     """
 
     strides: tuple[int, ...] = (8, 16, 32, 64, 128)
@@ -44,6 +47,7 @@ class AnchorConfig:
     ratios: tuple[float, ...] = field(default=(0.5, 1.0, 2.0))
     offset: float = 0.5
     rounded: bool = False
+    stretched: bool = False
 
     def __post_init__(self) -> None:
         name = "AnchorConfig"
@@ -78,7 +82,8 @@ def anchors(
 
     .. math:: w = S k / \sqrt{r}, \qquad h = S k \sqrt{r}
 
-    and its center `offset` of a stride into the cell.
+    and its center `offset` of a stride into the cell. With `stretched`, cells are
+    floor(height / rows) by floor(width / columns) pixels.
 
     Args:
         image_size: (height, width) in whole pixels, each >= 1.
@@ -105,11 +110,10 @@ def anchors(
     if not isinstance(config, AnchorConfig):
         raise TypeError(f"{name}: config must be a focal.AnchorConfig; got {config!r}")
     levels = []
-    for stride, size, (rows, columns) in zip(
-        config.strides, config.sizes, level_shapes((height, width), config), strict=True
-    ):
-        y = (np.arange(rows) + config.offset) * stride
-        x = (np.arange(columns) + config.offset) * stride
+    shapes, steps = level_shapes((height, width), config), level_steps((height, width), config)
+    for size, (rows, columns), (down, right) in zip(config.sizes, shapes, steps, strict=True):
+        y = (np.arange(rows) + config.offset) * down
+        x = (np.arange(columns) + config.offset) * right
         centers = np.stack(np.meshgrid(x, y, indexing="xy") * 2, axis=-1)
         boxes = centers[:, :, None, :] + _cell(size, config)
         levels.append(boxes.reshape(-1, 4))
@@ -120,6 +124,16 @@ def level_shapes(image_size: tuple[int, int], config: AnchorConfig) -> list[tupl
     """(rows, columns) of each level."""
     height, width = image_size
     return [(-(-height // s), -(-width // s)) for s in config.strides]
+
+
+def level_steps(image_size: tuple[int, int], config: AnchorConfig) -> list[tuple[int, int]]:
+    """Pixels between neighboring (rows, columns) of each level."""
+    if not config.stretched:
+        return [(s, s) for s in config.strides]
+    height, width = image_size
+    return [
+        (height // rows, width // columns) for rows, columns in level_shapes(image_size, config)
+    ]
 
 
 def _cell(size: float, config: AnchorConfig) -> np.ndarray[Any, Any]:

@@ -152,8 +152,8 @@ class Namespace(Protocol):
     def take_box(self, boxes: Array, i: Any) -> Sequence[Array]:
         """The four coordinates of boxes[..., i, :], each with a new last axis of length 1."""
 
-    sweep: Callable[..., Array] | None
-    """The loop of `focal.core.nms` over blocks, where a plain one will not do; else None."""
+    def traced_loop(self) -> Callable[..., Any] | None:
+        """state = loop(condition, body, state), both functions of *state; None where not traced."""
 
     def boxes_at_once(self, boxes: Array) -> int:
         """How many boxes to compare with all anchors at once."""

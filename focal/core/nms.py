@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +22,8 @@ CHUNK = 1024
 
 Rows = Sequence[Array]
 """Areas, x1, y1, x2, y2 and perhaps classes, each (..., N); the area of what is dropped is inf."""
+Drop = Callable[[Rows, Rows], Array]
+Settle = Callable[[Rows], Array]
 
 
 def nms(xp: Framework[In, Out], boxes: In, scores: In, iou_threshold: float) -> Out:
@@ -103,20 +105,30 @@ def _kept(
     return order, suppress(xp, xp.take(boxes, order, axis=0), classes, threshold)
 
 
-def suppress(xp: Namespace, boxes: Array, classes: Array | None, threshold: float) -> Array:
+def suppress(
+    xp: Namespace,
+    boxes: Array,
+    classes: Array | None,
+    threshold: float,
+    most: int | None = None,
+) -> Array:
     """Which of the boxes (..., N, 4), sorted by falling score, greedy NMS keeps: (..., N).
 
     A box with NaN is dropped. Boxes of different `classes` (..., N) do not suppress one another.
+    Of each list the first `most` that are kept are needed; those after them may be dropped.
     """
     if boxes.shape[-2] is None:
         raise ValueError("non-maximum suppression: the number of boxes must be known when traced")
     boxes = xp.stop_gradient(boxes)
     if (kernels := xp.box_kernels(boxes, classes)) is not None:
         return kernels.suppress(boxes, classes, threshold)
-    return xp.compiled(_suppress, xp, boxes, classes, threshold)
+    most = boxes.shape[-2] if most is None else most
+    return xp.compiled(_suppress, xp, boxes, classes, threshold, most)
 
 
-def _suppress(xp: Namespace, boxes: Array, classes: Array | None, threshold: float) -> Array:
+def _suppress(
+    xp: Namespace, boxes: Array, classes: Array | None, threshold: float, most: int
+) -> Array:
     """Block by block: boxes kept in earlier blocks suppress those of a block, then its own do.
 
     Within a block the greedy result is a fixed point: a box stays unless an earlier box stays and
@@ -148,29 +160,85 @@ def _suppress(xp: Namespace, boxes: Array, classes: Array | None, threshold: flo
         )
         return xp.where(~keep, math.inf, block[0])
 
-    sweep = partial(_sweep, xp) if xp.sweep is None else xp.sweep
-    return sweep(drop, settle, rows) < math.inf
+    loop = xp.traced_loop()
+    if loop is None:
+        return _sweep(xp, drop, settle, rows, most) < math.inf
+    return _traced_sweep(xp, loop, drop, settle, rows, most) < math.inf
 
 
-def _sweep(
-    xp: Namespace, drop: Callable[[Rows, Rows], Array], settle: Callable[[Rows], Array], rows: Rows
-) -> Array:
+def _sweep(xp: Namespace, drop: Drop, settle: Settle, rows: Rows, most: int) -> Array:
     """The areas after a plain loop over the blocks."""
-    areas: list[Array] = []
+    areas, *others = rows
     chunks: list[Rows] = []
-    n = rows[0].shape[-1]
+    n = areas.shape[-1]
     for start in range(0, n, BLOCK):
-        block = [row[..., start : min(start + BLOCK, n)] for row in rows]
+        later = _places(xp, areas) >= start
+        if most < n and not _unfinished(xp, areas, later, most):
+            return xp.where(later, math.inf, areas)
+        stop = min(start + BLOCK, n)
+        block = [row[..., start:stop] for row in (areas, *others)]
         for chunk in chunks:
             block[0] = drop(block, chunk)
         block[0] = settle(block)
-        areas.append(block[0])
+        areas = xp.concat([areas[..., :start], block[0], areas[..., stop:]], axis=-1)
         kept = xp.compress(block, block[0] < math.inf)
         if chunks and chunks[-1][0].shape[-1] + BLOCK <= CHUNK:
             pairs = zip(chunks.pop(), kept, strict=True)
             kept = [xp.concat(pair, axis=-1) for pair in pairs]
         chunks.append(kept)
-    return xp.concat(areas, axis=-1) if areas else rows[0]
+    return areas
+
+
+def _traced_sweep(
+    xp: Namespace, loop: Callable[..., Any], drop: Drop, settle: Settle, rows: Rows, most: int
+) -> Array:
+    """The same in loops of the graph, whose size does not depend on the number of boxes."""
+    areas, *others = rows
+    n = areas.shape[-1]
+    if n <= BLOCK:
+        return settle(rows)
+    count = -(-n // BLOCK)
+    areas, *others = (xp.concat([row, row[..., : count * BLOCK - n]], axis=-1) for row in rows)
+    places = _places(xp, areas)
+    areas = xp.where(places >= n, math.inf, areas)  # the padding is dropped
+    inside = xp.constant(np.arange(BLOCK), areas)
+
+    def block(row: Array, i: Array) -> Array:
+        return xp.take(row, i * BLOCK + inside, axis=-1)
+
+    def unfinished(i: Array, areas: Array) -> Array:
+        return _unfinished(xp, areas, places >= i * BLOCK, most)
+
+    def resolve(i: Array, areas: Array) -> tuple[Array, Array]:
+        corners = [block(row, i) for row in others]
+
+        def after(earlier: Array, area: Array) -> tuple[Array, Array]:
+            rivals = [block(row, earlier) for row in (areas, *others)]
+            return earlier + 1, drop([area, *corners], rivals)
+
+        first = xp.zeros_like(i), block(areas, i)
+        area = settle([loop(lambda earlier, _: earlier < i, after, first)[1], *corners])
+        area = xp.concat([area] * count, axis=-1)
+        own = (places >= i * BLOCK) & (places < (i + 1) * BLOCK)
+        return i + 1, xp.where(own, area, areas)
+
+    start = xp.constant(np.asarray(0), areas), areas
+    stop, areas = loop(unfinished, resolve, start)
+    return xp.where(places >= stop * BLOCK, math.inf, areas)[..., :n]
+
+
+def _places(xp: Namespace, areas: Array) -> Array:
+    """0, 1, 2, ... along the last axis of `areas`."""
+    places = np.arange(areas.shape[-1])
+    return xp.constant(places.reshape((1,) * (len(areas.shape) - 1) + (-1,)), areas)
+
+
+def _unfinished(xp: Namespace, areas: Array, later: Array, most: int) -> Array:
+    """Whether some list has fewer than `most` kept boxes, and boxes left among the `later`."""
+    there = areas < math.inf
+    kept = xp.sum(xp.astype(there & ~later, xp.index_type), axis=-1)
+    left = (kept < most) & xp.any(there & later, axis=-1)
+    return xp.any(xp.reshape(left, (-1,)), axis=0)
 
 
 def _arguments(

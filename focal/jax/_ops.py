@@ -149,9 +149,6 @@ def keep_rows(x: Array, keep: Array) -> Array:
 
 # Loops and selections, which depend on values: JAX's control flow where they are traced
 
-BLOCK = 128
-"""Boxes per block of `sweep`; compiled, small blocks are as fast as large ones."""
-
 SHORTEST = 256
 """Least length that `select` pads to."""
 
@@ -192,42 +189,13 @@ def box_kernels(boxes: Array, others: Array | None) -> None:
     """There are none."""
 
 
-def sweep(
-    drop: Callable[[Sequence[Array], Sequence[Array]], Array],
-    settle: Callable[[Sequence[Array]], Array],
-    rows: Sequence[Array],
-) -> Array:
-    """Blocks of one size in compiled loops: the program does not grow with the number of boxes."""
-    areas, *others = rows
-    size = areas.shape[-1]
-    count = -(-size // BLOCK) or 1
-    areas = _in_blocks(areas, count, np.inf)
-    others = [_in_blocks(row, count, 0) for row in others]
+def traced_loop() -> Callable[..., Any]:
+    """Suppression is always compiled."""
 
-    def block(i: Any, areas: Array) -> list[Array]:
-        return [
-            lax.dynamic_index_in_dim(row, i, axis=-2, keepdims=False) for row in (areas, *others)
-        ]
+    def loop(condition: Callable[..., Any], body: Callable[..., Any], state: Any) -> Any:
+        return lax.while_loop(lambda s: condition(*s), lambda s: body(*s), state)
 
-    def resolve(i: Any, areas: Array) -> Array:
-        area, *corners = block(i, areas)
-
-        def after(earlier: Any, area: Array) -> Array:
-            return drop([area, *corners], block(earlier, areas))
-
-        area = settle([lax.fori_loop(0, i, after, area), *corners])
-        return lax.dynamic_update_index_in_dim(areas, area, i, axis=areas.ndim - 2)
-
-    areas = lax.fori_loop(0, count, resolve, areas)
-    return reshape(areas, (*areas.shape[:-2], count * BLOCK))[..., :size]
-
-
-def _in_blocks(row: Array, count: int, fill: float) -> Array:
-    """(..., N) padded to (..., count, BLOCK)."""
-    more = count * BLOCK - row.shape[-1]
-    padding = [(0, 0)] * (row.ndim - 1) + [(0, more)]
-    padded = jax.numpy.pad(row, padding, constant_values=fill)
-    return reshape(padded, (*row.shape[:-1], count, BLOCK))
+    return loop
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import NamedTuple
 
@@ -56,9 +57,7 @@ def detections(
         start += count
     score, position = xp.concat(scores, axis=-1), xp.concat(positions, axis=-1)
 
-    # The best of all levels: bounds the work of NMS.
-    score, at = xp.top_k(score, min(config.candidates, score.shape[-1]))
-    score = xp.where(score > config.score_threshold, score, xp.zeros_like(score))
+    score, at = xp.top_k(score, score.shape[-1])
     position = xp.take_along_axis(position, at, axis=-1)
     anchor, label = position // classes, position % classes
     of_anchor = xp.take(anchors, xp.reshape(anchor, (-1,)), axis=0)
@@ -66,8 +65,10 @@ def detections(
     boxes = F.decode_boxes(xp.take_rows(deltas, anchor), of_anchor)
     boxes = _clip(xp, boxes, sizes)
 
-    # Scores below the threshold come last, where they suppress nothing.
-    keep = suppress(xp, boxes, label, config.nms_threshold)
+    # A box with NaN is dropped.
+    high = score > config.score_threshold
+    rivals = xp.where(~high[..., None], math.nan, boxes)
+    keep = suppress(xp, rivals, label, config.nms_threshold, config.max_detections)
     score = xp.where(keep, score, xp.zeros_like(score))
     best, at = xp.top_k(score, min(config.max_detections, score.shape[-1]))
     return Detections(xp.take_rows(boxes, at), best, xp.take_along_axis(label, at, axis=-1))

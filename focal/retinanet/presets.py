@@ -56,11 +56,11 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 )
 """What to train, by name: "tiny" and "r50", each a `Preset`."""
 
-# retinanet_resnet50_fpn (v1): P6 from P5, whole-pixel anchors at the cells' corners.
+# retinanet_resnet50_fpn (v1): P6 from P5, whole-pixel anchors at the corners of stretched cells.
 _TORCHVISION: Mapping[str, Any] = {
     "p6_from": "p5",
     "allow_low_quality": True,
-    "anchors": AnchorConfig(offset=0.0, rounded=True),
+    "anchors": AnchorConfig(offset=0.0, rounded=True, stretched=True),
     "box_beta": 0.0,
     "normalizer": "image",
     "max_detections": 300,

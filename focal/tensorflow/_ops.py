@@ -272,7 +272,9 @@ def box_kernels(boxes: Tensor, others: Tensor | None) -> None:
     """There are none."""
 
 
-sweep = None
+def traced_loop() -> Callable[..., Any] | None:
+    """In a graph, its own loop."""
+    return None if tf.executing_eagerly() else tf.while_loop
 
 
 def compress(rows: Sequence[Tensor], keep: Tensor) -> Sequence[Tensor]:

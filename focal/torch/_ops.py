@@ -261,7 +261,9 @@ def boxes_at_once(boxes: Tensor) -> int:
     return 1 if boxes.device.type == "cpu" or torch.compiler.is_compiling() else DEVICE_BOXES
 
 
-sweep = None
+def traced_loop() -> Callable[..., Any] | None:
+    """While compiling or exporting, a loop of the graph."""
+    return torch.while_loop if torch.compiler.is_compiling() else None
 
 
 def compress(rows: Sequence[Tensor], keep: Tensor) -> Sequence[Tensor]:

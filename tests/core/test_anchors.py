@@ -92,6 +92,21 @@ def test_rounded_is_that_of_torchvision(backend: Backend) -> None:
     assert_array_equal(backend("anchors", (8, 8), config), np.array(expected, np.float32))
 
 
+def test_stretched_is_that_of_torchvision(backend: Backend) -> None:
+    """Cells of 800 x 1088 pixels: 61 x 64 on P6, 114 x 120 on P7, of whole pixels."""
+    config = AnchorConfig(
+        strides=(32, 64, 128), sizes=(32,) * 3, scales=(1,), ratios=(1,), offset=0, stretched=True
+    )
+    centers, _ = centers_and_sides(backend("anchors", (800, 1088), config))
+    expected = [
+        (x * right, y * down)
+        for rows, columns, down, right in ((25, 34, 32, 32), (13, 17, 61, 64), (7, 9, 114, 120))
+        for y in range(rows)
+        for x in range(columns)
+    ]
+    assert_array_equal(centers, np.array(expected, np.float32))
+
+
 def test_config_is_a_value() -> None:
     config = AnchorConfig(strides=[8], sizes=[32])
     assert config == AnchorConfig(strides=(8,), sizes=(32,))

@@ -92,25 +92,25 @@ class Rule:
 
 INVERSE = tuple(1 / r for r in RATIOS)
 CORNER = AnchorConfig(offset=0.0, ratios=RATIOS)
-WHOLE = AnchorConfig(offset=0.0, ratios=RATIOS, rounded=True)
+WHOLE = AnchorConfig(offset=0.0, ratios=RATIOS, rounded=True, stretched=True)
 CENTER, WIDE = AnchorConfig(ratios=RATIOS), AnchorConfig(ratios=INVERSE)
 
 ANCHORS = {
-    "torchvision": (Rule(step="whole", rounded=True), lambda s: stretched(s, WHOLE, True)),
+    "torchvision": (Rule(step="whole", rounded=True), lambda s: anchors(s, WHOLE)),
     "detectron2": (Rule(scales_first=True), lambda s: reordered(anchors(s, CORNER), CORNER)),
     "detectron2's constructor": (
         Rule(scales_first=True, offset=0.5),
         lambda s: reordered(anchors(s, CENTER), CENTER),
     ),
     "mmdetection": (Rule(), lambda s: anchors(s, CORNER)),
-    "keras-hub": (Rule(step="whole", rounded=True), lambda s: stretched(s, WHOLE, True)),
+    "keras-hub": (Rule(step="whole", rounded=True), lambda s: anchors(s, WHOLE)),
     "keras-cv": (
         Rule(scales_first=True, ratio_is_width=True, offset=0.5, yx=True),
         lambda s: reordered(anchors(s, WIDE), WIDE)[:, YX],
     ),
     "Model Garden": (
         Rule(scales_first=True, ratio_is_width=True, offset=0.5, step="exact", yx=True),
-        lambda s: reordered(stretched(s, WIDE, False), WIDE)[:, YX],
+        lambda s: reordered(stretched(s, WIDE), WIDE)[:, YX],
     ),
 }
 
@@ -138,15 +138,15 @@ def test_automl_anchors() -> None:
 
 def test_where_the_greatest_stride_divides_the_image_nothing_stretches() -> None:
     for size in ((512, 512), (640, 1024)):
-        assert_allclose(stretched(size, WHOLE, True), anchors(size, WHOLE), atol=0)
-        assert_allclose(stretched(size, CENTER, False), anchors(size, CENTER), atol=1e-4)
+        assert_array_equal(anchors(size, WHOLE), anchors(size, replace(WHOLE, stretched=False)))
+        assert_allclose(stretched(size, CENTER), anchors(size, CENTER), atol=1e-4)
 
 
 def test_torchvision_strides_at_800_by_1088() -> None:
     strides = [(800 // -(-800 // s), 1088 // -(-1088 // s)) for s in (64, 128)]
     assert strides == [(61, 64), (114, 120)]
-    config = AnchorConfig(offset=0.0, rounded=True)
-    apart = stretched((800, 1088), config, True) - anchors((800, 1088), config)
+    nominal = AnchorConfig(offset=0.0, rounded=True)
+    apart = anchors((800, 1088), replace(nominal, stretched=True)) - anchors((800, 1088), nominal)
     assert np.abs(apart).max() == 84
 
 

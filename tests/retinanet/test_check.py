@@ -282,7 +282,15 @@ def test_unusual_boxes_and_missing_classes(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("placement", [{}, {"offset": 0.0, "rounded": True}, {"offset": 0.3}])
+@pytest.mark.parametrize(
+    "placement",
+    [
+        {},
+        {"offset": 0.0, "rounded": True},
+        {"offset": 0.3},
+        {"offset": 0.3, "stretched": True},
+    ],
+)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_best_anchor_is_the_best_of_all(preset, placement):
     config = PRESETS[preset].detector.replace(image_size=(200, 260))

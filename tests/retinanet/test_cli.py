@@ -197,6 +197,7 @@ def test_options_reach_the_run(coco, tmp_path):
     assert (detector["alpha"], detector["max_detections"]) == (None, 9)
     # The convention places the anchors; their sizes are the preset's.
     assert detector["anchors"]["rounded"] and detector["anchors"]["offset"] == 0
+    assert detector["anchors"]["stretched"]
     assert detector["anchors"]["sizes"] == [20, 40, 80]
     assert load(tmp_path / "weights.safetensors").config.image_size == (64, 64)
 

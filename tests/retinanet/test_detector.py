@@ -1,6 +1,7 @@
 """The facade: build, save, load, raw_outputs and predict, whatever the framework behind them."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -364,6 +365,16 @@ def test_tiny_is_for_small_objects_and_r50_is_the_papers():
     assert r50.detector == RetinaNetConfig() and r50.train == TrainConfig()
     assert tiny.detector.anchors.sizes == tuple(2.5 * s for s in tiny.detector.anchors.strides)
     assert (r50.train.steps, r50.train.batch_size, r50.train.learning_rate) == (90_000, 16, 0.01)
+
+
+def test_the_stretch_of_anchors_is_torchvisions_and_in_no_older_file():
+    stretched = {name for name, c in CONVENTIONS.items() if RetinaNetConfig(**c).anchors.stretched}
+    assert stretched == {"torchvision", "torchvision_v2"}
+    config = RetinaNetConfig(**CONVENTIONS["torchvision"])
+    older = json.loads(config.to_json())
+    del older["anchors"]["stretched"]
+    read = RetinaNetConfig.from_json(json.dumps(older))
+    assert read.anchors == dataclasses.replace(config.anchors, stretched=False)
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)

@@ -58,7 +58,7 @@ def naive(logits, deltas, size, config):
         start = stop
     height, width = size
     kept = []
-    for logit, anchor, label in sorted(candidates, reverse=True)[: config.candidates]:
+    for logit, anchor, label in sorted(candidates, reverse=True):
         score = 1 / (1 + math.exp(-logit))
         if score <= config.score_threshold:
             break

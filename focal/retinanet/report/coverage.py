@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from focal.core.anchors import level_shapes
+from focal.core.anchors import level_shapes, level_steps
 from focal.numpy import anchors, box_iou
 from focal.retinanet.config import RetinaNetConfig
 
@@ -40,21 +40,21 @@ def best_iou(boxes: np.ndarray, config: RetinaNetConfig) -> np.ndarray:
     best = np.zeros(len(boxes))
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2
     shapes = level_shapes(config.image_size, config.anchors)
-    for cell, stride, (rows, columns) in zip(
-        _cells(config), config.anchors.strides, shapes, strict=True
-    ):
-        # `cell` holds the anchors of the first cell; all others are whole strides away.
-        steps = np.rint(centers / stride - config.anchors.offset)
-        steps = np.clip(steps, 0, [columns - 1, rows - 1])
-        near = cell + np.tile(steps * stride, 2)[:, None]  # [N, A, 4]
+    steps = level_steps(config.image_size, config.anchors)
+    for cell, (down, right), (rows, columns) in zip(_cells(config), steps, shapes, strict=True):
+        # `cell` holds the anchors of the first cell; all others are whole steps away.
+        place = np.rint(centers / [right, down] - config.anchors.offset)
+        place = np.clip(place, 0, [columns - 1, rows - 1])
+        near = cell + np.tile(place * [right, down], 2)[:, None]  # [N, A, 4]
         best = np.maximum(best, box_iou(boxes[:, None], near)[:, 0].max(axis=1))
     return best
 
 
 def _cells(config: RetinaNetConfig) -> list[np.ndarray]:
     """The anchors of the first cell of each level: (A, 4)."""
-    levels = zip(config.anchors.strides, config.anchors.sizes, strict=True)
+    steps = level_steps(config.image_size, config.anchors)
+    levels = zip(config.anchors.strides, config.anchors.sizes, steps, strict=True)
     return [
-        anchors((s, s), dataclasses.replace(config.anchors, strides=(s,), sizes=(size,)))
-        for s, size in levels
+        anchors(step, dataclasses.replace(config.anchors, strides=(s,), sizes=(size,)))
+        for s, size, step in levels
     ]
