@@ -30,11 +30,11 @@ from focal.retinanet import (
 from focal.retinanet.data import ShapesDataset, train_batches
 from focal.retinanet.torch import trainer as backend_torch
 from focal.retinanet.torch.trainer import Trainer, state
-from focal.retinanet.training import loop
+from focal.retinanet.training import loop, progress
 from focal.retinanet.training.first_loss import first_loss
 from focal.retinanet.training.loop import learning_rate, train
 from focal.retinanet.training.run_folder import RunFolder
-from focal.retinanet.training.stopping import Stopped
+from focal.retinanet.training.stopping import Signals, Stopped
 from focal.retinanet.weights import load_weights, read_checkpoint
 
 RUN = TrainConfig(
@@ -240,6 +240,7 @@ def test_what_a_run_leaves(tmp_path):
     run = RUN.replace(steps=5, eval_every=2)
     model = fit(out, run, validation=validation, notes={"data": "mine"})
     assert sorted(os.listdir(out)) == [
+        "best.safetensors",
         "checkpoint-000003.safetensors",
         "checkpoint-000005.safetensors",
         "config.json",
@@ -297,18 +298,116 @@ def test_without_checkpoints_there_is_one_at_the_end(tmp_path):
     assert metadata["step"] == "2"
 
 
-def test_a_new_run_in_an_old_folder_starts_over(tmp_path):
-    first, second = fit(tmp_path), fit(tmp_path)
-    assert_same(first.state_dict(), second.state_dict())
-    assert [x["step"] for x in lines(tmp_path)] == [2, 4, 6]
-
-
-def test_a_new_run_leaves_no_checkpoint_of_the_old_one(tmp_path, monkeypatch):
-    fit(tmp_path)
-    stop_at(monkeypatch, 1)
-    with pytest.raises(Stop):
+@pytest.mark.parametrize(
+    "left",
+    [
+        ["weights.safetensors"],
+        ["best.safetensors"],
+        ["metrics.jsonl"],
+        ["checkpoint-000003.safetensors"],
+        ["config.json", "metrics.jsonl", "checkpoint-000003.safetensors", "weights.safetensors"],
+    ],
+)
+def test_a_folder_that_holds_a_run_is_left_as_it_is(tmp_path, left):
+    for name in left:
+        (tmp_path / name).write_bytes(b'{"step": 3}\n')
+    before = snapshot(tmp_path)
+    with pytest.raises(FileExistsError, match=r"holds a run already; .* --resume .* --out"):
         fit(tmp_path)
-    assert checkpoints(tmp_path) == [] and lines(tmp_path) == []
+    assert snapshot(tmp_path) == before
+
+
+def test_a_run_that_did_not_start_is_no_run(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b"")
+    (tmp_path / "config.json").write_bytes(b"{}")
+    fit(tmp_path, RUN.replace(steps=1))
+    assert checkpoints(tmp_path) == [1]
+
+
+def test_weights_are_written_with_every_checkpoint(tmp_path, monkeypatch):
+    stop_at(monkeypatch, 4)
+    with pytest.raises(Stop):
+        fit(tmp_path, RUN.replace(ema=0.9))
+    kept, config = load_weights(tmp_path / "weights.safetensors")
+    assert checkpoints(tmp_path) == [3] and config == CONFIG
+    found, config = load_weights(tmp_path / "checkpoint-000003.safetensors")
+    assert_same(found, kept)
+    assert config == CONFIG
+
+
+def scripted(monkeypatch, aps):
+    """Evaluations find these APs."""
+    values = iter(aps)
+
+    def evaluated(*_):
+        ap = next(values)
+        return {"AP": ap, "AP50": ap}, []
+
+    monkeypatch.setattr(loop, "evaluate_model", evaluated)
+
+
+def test_the_best_weights_are_kept_beside_the_last(tmp_path, monkeypatch, capsys):
+    scripted(monkeypatch, [0.2, 0.4, 0.3])
+    seen = []
+    run = RUN.replace(eval_every=2, save_every=2, keep=9, learning_rate=1e-2)
+    fit(tmp_path, run, validation=shapes("val", 2), callbacks=[lambda *call: seen.append(call)])
+    best, last = (load_weights(tmp_path / f"{name}.safetensors")[0] for name in ("best", "weights"))
+    assert_same(best, load_weights(tmp_path / "checkpoint-000004.safetensors")[0])
+    assert_same(last, load_weights(tmp_path / "checkpoint-000006.safetensors")[0])
+    assert load_weights(tmp_path)[0].keys() == best.keys()
+    assert_same(load_weights(tmp_path)[0], best)
+    assert seen == [(line["step"], line) for line in lines(tmp_path)] and len(seen) == 6
+    told = [line for line in capsys.readouterr().err.splitlines() if "AP" in line]
+    assert told == [
+        "step 2: AP 0.200, AP50 0.200",
+        "step 4: AP 0.400, AP50 0.400",
+    ]
+
+
+def test_where_no_ap_can_be_measured_the_last_weights_are_the_best(tmp_path, monkeypatch):
+    scripted(monkeypatch, [math.nan, math.nan, math.nan])
+    fit(tmp_path, RUN.replace(eval_every=2), validation=shapes("val", 2))
+    best, last = (load_weights(tmp_path / f"{name}.safetensors")[0] for name in ("best", "weights"))
+    assert_same(best, last)
+
+
+def test_patience(tmp_path, monkeypatch, capsys):
+    scripted(monkeypatch, [0.1, 0.3, 0.3, 0.2])
+    run = RUN.replace(steps=9, eval_every=1, patience=2, log_every=1)
+    fit(tmp_path, run, validation=shapes("val", 2))
+    assert [x["step"] for x in lines(tmp_path) if x["kind"] == "eval"] == [1, 2, 3, 4]
+    assert checkpoints(tmp_path) == [3, 4]
+    assert "stopped: no better AP in 2 evaluations" in capsys.readouterr().err
+    before = lines(tmp_path)
+    fit(tmp_path, run, validation=shapes("val", 2), resume=True)  # and it stays so
+    assert lines(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("run", "validation"), [(RUN.replace(patience=1), True), (RUN.replace(eval_every=1), False)]
+)
+def test_patience_without_evaluations(tmp_path, run, validation):
+    run = run.replace(patience=1)
+    with pytest.raises(ValueError, match="train: patience needs eval_every > 0 and a validation"):
+        fit(tmp_path, run, validation=shapes("val", 2) if validation else None)
+
+
+def test_off_a_terminal_there_is_a_line_every_so_often(tmp_path, monkeypatch, capsys):
+    clock = iter(range(0, 10_000, 10))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    for seconds, expected in ((15.0, [1, 3, 5, 6]), (1e9, [1, 6])):
+        monkeypatch.setattr(progress, "LINE_SECONDS", seconds)
+        with progress.Progress(6, 0) as shown:
+            for _ in range(6):
+                shown.update()
+                shown.show("loss 1")
+        found = capsys.readouterr().err.splitlines()
+        assert found == [f"step {step} of 6: loss 1" for step in expected]
+    with progress.Progress(6, 0, shown=False) as hidden:
+        hidden.update()
+        hidden.show("loss 1")
+        hidden.write("more")
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("keep", "expected"), [(1, [5]), (2, [4, 5]), (9, [1, 2, 3, 4, 5])])
@@ -452,6 +551,18 @@ def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(tmp_path, monkeypatc
     assert checkpoints(tmp_path) == [7, 8]
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, monkeypatch):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    fit(whole)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        with pytest.raises(Stop):
+            fit(stopped)
+    assert checkpoints(stopped) == [] and len(lines(stopped)) == 1
+    fit(stopped, resume=True)
+    assert_same_run(stopped, whole)
+
+
 def test_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"expected a checkpoint-\*\.safetensors; found no"):
         fit(tmp_path, resume=True)
@@ -474,7 +585,8 @@ def test_a_checkpoint_from_beyond_the_end(tmp_path):
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_what_a_killed_process_was_writing_is_removed(tmp_path, resume):
-    fit(tmp_path)
+    if resume:
+        fit(tmp_path)
     (tmp_path / ".weights.safetensors.123.partial").write_bytes(b"half")
     fit(tmp_path, resume=resume)
     assert not list(tmp_path.glob(".*"))
@@ -485,7 +597,7 @@ def test_what_a_killed_process_was_writing_is_removed(tmp_path, resume):
     [
         ({"optimizer": "sgd"}, CONFIG, "another optimizer; expected sgd, found adamw"),
         ({"ema": None}, CONFIG, "another ema; expected off, found on"),
-        ({}, CONFIG.replace(classes=("a", "b", "c")), "another classes"),
+        ({}, CONFIG.replace(classes=("a", "b", "c")), "shapes/train has the classes .*'circle'"),
         ({}, CONFIG.replace(channels=8), "weights are not those of this network"),
         ({"seed": 1}, CONFIG, "another seed; expected 1, found 0"),
     ],
@@ -578,6 +690,19 @@ def test_a_signal_stops_an_evaluation(tmp_path, monkeypatch, step):
         with pytest.raises(Stopped, match=f"stopped by SIGTERM after step {step} of 6"):
             fit(stopped, run, validation=validation)
     fit(stopped, run, validation=validation, resume=True)
+    assert_same_run(stopped, whole)
+
+
+@pytest.mark.usefixtures("sigint")
+def test_a_signal_before_the_first_step_stops_the_run(tmp_path, monkeypatch):
+    """While a framework starts, an exception could be lost in its callbacks."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    fit(whole)
+    with Signals() as signals, pytest.raises(Stopped, match="stopped by SIGINT after step 0 of 6"):
+        signal.raise_signal(signal.SIGINT)
+        fit(stopped, signals=signals)
+    assert checkpoints(stopped) == [0]
+    fit(stopped, resume=True)
     assert_same_run(stopped, whole)
 
 
