@@ -19,6 +19,7 @@ __all__ = [
     "add_backend",
     "add_data",
     "add_detector",
+    "assignments",
     "configs",
     "open_dataset",
     "print_metrics",
@@ -60,29 +61,41 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
 
 def configs(options: argparse.Namespace) -> Configs:
     """The recorded settings of a run to resume, else the preset's; other options override them."""
-    from focal.retinanet.config import FORMER, parse_fields
+    from focal.retinanet.config import parse_fields
 
     named = options.preset is not None or options.convention is not None
     if options.resume and not named and (options.out / "config.json").is_file():
         detector, run = _recorded(options.out / "config.json")
     else:
         detector, run = _preset(options.preset or "tiny", options.convention or "paper")
+    changes = _with_anchors(detector, assignments(options))
+    # All at once: some fields only fit together, such as levels and anchors.
+    changes = parse_fields(changes)
+    detector = detector.replace(**{f: v for f, v in changes.items() if f in vars(detector)})
+    return detector, run.replace(**{f: v for f, v in changes.items() if f in vars(run)})
+
+
+def assignments(options: argparse.Namespace) -> dict[str, Any]:
+    """What the user set by hand: values by field, of anchors as "anchors" or "anchors.sizes"."""
+    from focal.core.anchors import AnchorConfig
+    from focal.retinanet.config import FORMER, RetinaNetConfig, TrainConfig
+
+    fields = {f.name for own in (RetinaNetConfig, TrainConfig) for f in dataclasses.fields(own)}
+    fields |= {f"anchors.{field.name}" for field in dataclasses.fields(AnchorConfig)}
     own = {"steps": options.steps, "seed": options.seed}
-    changes = {field: value for field, value in own.items() if value is not None}
+    found = {field: value for field, value in own.items() if value is not None}
     if options.image_size is not None:
-        changes["image_size"] = _size(options.image_size)
+        found["image_size"] = _size(options.image_size)
     for assignment in options.set:
         field, separator, text = assignment.partition("=")
         field = FORMER.get(field, field)
         if not separator:
             raise ValueError(f"--set must be FIELD=VALUE; got {assignment!r}")
-        if field not in {**vars(run), **vars(detector)}:
-            raise ValueError(f"--set: no field {field!r} in RetinaNetConfig or TrainConfig")
-        changes[field] = _value(text)
-    # All at once: some fields only fit together, such as levels and anchors.
-    changes = parse_fields(changes)
-    detector = detector.replace(**{f: v for f, v in changes.items() if f in vars(detector)})
-    return detector, run.replace(**{f: v for f, v in changes.items() if f in vars(run)})
+        if field not in fields:
+            owner = "AnchorConfig" if "." in field else "RetinaNetConfig or TrainConfig"
+            raise ValueError(f"--set: no field {field!r} in {owner}")
+        found[field] = _value(text)
+    return found
 
 
 def open_dataset(data: str, split: str, detector: RetinaNetConfig) -> Dataset:
@@ -100,6 +113,20 @@ def print_metrics(title: str, metrics: dict[str, Any]) -> None:
     for name, value in metrics.items():
         if name.startswith("A"):
             print(f"  {name:<12} {math.nan if value is None else value:.3f}")
+
+
+def _with_anchors(detector: RetinaNetConfig, changes: dict[str, Any]) -> dict[str, Any]:
+    """The changes with `anchors` as a whole: set by parts, and following `levels`."""
+    parts = {f.split(".")[1]: changes.pop(f) for f in list(changes) if f.startswith("anchors.")}
+    levels, whole = changes.get("levels"), changes.get("anchors")
+    if whole is None and isinstance(levels, list) and set(map(type, levels)) == {int}:
+        size = dict(zip(detector.levels, detector.anchors.sizes, strict=True))
+        near = [min(max(level, min(size)), max(size)) for level in levels]
+        sizes = [size[n] * 2.0 ** (level - n) for level, n in zip(levels, near, strict=True)]
+        parts = {"strides": [2**max(level, 0) for level in levels], "sizes": sizes} | parts
+    if parts and isinstance(whole, dict | None):
+        changes["anchors"] = {**(whole or dataclasses.asdict(detector.anchors)), **parts}
+    return changes
 
 
 def _preset(preset: str, convention: str) -> Configs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,7 +53,10 @@ class AnchorConfig:
     def __post_init__(self) -> None:
         name = "AnchorConfig"
         for parameter in ("strides", "sizes", "scales", "ratios"):
-            values = tuple(getattr(self, parameter))
+            values = getattr(self, parameter)
+            if not isinstance(values, Iterable):
+                raise TypeError(f"{name}: {parameter} must be a tuple of numbers; got {values!r}")
+            values = tuple(values)
             if not values:
                 raise ValueError(f"{name}: {parameter} must not be empty")
             for value in values:

@@ -16,7 +16,7 @@ from focal.retinanet import PRESETS
 from focal.retinanet.report.check import check_data, read_boxes
 from focal.retinanet.report.check_picture import check_picture
 from focal.retinanet.report.check_report import check_record, check_text
-from focal.retinanet.report.coverage import anchor_shapes, best_iou
+from focal.retinanet.coverage import anchor_shapes, best_iou
 
 TINY = PRESETS["tiny"].detector
 

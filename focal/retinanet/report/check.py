@@ -30,7 +30,7 @@ from focal.retinanet.data.coco_json import (
 )
 from focal.retinanet.data.images import DataError, printable, resize
 from focal.retinanet.data.paths import PathRule
-from focal.retinanet.report.coverage import best_iou, scales
+from focal.retinanet.coverage import best_iou, scales
 
 __all__ = ["Boxes", "Finding", "Split", "all_classes", "check_data", "read_boxes"]
 

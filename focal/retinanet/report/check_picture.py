@@ -18,7 +18,7 @@ from focal.retinanet.config import RetinaNetConfig
 from focal.retinanet.data.images import printable
 from focal.retinanet.report.check import Boxes
 from focal.retinanet.report.check_report import BUCKETS
-from focal.retinanet.report.coverage import anchor_shapes
+from focal.retinanet.coverage import anchor_shapes
 from focal.retinanet.report.draw import PALETTE, save_figure
 
 __all__ = ["check_picture"]
