@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import focal
-from focal.cli.options import Commands, add_detector, configs
+from focal.cli.options import Commands, add_detector, assignments
 
 __all__ = ["add", "run"]
 
@@ -38,7 +38,7 @@ def add(commands: Commands) -> None:
     check.add_argument("data", type=Path, help="a COCO folder, as train reads it")
     add_detector(check)
     check.add_argument("--out", type=Path, help="also write check.json and check.png here")
-    check.set_defaults(run=run, resume=False, set=[], steps=None, seed=None)
+    check.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace, command: str) -> int:
@@ -47,8 +47,10 @@ def run(options: argparse.Namespace, command: str) -> int:
     from focal.retinanet.report.check import check_data, read_boxes
     from focal.retinanet.report.check_picture import check_picture
     from focal.retinanet.report.check_report import check_record, check_text
+    from focal.retinanet.settings import apply, preset_settings
 
-    detector, _ = configs(options)
+    start = preset_settings(options.preset or "tiny", options.convention or "paper")
+    detector, _ = apply(start, assignments(options))
     findings, splits = check_data(options.data, progress=True)
     boxes = read_boxes(splits, detector)
     notes = {"command": command, "data": str(options.data), "focal": focal.__version__}

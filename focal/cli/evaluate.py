@@ -29,7 +29,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     from focal.retinanet.training.run_folder import plain_json
 
     model = load(options.weights, options.backend, options.device)
-    dataset = open_dataset(options.data, options.split, model.config)
+    dataset = open_dataset(options, options.split, model.config.image_size)
     if dataset.classes != model.config.classes:
         raise ValueError(
             f"{options.weights}: the detector's classes are {model.config.classes}, "

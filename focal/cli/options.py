@@ -7,11 +7,9 @@ import dataclasses
 import json
 import math
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:  # it must be possible to ask for help without what these need
-    from focal.retinanet import RetinaNetConfig, TrainConfig
     from focal.retinanet.data import Dataset
 
 __all__ = [
@@ -20,18 +18,28 @@ __all__ = [
     "add_data",
     "add_detector",
     "assignments",
-    "configs",
     "open_dataset",
     "print_metrics",
 ]
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-Configs: TypeAlias = "tuple[RetinaNetConfig, TrainConfig]"
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     """Where images and boxes are."""
-    parser.add_argument("--data", required=True, help="a COCO folder, or 'shapes' (generated)")
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="a folder in the COCO format or as Roboflow and CVAT export it, a COCO JSON file, or "
+        "'shapes' (generated)",
+    )
+    parser.add_argument(
+        "--hold-out",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="share of the train images that is val where there is no such split (default 0.1)",
+    )
 
 
 def add_detector(parser: argparse.ArgumentParser) -> None:
@@ -59,22 +67,6 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
 
 
-def configs(options: argparse.Namespace) -> Configs:
-    """The recorded settings of a run to resume, else the preset's; other options override them."""
-    from focal.retinanet.config import parse_fields
-
-    named = options.preset is not None or options.convention is not None
-    if options.resume and not named and (options.out / "config.json").is_file():
-        detector, run = _recorded(options.out / "config.json")
-    else:
-        detector, run = _preset(options.preset or "tiny", options.convention or "paper")
-    changes = _with_anchors(detector, assignments(options))
-    # All at once: some fields only fit together, such as levels and anchors.
-    changes = parse_fields(changes)
-    detector = detector.replace(**{f: v for f, v in changes.items() if f in vars(detector)})
-    return detector, run.replace(**{f: v for f, v in changes.items() if f in vars(run)})
-
-
 def assignments(options: argparse.Namespace) -> dict[str, Any]:
     """What the user set by hand: values by field, of anchors as "anchors" or "anchors.sizes"."""
     from focal.core.anchors import AnchorConfig
@@ -82,11 +74,15 @@ def assignments(options: argparse.Namespace) -> dict[str, Any]:
 
     fields = {f.name for own in (RetinaNetConfig, TrainConfig) for f in dataclasses.fields(own)}
     fields |= {f"anchors.{field.name}" for field in dataclasses.fields(AnchorConfig)}
-    own = {"steps": options.steps, "seed": options.seed}
+    own = {
+        name: getattr(options, name, None) for name in ("steps", "seed", "eval_every", "patience")
+    }
     found = {field: value for field, value in own.items() if value is not None}
+    if (stages := getattr(options, "freeze", None)) is not None:
+        found["freeze"] = 5 if stages == "backbone" else _value(stages)
     if options.image_size is not None:
         found["image_size"] = _size(options.image_size)
-    for assignment in options.set:
+    for assignment in getattr(options, "set", ()):
         field, separator, text = assignment.partition("=")
         field = FORMER.get(field, field)
         if not separator:
@@ -98,13 +94,13 @@ def assignments(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def open_dataset(data: str, split: str, detector: RetinaNetConfig) -> Dataset:
-    """A split of the data, or of the generated shapes."""
+def open_dataset(options: argparse.Namespace, split: str, size: tuple[int, int]) -> Dataset:
+    """A split of the data, or of the generated shapes in images of this (height, width)."""
     from focal.retinanet.data import CocoDataset, ShapesDataset
 
-    if data == "shapes":
-        return ShapesDataset(split, size=detector.image_size)
-    return CocoDataset(data, split)
+    if options.data == "shapes":
+        return ShapesDataset(split, size=size)
+    return CocoDataset(options.data, split, options.hold_out)
 
 
 def print_metrics(title: str, metrics: dict[str, Any]) -> None:
@@ -113,52 +109,6 @@ def print_metrics(title: str, metrics: dict[str, Any]) -> None:
     for name, value in metrics.items():
         if name.startswith("A"):
             print(f"  {name:<12} {math.nan if value is None else value:.3f}")
-
-
-def _with_anchors(detector: RetinaNetConfig, changes: dict[str, Any]) -> dict[str, Any]:
-    """The changes with `anchors` as a whole: set by parts, and following `levels`."""
-    parts = {f.split(".")[1]: changes.pop(f) for f in list(changes) if f.startswith("anchors.")}
-    levels, whole = changes.get("levels"), changes.get("anchors")
-    if whole is None and isinstance(levels, list) and set(map(type, levels)) == {int}:
-        size = dict(zip(detector.levels, detector.anchors.sizes, strict=True))
-        near = [min(max(level, min(size)), max(size)) for level in levels]
-        sizes = [size[n] * 2.0 ** (level - n) for level, n in zip(levels, near, strict=True)]
-        parts = {"strides": [2**max(level, 0) for level in levels], "sizes": sizes} | parts
-    if parts and isinstance(whole, dict | None):
-        changes["anchors"] = {**(whole or dataclasses.asdict(detector.anchors)), **parts}
-    return changes
-
-
-def _preset(preset: str, convention: str) -> Configs:
-    """The preset, with the convention's values."""
-    from focal.retinanet.presets import CONVENTIONS, PRESETS
-
-    if preset not in PRESETS:
-        raise ValueError(f"--preset must be one of {', '.join(PRESETS)}; got {preset!r}")
-    if convention not in CONVENTIONS:
-        raise ValueError(
-            f"--convention must be one of {', '.join(CONVENTIONS)}; got {convention!r}"
-        )
-    detector, run = PRESETS[preset]
-    changes = dict(CONVENTIONS[convention])
-    if "anchors" in changes:  # the preset's strides and sizes, the convention's placement
-        own = changes["anchors"]
-        changes["anchors"] = dataclasses.replace(
-            detector.anchors, offset=own.offset, rounded=own.rounded, stretched=own.stretched
-        )
-    return detector.replace(**changes), run
-
-
-def _recorded(path: Path) -> Configs:
-    """The settings in the config.json of a run."""
-    from focal.retinanet.config import RetinaNetConfig, TrainConfig, parse_fields
-
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        detector = RetinaNetConfig(**parse_fields(record["detector"]))
-        return detector, TrainConfig(**parse_fields(record["train"]))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: expected the record of a run; {error!r}") from error
 
 
 def _size(text: str) -> Any:

@@ -12,7 +12,6 @@ from focal.cli.options import (
     add_data,
     add_detector,
     assignments,
-    has_split,
     open_dataset,
     print_metrics,
 )
@@ -100,16 +99,17 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace, command: str) -> None:
     """Run the command."""
+    from focal.retinanet.data.coco import find_splits
     from focal.retinanet.run import run
     from focal.retinanet.training.metrics import number, read_metrics
 
     changes = assignments(options)
     generated = options.data == "shapes"
-    size = _size_of_shapes(options, changes) if generated else None
-    data = open_dataset(options.data, "train", size, options.hold_out)
+    size = _size_of_shapes(options, changes)
+    data = open_dataset(options, "train", size)
     val = None
-    if options.hold_out > 0 or has_split(options.data, "val"):
-        val = open_dataset(options.data, "val", size, options.hold_out)
+    if options.hold_out > 0 or generated or "val" in find_splits(Path(options.data)):
+        val = open_dataset(options, "val", size)
     found = run(
         data,
         val,

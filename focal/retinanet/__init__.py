@@ -14,6 +14,7 @@ hide which framework it is.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from focal.retinanet.config import RetinaNetConfig, TrainConfig
@@ -22,17 +23,25 @@ from focal.retinanet.presets import CONVENTIONS, PRESETS, Preset
 from focal.retinanet.torchvision import load_torchvision
 
 if TYPE_CHECKING:
+    from focal.retinanet.data import CocoDataset, Dataset, Example, ShapesDataset, Transformed
+    from focal.retinanet.run import fit
     from focal.retinanet.training.evaluate import evaluate
 
 __all__ = [
     "CONVENTIONS",
     "PRESETS",
+    "CocoDataset",
+    "Dataset",
+    "Example",
     "Preset",
     "RetinaNetConfig",
+    "ShapesDataset",
     "TrainConfig",
+    "Transformed",
     "build",
     "evaluate",
     "export",
+    "fit",
     "load",
     "load_torchvision",
     "predict",
@@ -40,11 +49,13 @@ __all__ = [
     "save",
 ]
 
+_LATER = {"evaluate": "training.evaluate", "fit": "run"} | dict.fromkeys(
+    ("CocoDataset", "Dataset", "Example", "ShapesDataset", "Transformed"), "data"
+)
+"""What needs more packages than NumPy is imported where it is asked for: the module of each."""
+
 
 def __getattr__(name: str) -> Any:
-    """What needs more packages than NumPy is imported where it is asked for."""
-    if name != "evaluate":
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from focal.retinanet.training.evaluate import evaluate
-
-    return evaluate
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)

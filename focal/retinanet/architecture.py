@@ -8,9 +8,19 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from focal.retinanet.config import RetinaNetConfig
+import numpy as np
 
-__all__ = ["BACKBONES", "NORM_EPS", "Backbone", "backbone", "frozen_parts", "norm_groups"]
+from focal.retinanet.config import BackboneName, RetinaNetConfig
+
+__all__ = [
+    "BACKBONES",
+    "NORM_EPS",
+    "Backbone",
+    "backbone",
+    "backbone_of",
+    "frozen_parts",
+    "norm_groups",
+]
 
 NORM_EPS = 1e-5
 """Added to the variance by every normalization, batch or group."""
@@ -53,7 +63,7 @@ class Backbone:
         return width * self.width_per_group // 64 * self.groups
 
 
-BACKBONES: Mapping[str, Backbone] = MappingProxyType(
+BACKBONES: Mapping[BackboneName, Backbone] = MappingProxyType(
     {
         # No max-pool but a stride in the first stage: C3 is at stride 8, as in the others.
         "tiny": Backbone(
@@ -72,6 +82,31 @@ BACKBONES: Mapping[str, Backbone] = MappingProxyType(
         "resnext101_32x8d": Backbone("bottleneck", (3, 4, 23, 3), groups=32, width_per_group=8),
     }
 )
+
+
+def backbone_of(tensors: Mapping[str, np.ndarray]) -> BackboneName:
+    """The name of the backbone with these weights, which may be a whole detector's.
+
+    Raises:
+        ValueError: there is none of ours among them.
+    """
+    shapes = {name.removeprefix("backbone.body."): x.shape for name, x in tensors.items()}
+    for name, net in BACKBONES.items():
+        width = net.widths[0]
+        inner = width if net.block == "basic" else net.inner(width)
+        last = "conv2" if net.block == "basic" else "conv3"
+        names = {
+            f"layer{stage}.{block}.{last}.weight"
+            for stage, depth in enumerate(net.depths, 1)
+            for block in range(depth)
+        }
+        if names == {n for n in shapes if n.startswith("layer") and n.endswith(f"{last}.weight")}:
+            if shapes["layer1.0.conv2.weight"] == (inner, inner // net.groups, 3, 3):
+                return name
+    raise ValueError(
+        f"expected weights of a RetinaNet or of one of {', '.join(BACKBONES)}; "
+        f"got {len(tensors)} tensors such as {', '.join(list(tensors)[:2])}"
+    )
 
 
 def frozen_parts(stages: int) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from typing import (
 from focal.core import checks
 from focal.core.anchors import AnchorConfig
 
-__all__ = ["FORMER", "RetinaNetConfig", "TrainConfig", "parse_fields"]
+__all__ = ["FORMER", "BackboneName", "RetinaNetConfig", "TrainConfig", "parse_fields"]
 
 BackboneName = Literal["tiny", "resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d"]
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from focal.retinanet.architecture import BACKBONES
-from focal.retinanet.config import RetinaNetConfig
+from focal.retinanet.architecture import backbone_of
+from focal.retinanet.config import BackboneName, RetinaNetConfig
 from focal.retinanet.presets import Preset
 from focal.retinanet.settings import apply
 from focal.retinanet.torchvision import LOGITS, read_torchvision, torchvision_detector
@@ -29,7 +29,7 @@ class Pretrained(NamedTuple):
 
     source: str
     tensors: dict[str, np.ndarray]
-    backbone: str
+    backbone: BackboneName
     config: RetinaNetConfig | None
     """The detector that they are of; None: they are of a backbone alone."""
 
@@ -99,33 +99,11 @@ def read_pretrained(path: str | os.PathLike[str]) -> Pretrained:
         tensors, config = load_weights(path)
         return Pretrained(source, tensors, config.backbone, config)
     tensors = read_torchvision(path)
-    backbone = _backbone_of(source, tensors)
-    if f"{LOGITS}bias" not in tensors:
+    try:
+        if f"{LOGITS}bias" in tensors:
+            tensors, config = torchvision_detector(tensors)
+            return Pretrained(source, tensors, config.backbone, config)
         body = {name: x for name, x in tensors.items() if not name.startswith(_REST)}
-        return Pretrained(source, body, backbone, None)
-    tensors, config = torchvision_detector(tensors)
-    return Pretrained(source, tensors, backbone, config.replace(backbone=backbone))
-
-
-def _backbone_of(source: str, tensors: dict[str, np.ndarray]) -> str:
-    """The name of the backbone with these weights."""
-    body = "backbone.body.layer"
-    shapes = {name.removeprefix(body): x.shape for name, x in tensors.items()}
-    for name, net in BACKBONES.items():
-        depths = tuple(
-            sum(f"{stage}.{block}.conv1.weight" in shapes for block in range(max(depth + 1, 1)))
-            for stage, depth in enumerate(net.depths, 1)
-        )
-        width = net.widths[0] if net.block == "basic" else net.inner(net.widths[0])
-        inputs = width if net.block == "basic" else width // net.groups
-        kind = "1.0.conv3.weight" in shapes
-        if (
-            depths == net.depths
-            and kind == (net.block == "bottleneck")
-            and shapes["1.0.conv2.weight"] == (width, inputs, 3, 3)
-        ):
-            return name
-    raise ValueError(
-        f"{source}: expected weights of a RetinaNet, or of one of {', '.join(BACKBONES)}; "
-        f"got {len(tensors)} tensors such as {', '.join(list(tensors)[:2])}"
-    )
+        return Pretrained(source, body, backbone_of(body), None)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error

@@ -27,7 +27,7 @@ def preset_settings(preset: str, convention: str = "paper") -> Preset:
     if "anchors" in changes:  # the preset's strides and sizes, the convention's placement
         own = changes["anchors"]
         changes["anchors"] = dataclasses.replace(
-            detector.anchors, offset=own.offset, rounded=own.rounded
+            detector.anchors, offset=own.offset, rounded=own.rounded, stretched=own.stretched
         )
     return Preset(detector.replace(**changes), train)
 
@@ -60,10 +60,24 @@ def apply(settings: Preset, changes: Mapping[str, Any]) -> Preset:
         ValueError: a field that neither has, or a value that it does not take.
     """
     detector, train = settings
-    fields = parse_fields(changes)
+    fields = parse_fields(_with_anchors(detector, dict(changes)))
     for field in fields:
         if field not in {**vars(detector), **vars(train)}:
             raise ValueError(f"no field {field!r} in RetinaNetConfig or TrainConfig")
     # All at once: some fields only fit together, such as levels and anchors.
     detector = detector.replace(**{f: v for f, v in fields.items() if f in vars(detector)})
     return Preset(detector, train.replace(**{f: v for f, v in fields.items() if f in vars(train)}))
+
+
+def _with_anchors(detector: RetinaNetConfig, changes: dict[str, Any]) -> dict[str, Any]:
+    """The changes with `anchors` as a whole: set by parts, and following `levels`."""
+    parts = {f.split(".")[1]: changes.pop(f) for f in list(changes) if f.startswith("anchors.")}
+    levels, whole = changes.get("levels"), changes.get("anchors")
+    if whole is None and isinstance(levels, list | tuple) and set(map(type, levels)) == {int}:
+        size = dict(zip(detector.levels, detector.anchors.sizes, strict=True))
+        near = [min(max(level, min(size)), max(size)) for level in levels]
+        sizes = [size[n] * 2.0 ** (level - n) for level, n in zip(levels, near, strict=True)]
+        parts = {"strides": [2 ** max(level, 0) for level in levels], "sizes": sizes} | parts
+    if parts and isinstance(whole, dict | None):
+        changes["anchors"] = {**(whole or dataclasses.asdict(detector.anchors)), **parts}
+    return changes

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from focal.retinanet.architecture import NORM_EPS
+from focal.retinanet.architecture import NORM_EPS, backbone_of
 from focal.retinanet.config import RetinaNetConfig
 from focal.retinanet.detector import backend_module, build
 from focal.retinanet.presets import CONVENTIONS
@@ -28,6 +28,7 @@ __all__ = [
 Source = str | os.PathLike[str] | Mapping[str, Any]
 LOGITS = "head.classification_head.cls_logits."
 """The names of the last layer of the class head begin like this."""
+_HIDDEN = re.compile(r"head\.classification_head\.conv\.\d\.0\.weight")
 
 
 def load_torchvision(
@@ -99,7 +100,13 @@ def torchvision_detector(
         )
     second = "head.classification_head.conv.0.1.weight" in tensors
     convention = CONVENTIONS["torchvision_v2" if second else "torchvision"]
-    config = RetinaNetConfig(norm="batch" if second else "frozen_batch", **convention)
+    config = RetinaNetConfig(
+        backbone=backbone_of(tensors),
+        norm="batch" if second else "frozen_batch",
+        channels=len(tensors["backbone.fpn.layer_blocks.0.0.bias"]),
+        head_depth=sum(bool(_HIDDEN.match(name)) for name in tensors),
+        **convention,
+    )
     count = len(tensors[f"{LOGITS}bias"]) // config.anchors.per_cell
     if classes is None:
         classes = [str(k) for k in range(count)]
