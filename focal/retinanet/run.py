@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from focal.retinanet.data import Dataset, Example, Transformed
-from focal.retinanet.data.dataset import category_ids, dataset_name
+from focal.retinanet.data import Dataset, Transformed
+from focal.retinanet.data.dataset import category_ids, dataset_name, read_example
 from focal.retinanet.detector import backend_module, predict
 from focal.retinanet.fitting import fit_config
 from focal.retinanet.presets import Preset
@@ -142,7 +143,7 @@ def run(
 ) -> Run:
     """`fit`, with what the command line adds; `changes` are the fields that were set by hand."""
     # From here on: while a framework starts, an interrupt could be lost in its callbacks.
-    with Signals() as signals:
+    with Signals() as signals, contextlib.ExitStack() as stack:
         library = backend_module(backend)
         # First of all: a framework must know of the other processes before it is used.
         replicas = library.replicas(device)
@@ -170,7 +171,7 @@ def run(
         replicas.check(train_config)
         callbacks = [] if callback is None else [callback]
         if tensorboard and writes:
-            callbacks.append(TensorBoard(out))
+            callbacks.append(stack.enter_context(contextlib.closing(TensorBoard(out))))
         model = train(
             detector,
             train_config,
@@ -226,7 +227,7 @@ def _settings(
 def _report(model: Any, data: Dataset, folder: Path) -> None:
     """Pictures and the page."""
     count = min(4, len(data))
-    examples = [Example(*data[i * len(data) // count]) for i in range(count)]
+    examples = [read_example(data, i * len(data) // count) for i in range(count)]
     found = predict(model, [example.image for example in examples])
     loss_plot(folder / "metrics.jsonl", folder / "loss.png")
     classes = model.config.classes

@@ -116,7 +116,7 @@ def torchvisions(tmp_path_factory):
 
 
 @pytest.mark.parametrize("backend", RETINANETS)
-def test_three_classes_become_five(coco, trained, tmp_path, backend, capsys):
+def test_three_classes_become_five(coco, trained, tmp_path, backend, caplog):
     """From the command line, with a rate of 0: what comes from the file, and what is new."""
     command = [
         "train",
@@ -134,7 +134,7 @@ def test_three_classes_become_five(coco, trained, tmp_path, backend, capsys):
     assert re.search(
         r"weights: tiny detector from .*three\.safetensors; its 3 classes are others, "
         "so the last layer of the class head is new",
-        capsys.readouterr().err,
+        caplog.text,
     )
     before, config = load_weights(trained)
     after, found = load_weights(tmp_path / "run")
@@ -152,12 +152,12 @@ def test_three_classes_become_five(coco, trained, tmp_path, backend, capsys):
 
 @pytest.mark.parametrize("backend", RETINANETS)
 def test_torchvisions_weights_become_a_detector_of_own_classes(
-    coco, torchvisions, tmp_path, backend, capsys
+    coco, torchvisions, tmp_path, backend, caplog
 ):
     command = ["train", "--data", coco, "--weights", torchvisions, "--out", tmp_path / "run"]
     command += [*FLAGS, "--steps", 2, "--freeze", "backbone", "--backend", backend]
     assert main([str(part) for part in command]) == 0
-    assert "weights: resnet18 detector from" in capsys.readouterr().err
+    assert "weights: resnet18 detector from" in caplog.text
     after, config = load_weights(tmp_path / "run")
     assert config.norm == "frozen_batch" and config.anchors.rounded and config.num_classes == 5
     source = torch.load(torchvisions)
@@ -173,7 +173,7 @@ def test_torchvisions_weights_become_a_detector_of_own_classes(
     assert changed > 10
 
 
-def test_a_bare_resnet_is_a_backbone(tmp_path, capsys):
+def test_a_bare_resnet_is_a_backbone(tmp_path):
     network = build_network(CONFIG.replace(backbone="resnet18"), seed=5)
     body = {f"{k}": v for k, v in network.backbone.body.state_dict().items()}
     torch.save({**body, "fc.weight": torch.ones(10, 512)}, tmp_path / "resnet18.pth")

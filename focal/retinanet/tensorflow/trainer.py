@@ -424,7 +424,8 @@ class Trainer:
 
 
 def _optimizer(train: TrainConfig) -> keras.optimizers.Optimizer:
-    rate, decay = train.learning_rate, train.weight_decay
+    # Keras takes no integer.
+    rate, decay = float(train.learning_rate), float(train.weight_decay)
     if train.optimizer == "sgd":
         return SGD(decay, learning_rate=rate, momentum=float(train.momentum))
     return keras.optimizers.AdamW(rate, weight_decay=decay, epsilon=1e-8)

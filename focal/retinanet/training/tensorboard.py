@@ -43,13 +43,12 @@ class TensorBoard:
     def __call__(self, step: int, metrics: dict[str, Any]) -> None:
         """Write the numbers of a step."""
         if self._writer is None:  # a resumed run takes the place of the steps that it repeats
-            self._writer = self._open(self._folder, purge_step=step)
+            self._writer = self._open(self._folder, purge_step=step, flush_secs=10)
         for name, value in metrics.items():
             if name != "step" and isinstance(value, int | float) and math.isfinite(value):
                 self._writer.add_scalar(f"{metrics['kind']}/{name}", value, step)
-        self._writer.flush()
 
     def close(self) -> None:
-        """Close the file."""
+        """Write what is left, and close the file."""
         if self._writer is not None:
             self._writer.close()
