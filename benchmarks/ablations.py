@@ -162,6 +162,8 @@ BCCD_CELLS = {n: SHAPES_CELLS[n] for n in ("CE .5, no prior", "CE .5", "FL 2 .25
 class Kept:
     """A dataset whose examples are made once."""
 
+    constant = True
+
     def __init__(self, dataset: Dataset) -> None:
         self.name, self.classes = dataset.name, dataset.classes
         self.category_ids, self.max_boxes = dataset.category_ids, dataset.max_boxes

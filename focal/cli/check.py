@@ -15,7 +15,8 @@ EPILOG = """\
 All splits are read, each image is decoded once, and every problem is listed with file and record.
 Errors would stop training or evaluation: files that are missing, broken, outside the folder or not
 of the size in the JSON; records with a missing, wrong, unknown or duplicate value; a missing train
-or val split; classes that differ between splits. Everything else is a warning: boxes that are
+split; classes that differ between splits. Where there is no val split, the images that training
+would hold out of train are checked as val. Everything else is a warning: boxes that are
 dropped or clipped, duplicate images, boxes and files, images in two splits, images without a class,
 boxes of an unusual size, and more.
 
@@ -35,7 +36,7 @@ def add(commands: Commands) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    check.add_argument("data", type=Path, help="a COCO folder, as train reads it")
+    check.add_argument("data", type=Path, help="a COCO folder or JSON file, as train reads it")
     add_detector(check)
     check.add_argument("--out", type=Path, help="also write check.json and check.png here")
     check.set_defaults(run=run)

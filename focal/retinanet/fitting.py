@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from focal.core.anchors import AnchorConfig
 from focal.retinanet.config import RetinaNetConfig, TrainConfig
 from focal.retinanet.coverage import best_iou, scales
 

@@ -24,6 +24,7 @@ from focal.retinanet.data import (
     Dataset,
     Example,
     ShapesDataset,
+    Transformed,
     eval_batches,
     loader,
     read_image,
@@ -31,6 +32,8 @@ from focal.retinanet.data import (
     train_batches,
 )
 from focal.retinanet.data import transforms as T
+from focal.retinanet.data.coco import find_splits
+from focal.retinanet.data.dataset import category_ids, dataset_name, read_example
 from focal.retinanet.data.images import exif_turns
 from focal.retinanet.data.shapes import _mask
 
@@ -239,7 +242,7 @@ def assert_annotated(example, data):
 
 
 def test_coco_examples(tmp_path, caplog):
-    data: Dataset = CocoDataset(write_coco(tmp_path / "set", GOOD), "train")
+    data: Dataset = CocoDataset(write_coco(tmp_path / "set", GOOD), "train", hold_out=0)
     assert data.name == "set/train" and len(data) == 2
     assert data.classes == ("dog", "cat") and data.category_ids == (4, 90)
     assert data.max_boxes == 2
@@ -259,7 +262,7 @@ def test_coco_examples(tmp_path, caplog):
 
 
 def test_coco_ground_truth_has_the_original_ids(tmp_path):
-    truth = CocoDataset(write_coco(tmp_path, GOOD), "train").ground_truth()
+    truth = CocoDataset(write_coco(tmp_path, GOOD), "train", hold_out=0).ground_truth()
     assert [i["id"] for i in truth["images"]] == [7, 3]
     assert truth["categories"] == [{"id": 4, "name": "dog"}, {"id": 90, "name": "cat"}]
     first = {"id": 5, "image_id": 3, "category_id": 90, "iscrowd": 0, "area": 33.0}
@@ -287,8 +290,18 @@ def test_coco_2017_layout(tmp_path):
 def test_missing_folder_and_split(tmp_path):
     with pytest.raises(DataError, match=r"nowhere: no such folder$"):
         CocoDataset(tmp_path / "nowhere", "train")
-    with pytest.raises(DataError, match=r"no split 'train'; found no instances_\*\.json$"):
+    with pytest.raises(DataError) as caught:
         CocoDataset(tmp_path, "train")
+    nothing = (
+        f"{tmp_path}: no split 'train'; found no instances_*.json, no folder with "
+        "_annotations.coco.json and no single JSON file"
+    )
+    assert str(caught.value) == nothing
+    for name in ("b.json", "a.json", ".hidden.json"):
+        (tmp_path / name).touch()
+    with pytest.raises(DataError) as caught:
+        CocoDataset(tmp_path, "train")
+    assert str(caught.value) == f"{nothing}, but a.json, b.json: name one of them"
     write_coco(write_coco(tmp_path, GOOD, "val"), GOOD, "train")
     with pytest.raises(DataError, match=r"no split '../train'; found train, val$"):
         CocoDataset(tmp_path, "../train")
@@ -301,7 +314,7 @@ def test_dropped_boxes_are_counted_in_one_line(tmp_path, caplog):
         annotation = {"id": number, "image_id": 7, "category_id": 4, "bbox": bbox}
         data["annotations"].append({**annotation, "iscrowd": int(number == 13)})
     with caplog.at_level(logging.INFO, "focal"):
-        coco = CocoDataset(write_coco(tmp_path, data), "train")
+        coco = CocoDataset(write_coco(tmp_path, data), "train", hold_out=0)
     assert [r.getMessage() for r in caplog.records] == [
         "instances_train.json: dropped 4 of 7 boxes (3 zero-area, 1 outside the image), 1 crowd"
     ]
@@ -315,14 +328,14 @@ def test_crowds_alone_are_no_warning(tmp_path, caplog):
     data = copy.deepcopy(GOOD)
     data["annotations"][0]["iscrowd"] = 1
     with caplog.at_level(logging.INFO, "focal"):
-        CocoDataset(write_coco(tmp_path, data), "train")
+        CocoDataset(write_coco(tmp_path, data), "train", hold_out=0)
     (record,) = caplog.records
     assert record.levelno == logging.INFO
     assert record.getMessage() == "instances_train.json: dropped 0 of 2 boxes, 1 crowd"
 
 
 def test_no_annotations_at_all(tmp_path):
-    coco = CocoDataset(write_coco(tmp_path, {**GOOD, "annotations": []}), "train")
+    coco = CocoDataset(write_coco(tmp_path, {**GOOD, "annotations": []}), "train", hold_out=0)
     assert coco.max_boxes == 0 and coco[1].boxes.shape == (0, 4)
     assert coco.ground_truth()["annotations"] == []
 
@@ -392,7 +405,7 @@ def test_each_fault_has_its_sentence(tmp_path, where, value, message):
     else:
         node[last] = value
     with pytest.raises(DataError) as caught:
-        CocoDataset(write_coco(tmp_path, data), "train")
+        CocoDataset(write_coco(tmp_path, data), "train", hold_out=0)
     assert str(caught.value) == f"instances_train.json: {message}"
 
 
@@ -408,12 +421,12 @@ def test_each_fault_has_its_sentence(tmp_path, where, value, message):
 )
 def test_broken_json(tmp_path, text, message):
     with pytest.raises(DataError, match=f"^{re.escape(f'instances_train.json: {message}')}$"):
-        CocoDataset(write_coco(tmp_path, text), "train")
+        CocoDataset(write_coco(tmp_path, text), "train", hold_out=0)
 
 
 def test_json_with_a_number_too_long_to_read(tmp_path):
     with pytest.raises(DataError, match=r"^instances_train.json: not valid JSON \("):
-        CocoDataset(write_coco(tmp_path, "1" * 5000), "train")
+        CocoDataset(write_coco(tmp_path, "1" * 5000), "train", hold_out=0)
 
 
 def test_size_that_differs_from_the_file(tmp_path):
@@ -425,13 +438,13 @@ def test_size_that_differs_from_the_file(tmp_path):
         "in the file"
     )
     with pytest.raises(DataError) as caught:
-        CocoDataset(root, "train")[0]
+        CocoDataset(root, "train", hold_out=0)[0]
     assert str(caught.value) == message
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(gradient(30, 20)).save(root / "images/a.png", exif=exif)
     with pytest.raises(DataError) as caught:
-        CocoDataset(root, "train")[0]
+        CocoDataset(root, "train", hold_out=0)[0]
     assert str(caught.value) == f"{message}, swapped by the EXIF orientation, which is applied"
 
 
@@ -447,6 +460,382 @@ def test_bccd_boxes_of_an_image_are_its_annotations(split, caplog):
         assert example.image.shape == (480, 640, 3)
         assert 0 < len(example.boxes) <= data.max_boxes
         assert_annotated(example, data)
+
+
+# ---------------------------------------------------------------- layouts
+
+
+def picture(number):
+    """A picture of 30 x 20 pixels that differs from that of any other number."""
+    return Image.fromarray(np.roll(gradient(), number, axis=1))
+
+
+def coco_json(numbers, prefix="", categories=({"id": 4, "name": "dog"}, {"id": 90, "name": "cat"})):
+    """Images with these numbers as ids, each with one box, a pixel to the right of the last."""
+    return {
+        "images": [
+            {"id": n, "file_name": f"{prefix}{n}.png", "width": 30, "height": 20} for n in numbers
+        ],
+        "annotations": [
+            {"id": n, "image_id": n, "category_id": categories[-1]["id"], "bbox": [n, 3, 2, 4]}
+            for n in numbers
+        ],
+        "categories": list(categories),
+    }
+
+
+def write_layout(root, files):
+    """Write JSON files by name, and pictures: `images/3.png` is the picture 3."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".png"):
+            picture(int(path.stem)).save(path)
+        else:
+            path.write_text(json.dumps(content))
+    return root
+
+
+def png_files(folder, numbers):
+    return {f"{folder}{n}.png": None for n in numbers}
+
+
+def ids(data):
+    """The ids of the images, each of which must have its own pixels and its own box."""
+    for example in data:
+        np.testing.assert_array_equal(example.image, np.asarray(picture(example.image_id)))
+        x = example.image_id
+        np.testing.assert_array_equal(example.boxes, [[x, 3, x + 2, 7]])
+    truth = data.ground_truth()
+    found = [image["id"] for image in truth["images"]]
+    assert found == [example.image_id for example in data]
+    assert sorted(found) == sorted(a["image_id"] for a in truth["annotations"])
+    return found
+
+
+ROBOFLOW = (
+    {"id": 0, "name": "animals", "supercategory": "none"},
+    {"id": 1, "name": "cat", "supercategory": "animals"},
+    {"id": 2, "name": "dog", "supercategory": "animals"},
+)
+
+
+@pytest.mark.parametrize("folder", ["{}/", "images/{}/", "images/"])
+@pytest.mark.parametrize("validation", ["val", "valid", "Validation"])
+def test_annotations_folder(tmp_path, folder, validation, caplog):
+    files = {}
+    for name, numbers in (("train", [0, 1]), (validation, [2])):
+        files[f"annotations/instances_{name}.json"] = coco_json(numbers)
+        files |= png_files(folder.format(name), numbers)
+    with caplog.at_level(logging.INFO, "focal"):
+        root = write_layout(tmp_path / "set", files)
+        train, val = CocoDataset(root, "train"), CocoDataset(root, "val")
+    assert (ids(train), ids(val)) == ([0, 1], [2])
+    assert (train.name, val.name) == ("set/train", "set/val") and not caplog.records
+    assert train.classes == ("dog", "cat")
+    with pytest.raises(DataError, match=r"set: no split 'test'; found train, val$"):
+        CocoDataset(root, "test")
+
+
+def test_of_the_folders_that_exist_the_one_with_the_first_image_is_taken(tmp_path):
+    files = {"annotations/instances_train2017.json": coco_json([0, 1], "train2017/")}
+    files |= {"annotations/instances_val.json": coco_json([2]), **png_files("images/val/", [2])}
+    root = write_layout(tmp_path, files | png_files("images/train2017/", [0, 1]))
+    (root / "train2017").mkdir()
+    assert ids(CocoDataset(root, "train")) == [0, 1]
+    (root / "images/val/2.png").unlink()
+    missing = r"^instances_val.json: image id 2 \(2.png\): file not found in val/$"
+    with pytest.raises(DataError, match=missing):
+        CocoDataset(root, "val")
+
+
+@pytest.mark.parametrize("validation", ["valid", "validation", "val"])
+def test_roboflow(tmp_path, validation, caplog):
+    files = {"README.roboflow.txt": "no image"}
+    splits = {"train": [0, 1], validation: [2], "test": [3, 4]}
+    for name, numbers in splits.items():
+        files[f"{name}/_annotations.coco.json"] = coco_json(numbers, categories=ROBOFLOW)
+        files |= png_files(f"{name}/", numbers)
+    root = write_layout(tmp_path / "set", files)
+    with caplog.at_level(logging.INFO, "focal"):
+        train = CocoDataset(root, "train")
+    assert [r.getMessage() for r in caplog.records] == [
+        "train/_annotations.coco.json: not among the classes, having no boxes and only grouping "
+        "others: animals"
+    ]
+    val, test = CocoDataset(root, "val"), CocoDataset(root, "test")
+    assert (ids(train), ids(val), ids(test)) == ([0, 1], [2], [3, 4])
+    for data in (train, val, test):
+        assert data.classes == ("cat", "dog") and data.category_ids == (1, 2)
+        assert [c["id"] for c in data.ground_truth()["categories"]] == [1, 2]
+        assert data[0].labels.tolist() == [1]
+    broken = coco_json([2, 2])
+    (root / validation / "_annotations.coco.json").write_text(json.dumps(broken))
+    with pytest.raises(DataError, match=f"^{validation}/_annotations.coco.json: duplicate image"):
+        CocoDataset(root, "val")
+    (root / validation / "_annotations.coco.json").write_text("{")  # no other split minds
+    assert CocoDataset(root, "train").classes == ("cat", "dog")
+    with pytest.raises(DataError, match=f"^{validation}/_annotations.coco.json: not valid JSON"):
+        CocoDataset(root, "val")
+
+
+def test_roboflow_without_val(tmp_path, caplog):
+    files = {}
+    for name, numbers in {"train": range(10), "test": [10]}.items():
+        files[f"{name}/_annotations.coco.json"] = coco_json(numbers, categories=ROBOFLOW)
+        files |= png_files(f"{name}/", numbers)
+    root = write_layout(tmp_path, files)
+    train, val, test = (CocoDataset(root, split) for split in ("train", "val", "test"))
+    assert len(ids(val)) == 1 and sorted(ids(train) + ids(val)) == [*range(10)]
+    assert ids(test) == [10]
+    with pytest.raises(DataError, match=r"'dev'; found test, train, with val held out of train$"):
+        CocoDataset(root, "dev")
+
+
+def group_classes(tmp_path, categories, used, elsewhere):
+    """The classes of two splits, of which each has boxes of these categories."""
+    files = png_files("train/", [0]) | png_files("valid/", [1])
+    for n, (name, own) in enumerate({"train": used, "valid": elsewhere}.items()):
+        content = coco_json([n], categories=categories)
+        content["annotations"] = [
+            {"id": k, "image_id": n, "category_id": c, "bbox": [1, 2, 3, 4]}
+            for k, c in enumerate(own)
+        ]
+        files[f"{name}/_annotations.coco.json"] = content
+    root = write_layout(tmp_path, files)
+    train, val = CocoDataset(root, "train"), CocoDataset(root, "val")
+    assert train.classes == val.classes and train.category_ids == val.category_ids
+    return train.classes
+
+
+PERSON = ({"id": 1, "name": "person", "supercategory": "person"},)
+RIDER = {"id": 2, "name": "rider", "supercategory": "person"}
+SAME = ({"id": 0, "name": "cat", "supercategory": "none"},)
+
+
+@pytest.mark.parametrize(
+    ("categories", "used", "elsewhere", "classes"),
+    [
+        (ROBOFLOW, [1], [2], ("cat", "dog")),
+        (ROBOFLOW, [1], [0], ("animals", "cat", "dog")),  # used in one split: kept in both
+        (ROBOFLOW, [0], [1], ("animals", "cat", "dog")),
+        (ROBOFLOW, [], [], ("cat", "dog")),
+        (PERSON, [], [], ("person",)),
+        ((*PERSON, RIDER), [2], [1], ("person", "rider")),
+        ((*PERSON, RIDER), [2], [2], ("rider",)),
+        ((*SAME, {"id": 1, "name": "cat", "supercategory": "cat"}), [1], [1], ("cat",)),
+        (({"id": 3, "name": "None"}, {"id": 1, "name": "cat"}), [1], [1], ("cat", "None")),
+    ],
+)
+def test_a_category_that_only_groups_others_is_no_class(
+    tmp_path, categories, used, elsewhere, classes
+):
+    assert group_classes(tmp_path, categories, used, elsewhere) == classes
+
+
+@pytest.mark.parametrize("name", ["supercategory", "name", "id"])
+@pytest.mark.parametrize("value", [[], {}, None, True, 5])
+def test_odd_categories_end_in_a_sentence(tmp_path, name, value):
+    content = coco_json([0, 1], categories=copy.deepcopy(ROBOFLOW))
+    content["categories"][0][name] = content["categories"][2][name] = value
+    content["categories"].append(7)
+    root = write_layout(tmp_path, {"a.json": content, **png_files("", [0, 1])})
+    with pytest.raises(DataError, match=r"^a.json: "):
+        CocoDataset(root, "train")
+
+
+SINGLE = ["_annotations.coco.json", "annotations.json", "result.json", "instances_default.json"]
+
+
+@pytest.mark.parametrize("folder", ["images/", "images/default/", ""])
+@pytest.mark.parametrize("name", [*SINGLE, "annotations/instances_default.json", "my own.json"])
+def test_a_single_file(tmp_path, name, folder):
+    files = {name: coco_json(range(20), "sub/"), **png_files(f"{folder}sub/", range(20))}
+    root = write_layout(tmp_path / "set", files)
+    for place in (root, root / name):
+        train, val = CocoDataset(place, "train"), CocoDataset(place, "val")
+        assert (train.name, val.name) == ("set/train", "set/val")
+        assert len(ids(val)) == 2 and sorted(ids(train) + ids(val)) == [*range(20)]
+        with pytest.raises(DataError) as caught:
+            CocoDataset(place, "test")
+        message = f"{place}: no split 'test'; found train, with val held out of train"
+        assert str(caught.value) == message
+
+
+def test_one_of_several_files(tmp_path, monkeypatch):
+    files = {"a.json": coco_json(range(3)), "b.json": coco_json(range(3, 6))}
+    root = write_layout(tmp_path, files | png_files("images/", range(6)))
+    assert sorted(ids(CocoDataset(root / "b.json", "train", hold_out=0))) == [3, 4, 5]
+    monkeypatch.chdir(root)
+    assert len(CocoDataset("a.json", "train")) == 2
+    with pytest.raises(DataError, match=r"^\.: no split 'train'; found no .*: name one of them$"):
+        CocoDataset(".", "train")
+    (root / "b.json").unlink()
+    assert len(CocoDataset(".", "train")) == 2
+
+
+def test_the_images_of_a_single_file_are_nowhere(tmp_path, monkeypatch):
+    root = write_layout(tmp_path / "set", {"a.json": coco_json([0, 1])})
+    message = r"^a.json: image id 0 \(0.png\): file not found in {}/$"
+    with pytest.raises(DataError, match=message.format("set")):
+        CocoDataset(root, "train")
+    monkeypatch.chdir(root)
+    with pytest.raises(DataError, match=message.format(r"\.")):
+        CocoDataset("a.json", "train")
+    (root / "images").mkdir()
+    with pytest.raises(DataError, match=message.format("images")):
+        CocoDataset(root, "train")
+
+
+def single(tmp_path, numbers):
+    files = {"a.json": coco_json(numbers), **png_files("images/", numbers)}
+    return write_layout(tmp_path, files)
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "held"),
+    [(2, 0.01, 1), (2, 0.99, 1), (10, 0.25, 2), (14, 0.5, 7), (10, 0.1, 1)],
+)
+def test_how_many_are_held_out(tmp_path, caplog, count, share, held):
+    root = single(tmp_path, range(count))
+    with caplog.at_level(logging.INFO, "focal"):
+        train, val = (CocoDataset(root, split, hold_out=share) for split in ("train", "val"))
+    assert (len(train), len(val)) == (count - held, held)
+    assert sorted(ids(train) + ids(val)) == [*range(count)]
+    assert [r.getMessage() for r in caplog.records] == [
+        f"a.json: no split 'val'; held out {held} of {count} images for it "
+        f"(hold_out={share}, seed=0)"
+    ]
+
+
+def test_which_are_held_out_depends_on_the_seed_and_the_ids_alone(tmp_path):
+    root = single(tmp_path, range(14))
+    chosen = [ids(CocoDataset(root, "val", 0.5, seed)) for seed in (0, 0, 1)]
+    assert chosen[0] == chosen[1] != chosen[2]
+    content = coco_json(range(13, -1, -1))  # another order in the file
+    content["annotations"] = content["annotations"][:3]
+    (root / "a.json").write_text(json.dumps(content))
+    other = CocoDataset(root, "val", 0.5)
+    assert [example.image_id for example in other] == chosen[0][::-1]
+    everything = CocoDataset(root, "train", hold_out=0)
+    assert len(everything) == 14
+    with pytest.raises(DataError) as caught:
+        CocoDataset(root, "val", hold_out=0)
+    message = f"{root}: no split 'val'; found train; hold_out=0 holds nothing out"
+    assert str(caught.value) == message
+
+
+def test_nothing_is_held_out_where_there_is_val(tmp_path, caplog):
+    write_coco(write_coco(tmp_path, GOOD, "val"), GOOD, "train")
+    with caplog.at_level(logging.INFO, "focal"):
+        assert len(CocoDataset(tmp_path, "train", 0.5)) == len(CocoDataset(tmp_path, "val")) == 2
+    assert not caplog.records
+    (tmp_path / "instances_val.json").unlink()  # today's layouts follow the rule, too
+    assert len(CocoDataset(tmp_path, "train")) == len(CocoDataset(tmp_path, "val")) == 1
+
+
+def test_one_image_cannot_be_shared(tmp_path):
+    root = single(tmp_path, [3])
+    for split in ("train", "val"):
+        with pytest.raises(DataError) as caught:
+            CocoDataset(root, split)
+        assert str(caught.value) == (
+            "a.json: 1 image, of which none can be held out as val; expected 2, or hold_out=0"
+        )
+    assert ids(CocoDataset(root, "train", hold_out=0)) == [3]
+
+
+@pytest.mark.parametrize(
+    ("share", "seed"), [(1, 0), (-0.1, 0), (float("nan"), 0), (0.1, -1), (0.1, 0.5)]
+)
+def test_hold_out_and_seed_must_be_in_range(tmp_path, share, seed):
+    with pytest.raises(ValueError) as caught:
+        CocoDataset(tmp_path, "train", share, seed)
+    assert str(caught.value) == (
+        f"CocoDataset: expected hold_out in [0, 1) and seed an integer >= 0; got {share} and {seed}"
+    )
+
+
+def layout_files(layout, file_name):
+    """A set of this layout, of which one image of train has this name."""
+    name, folder = {
+        "flat": ("instances_train.json", "images/"),
+        "2017": ("annotations/instances_train2017.json", "train2017/"),
+        "annotations": ("annotations/instances_train.json", "images/train/"),
+        "roboflow": ("train/_annotations.coco.json", "train/"),
+        "single": ("a.json", "images/default/"),
+        "beside": ("a.json", ""),
+    }[layout]
+    content = coco_json([0, 1])
+    content["images"][1]["file_name"] = file_name
+    return {name: content, **png_files(folder, [0])}, name, folder
+
+
+LAYOUTS = ["flat", "2017", "annotations", "roboflow", "single", "beside"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_layout_reads_outside_of_the_folder(tmp_path, layout):
+    secret = write_layout(tmp_path / "outside", png_files("", [1]))
+
+    def fault(file_name, root):
+        with pytest.raises(DataError) as caught:
+            CocoDataset(root, "train", hold_out=0)
+        assert f"image id 1 ({file_name}): " in str(caught.value)
+        return str(caught.value).partition("): ")[2]
+
+    for name in ("../" * 4 + "outside/1.png", str(secret / "1.png"), "..\\1.png"):
+        files, _, folder = layout_files(layout, name)
+        root = write_layout(tmp_path / "set", files)
+        assert fault(name, root).startswith("file_name leads out of ")
+    files, _, folder = layout_files(layout, "1.png")
+    root = write_layout(tmp_path / "set", files)
+    (root / folder / "1.png").symlink_to(secret / "1.png")
+    assert fault("1.png", root).startswith("a link that leads out of the data folder")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_whole_image_folder_may_be_a_link(tmp_path, layout):
+    files, _, folder = layout_files(layout, "1.png")
+    root = write_layout(tmp_path / "set", files | png_files(folder, [1]))
+    if folder:
+        (root / folder).rename(tmp_path / "elsewhere")
+        (root / folder.rstrip("/")).symlink_to(tmp_path / "elsewhere")
+    else:
+        root = tmp_path / "link"
+        root.symlink_to(tmp_path / "set")
+    assert ids(CocoDataset(root, "train", hold_out=0)) == [0, 1]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_annotation_file_may_not_be_a_link_that_leads_out(tmp_path, layout):
+    files, name, _ = layout_files(layout, "1.png")
+    root = write_layout(tmp_path / "set", files)
+    (root / name).rename(tmp_path / "outside.json")
+    (root / name).symlink_to(tmp_path / "outside.json")
+    with pytest.raises(DataError, match=r"json: a link that leads out of the data folder"):
+        CocoDataset(root, "train")
+
+
+def test_no_other_split_is_read_through_a_link_that_leads_out(tmp_path):
+    files = {"train/_annotations.coco.json": coco_json([0], categories=ROBOFLOW)}
+    root = write_layout(tmp_path / "set", {**files, **png_files("train/", [0])})
+    other = coco_json([1], categories=ROBOFLOW)
+    other["annotations"][0]["category_id"] = 0
+    (root / "valid").mkdir()
+    (tmp_path / "outside.json").write_text(json.dumps(other))
+    (root / "valid/_annotations.coco.json").symlink_to(tmp_path / "outside.json")
+    assert CocoDataset(root, "train").classes == ("cat", "dog")  # else it would have animals, too
+
+
+@pytest.mark.parametrize("name", ["..", ".", "...", ""])
+def test_the_name_of_an_annotation_file_leads_nowhere(tmp_path, name):
+    """`instances_...json` would be of the split "..", with its images in the folder above."""
+    files = {f"set/annotations/instances_{name}.json": coco_json([0, 1]), **png_files("", [0, 1])}
+    root = write_layout(tmp_path, files) / "set"
+    assert find_splits(root) == {}
+    with pytest.raises(DataError, match=f"no split '{re.escape(name)}'"):
+        CocoDataset(root, name)
 
 
 # ---------------------------------------------------------------- shapes
@@ -831,7 +1220,7 @@ def test_scales_relate_canvas_to_image():
 class Counting:
     """A dataset that counts how often it is read, and fails where it is told to."""
 
-    name, classes, category_ids, max_boxes = "counting", ("a",), (1,), 0
+    name, classes, category_ids, max_boxes, constant = "counting", ("a",), (1,), 0, True
 
     def __init__(self, length, fails_at=None):
         self.length, self.fails_at, self.reads = length, fails_at, 0
@@ -955,3 +1344,250 @@ def test_eval_batches_show_every_image_once_in_order(workers):
     np.testing.assert_array_equal(batch.labels[1, : len(boxes)], example.labels)
     assert (batch.labels[1, len(boxes) :] == -1).all()
     assert batch.scales[1] == scale and batch.sizes[1].tolist() == [42, 64]
+
+
+# ---------------------------------------------------------------- datasets of one's own
+
+
+class Own:
+    """As little as a dataset needs; each reading gives another example."""
+
+    classes = "circle", "square"
+
+    def __init__(self, example, length=4):
+        self.example, self.length, self.reads = example, length, 0
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return self.example(index, self.reads) if callable(self.example) else self.example
+
+
+IMAGE = np.zeros((20, 30, 3), np.uint8)
+PLAIN = TRAIN.replace(zoom=(1.0, 1.0), flips="none", jitter=0.0, batch_size=2, workers=0)
+SAME_SIZE = CONFIG.replace(image_size=(20, 30), classes=("circle", "square"))
+
+
+def test_a_class_with_nothing_but_what_it_must_have():
+    data: Dataset = Own(lambda index, _: (IMAGE, [[1, 2, 11, 8]] * index, [1] * index), 4)
+    assert dataset_name(data) == "Own" and category_ids(data) == (1, 2)
+    assert dataset_name(SHAPES) == "shapes/train"
+    assert category_ids(CocoDataset(BCCD, "val")) == (1, 2, 3)
+    first, second = eval_batches(data, SAME_SIZE, 2)
+    assert first.image_ids.tolist() == [0, 1] and second.image_ids.tolist() == [2, 3]
+    assert first.boxes.shape == (2, 8, 4) and (first.labels[0] == -1).all()
+    assert second.labels[1].tolist() == [1, 1, 1, -1, -1, -1, -1, -1]
+    np.testing.assert_array_equal(second.boxes[1, :4], [[1, 2, 11, 8]] * 3 + [[0] * 4])
+    batch = take(train_batches(data, SAME_SIZE, PLAIN.replace(batch_size=4)), 1)[0]
+    assert sorted(batch.image_ids) == [0, 1, 2, 3] and (batch.labels >= 0).sum() == 6
+
+
+@pytest.mark.parametrize(
+    ("boxes", "declared", "rows"),
+    [(0, None, 8), (8, None, 8), (9, None, 16), (17, None, 32), (64, None, 64), (9, 17, 24)],
+)
+def test_batches_are_padded_to_few_sizes(boxes, declared, rows):
+    data = Own((IMAGE, [[1, 2, 11, 8]] * boxes, [0] * boxes))
+    if declared is not None:
+        data.max_boxes = declared
+    for batch in (
+        *eval_batches(data, SAME_SIZE, 4),
+        *take(train_batches(data, SAME_SIZE, PLAIN), 1),
+    ):
+        assert batch.boxes.shape[1:] == (rows, 4) and batch.labels.shape[1] == rows
+        assert ((batch.labels >= 0).sum(axis=1) == boxes).all()
+
+
+def test_more_boxes_than_were_declared_are_kept():
+    data = Own((IMAGE, [[1, 2, 11, 8]] * 9, [0] * 9))
+    data.max_boxes = 3
+    (batch,) = eval_batches(data, SAME_SIZE, 4)
+    assert batch.labels.shape == (4, 16) and (batch.labels >= 0).sum() == 36
+
+
+def test_a_dataset_is_read_anew_in_every_epoch():
+    def example(_, reads):
+        return np.full((20, 30, 3), reads, np.uint8), np.zeros((0, 4)), []
+
+    seen = [
+        batch.images[:, 0, 0, 0] for batch in take(train_batches(Own(example), SAME_SIZE, PLAIN), 6)
+    ]
+    assert np.concatenate(seen).tolist() == [*range(1, 13)]
+    constant = Own(example)
+    constant.constant = True
+    seen = [b.images[:, 0, 0, 0] for b in take(train_batches(constant, SAME_SIZE, PLAIN), 6)]
+    assert set(np.concatenate(seen)) == {1, 2, 3, 4} and constant.reads == 4
+    assert CocoDataset.constant and ShapesDataset.constant
+
+
+def test_boxes_are_clipped_to_the_image():
+    boxes = [[-5, -5, 3, 4], [20, 10, 99, 99], [0, 0, 30, 20]]
+    data = Own((IMAGE, boxes, [0, 1, 1]))
+    example = read_example(data, 2)
+    assert example.boxes.tolist() == [[0, 0, 3, 4], [20, 10, 30, 20], [0, 0, 30, 20]]
+    assert example.boxes.dtype == np.float32 and example.labels.dtype == np.int64
+    assert example.image_id == 2
+    (batch,) = eval_batches(data, SAME_SIZE, 4)
+    np.testing.assert_array_equal(batch.boxes[0, :3], example.boxes)
+
+
+def test_an_example_may_have_an_id_and_any_integer_type():
+    for labels in ([1], np.array([1], np.uint8), np.array([1], np.int16)):
+        example = read_example(Own(Example(IMAGE, [(1, 2, 3, 4)], labels, np.int32(77))), 3)
+        assert example.image_id == 77 and example.labels.tolist() == [1]
+
+
+NAN, INF = float("nan"), float("inf")
+FINITE = "boxes must be finite (x1, y1, x2, y2) with x1 < x2 and y1 < y2; got "
+OVERLAP = "boxes must overlap the image, which is 30x20 pixels; got "
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ((IMAGE, [[1, 2, NAN, 4]], [0]), f"{FINITE}[[1.0, 2.0, nan, 4.0]]"),
+        ((IMAGE, [[1, 2, 3, 4], [1, 2, INF, 4]], [0, 0]), f"{FINITE}[[1.0, 2.0, inf, 4.0]]"),
+        ((IMAGE, [[1, 2, 1e300, 4]], [0]), f"{FINITE}[[1.0, 2.0, inf, 4.0]]"),
+        ((IMAGE, [[3, 2, 1, 4]], [0]), f"{FINITE}[[3.0, 2.0, 1.0, 4.0]]"),
+        ((IMAGE, [[1, 4, 3, 4]], [0]), f"{FINITE}[[1.0, 4.0, 3.0, 4.0]]"),
+        ((IMAGE, [[31, 2, 40, 4]], [0]), f"{OVERLAP}[[31.0, 2.0, 40.0, 4.0]]"),
+        ((IMAGE, [[1, -4, 3, 0]], [0]), f"{OVERLAP}[[1.0, -4.0, 3.0, 0.0]]"),
+        ((IMAGE, [1, 2, 3, 4], [0]), "boxes must be (M, 4) numbers; got ((4,), 'int64')"),
+        ((IMAGE, [[1, 2, 3]], [0]), "boxes must be (M, 4) numbers; got ((1, 3), 'int64')"),
+        ((IMAGE, [["1", "2", "3", "4"]], [0]), "boxes must be (M, 4) numbers; got ((1, 4), '<U1')"),
+        ((IMAGE, [[1, 2, 3, 4]], [2]), "labels must be in [0, 2); got [2]"),
+        ((IMAGE, [[1, 2, 3, 4]] * 2, [0, -1]), "labels must be in [0, 2); got [-1]"),
+        (
+            (IMAGE, [[1, 2, 3, 4]], [0.0]),
+            "labels must be 1 integers, one for each box; got ((1,), 'float64')",
+        ),
+        (
+            (IMAGE, [[1, 2, 3, 4]], []),
+            "labels must be 1 integers, one for each box; got ((0,), 'int64')",
+        ),
+        (
+            (IMAGE, [], [1, 1]),
+            "labels must be 0 integers, one for each box; got ((2,), 'int64')",
+        ),
+        ((IMAGE / 255, [], []), "image must be (H, W, 3) uint8; got ((20, 30, 3), 'float64')"),
+        ((IMAGE[..., 0], [], []), "image must be (H, W, 3) uint8; got ((20, 30), 'uint8')"),
+        ((IMAGE[:0], [], []), "image must be (H, W, 3) uint8; got ((0, 30, 3), 'uint8')"),
+        (
+            {"image": IMAGE},
+            "expected an Example or (image, boxes, labels); got <class 'dict'>",
+        ),
+        ((IMAGE, []), "expected an Example or (image, boxes, labels); got <class 'tuple'>"),
+        (
+            (IMAGE, [], [], "a"),
+            "cannot be used (TypeError: 'str' object cannot be interpreted as an integer)",
+        ),
+    ],
+)
+def test_an_example_that_is_none_is_named(example, message):
+    data = Own(lambda index, _: example if index == 2 else (IMAGE, [], []))
+    data.name = "mine"
+    for batches in (eval_batches(data, SAME_SIZE, 4), train_batches(data, SAME_SIZE, PLAIN)):
+        with pytest.raises(DataError) as caught:
+            for _ in range(2):
+                next(batches)
+        assert str(caught.value) == f"mine: image 2: {message}"
+    data.ground_truth = lambda: {"images": [{"file_name": f"{i}.png"} for i in range(4)]}
+    with pytest.raises(DataError, match=r"^mine: 2\.png: "):
+        list(eval_batches(data, SAME_SIZE, 4))
+
+
+def flip(image, bboxes, labels):
+    """Mirrors, in the calling convention of albumentations."""
+    width = image.shape[1]
+    boxes = [(width - x2, y1, width - x1, y2) for x1, y1, x2, y2 in bboxes]
+    return {"image": image[:, ::-1], "bboxes": boxes, "labels": list(labels)}
+
+
+def test_own_augmentation_sees_the_whole_image():
+    data = Transformed(SHAPES, flip)
+    assert len(data) == 13 and data.classes == SHAPES.classes
+    assert (data.name, data.category_ids, data.max_boxes) == (
+        SHAPES.name,
+        SHAPES.category_ids,
+        SHAPES.max_boxes,
+    )
+    plain, mirrored = SHAPES[5], data[5]
+    np.testing.assert_array_equal(mirrored.image, plain.image[:, ::-1])
+    _, boxes = T.d4(plain.image, plain.boxes, 1)
+    np.testing.assert_array_equal(mirrored.boxes, boxes)
+    np.testing.assert_array_equal(mirrored.labels, plain.labels)
+    assert mirrored.image_id == plain.image_id
+    assert not hasattr(data, "constant") and not hasattr(data, "ground_truth")
+    twice = Transformed(data, flip)[5]
+    for a, b in zip(twice, plain, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_own_augmentation_is_random_in_every_epoch():
+    values = iter(range(1, 100))
+
+    def paint(image, bboxes, labels):
+        image[:] = next(values)  # in place, which must not change the dataset's image
+        return {"image": image, "bboxes": bboxes, "labels": labels, "more": None}
+
+    image = IMAGE.copy()
+    data = Transformed(Own((image, [[1, 2, 3, 4]], [0])), paint)
+    batches = take(train_batches(data, SAME_SIZE, PLAIN), 4)
+    seen = np.concatenate([batch.images[:, 0, 0, 0] for batch in batches])
+    assert seen.tolist() == [*range(1, 9)] and not image.any()
+    assert data.max_boxes == 0 and data.name == "Own"
+
+
+def test_one_thread_at_a_time_transforms():
+    inside, most = [], []
+
+    def slow(image, bboxes, labels):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.002)
+        inside.pop()
+        return {"image": image, "bboxes": bboxes, "labels": labels}
+
+    data = Transformed(SHAPES, slow)
+    take(train_batches(data, CONFIG, TRAIN.replace(workers=4)), 5)
+    assert len(most) >= 20 and max(most) == 1
+
+
+def test_boxes_that_a_transform_made_empty_are_dropped():
+    moved = [[5, 5, 5, 9], [-9, 1, 0, 5], [40, 1, 50, 5], [-3, 1, 4, 5], [7, 9, 9, 3]]
+
+    def move(image, bboxes, labels):
+        return {"image": image[:10], "bboxes": moved, "labels": [0, 1, 0, 1, 0]}
+
+    data = Transformed(Own((IMAGE, [[1, 2, 3, 4]] * 5, [0] * 5)), move)
+    example = read_example(data, 0)
+    assert example.boxes.tolist() == [[0, 1, 4, 5]] and example.labels.tolist() == [1]
+    assert example.image.shape == (10, 30, 3)
+
+
+def test_a_transform_that_fails_or_gives_nonsense_is_named():
+    def transformed(**changes):
+        def transform(image, bboxes, labels):
+            out = {"image": image, "bboxes": bboxes, "labels": labels} | changes
+            return {key: value for key, value in out.items() if value is not None}
+
+        data = Own((IMAGE, [[1, 2, 3, 4]], [0]))
+        data.name = "mine"
+        return Transformed(data, transform)
+
+    for changes, message in (
+        ({"bboxes": [[1, 2, NAN, 4]]}, f"{FINITE}[[1.0, 2.0, nan, 4.0]]"),
+        ({"bboxes": [[1, 2, 3, 4, 5]]}, "boxes must be (M, 4) numbers; got ((1, 5), 'int64')"),
+        ({"bboxes": []}, "labels must be 0 integers, one for each box; got ((1,), 'int64')"),
+        ({"labels": [2]}, "labels must be in [0, 2); got [2]"),
+        ({"labels": None}, "cannot be used (KeyError: 'labels')"),
+        (
+            {"image": IMAGE.astype(float)},
+            "image must be (H, W, 3) uint8; got ((20, 30, 3), 'float64')",
+        ),
+    ):
+        with pytest.raises(DataError) as caught:
+            list(eval_batches(transformed(**changes), SAME_SIZE, 4))
+        assert str(caught.value) == f"mine: image 0: {message}"

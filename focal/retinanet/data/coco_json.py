@@ -7,6 +7,7 @@ import logging
 import math
 import reprlib
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -21,6 +22,10 @@ __all__ = [
     "ImageRecord",
     "Objects",
     "Report",
+    "choose_held_out",
+    "entries",
+    "group_names",
+    "integer_ids",
     "is_area",
     "log_dropped",
     "read_categories",
@@ -124,8 +129,8 @@ _FIELDS = {
 _KINDS = {"categories": "category", "images": "image id", "annotations": "annotation"}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
+def read_json(path: Path, file: str) -> dict[str, Any]:
+    """The object in a JSON file, which messages call `file`."""
     try:
         if not is_file(path):
             raise OSError(0, "not a file")
@@ -143,7 +148,7 @@ def read_json(path: Path) -> dict[str, Any]:
         reason = f"not valid JSON ({error})"
     except RecursionError:
         reason = "not valid JSON (nested too deeply)"
-    raise DataError(f"{path.name}: {reason}", "annotation file")
+    raise DataError(f"{file}: {reason}", "annotation file")
 
 
 def _records(
@@ -221,7 +226,8 @@ def read_objects(
     """The boxes to keep, and what is dropped."""
     index_of: dict[Any, int] = {image.id: index for index, image in enumerate(images)}
     label_of: dict[Any, int] = {category: label for label, category in enumerate(category_ids)}
-    known = {"image_id": _ids(data, "images"), "category_id": _ids(data, "categories")}
+    pairs = ("image_id", "images"), ("category_id", "categories")
+    known = {key: integer_ids(data, listed) for key, listed in pairs}
     rows = []
     dropped: Dropped = {}
     for where, record in _records(data, "annotations", file, report):
@@ -256,11 +262,36 @@ def read_objects(
     return objects._replace(box=objects.box.reshape(-1, 4)), dropped
 
 
-def _ids(data: dict[str, Any], key: str) -> set[Any]:
+def entries(data: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    """The objects in the list `data[key]`, if it is one."""
+    listed = data[key] if isinstance(data.get(key), list) else []
+    return [entry for entry in listed if isinstance(entry, dict)]
+
+
+def integer_ids(data: dict[str, Any], key: str) -> set[Any]:
     """The ids of all entries, including faulty ones."""
-    entries = data[key] if isinstance(data.get(key), list) else []
-    ids = (entry.get("id") for entry in entries if isinstance(entry, dict))
-    return {number for number in ids if _is_integer(number)}
+    return {entry["id"] for entry in entries(data, key) if _is_integer(entry.get("id"))}
+
+
+def choose_held_out(data: dict[str, Any], file: str, share: float, seed: int) -> set[int]:
+    """The ids of a share of the images, at least one and never all."""
+    ids = sorted(integer_ids(data, "images"))
+    if len(ids) == 1 == len(data["images"]):
+        text = f"{file}: 1 image, of which none can be held out as val; expected 2, or hold_out=0"
+        raise DataError(text, "no data")
+    count = min(max(1, round(share * len(ids))), max(0, len(ids) - 1))
+    return set(np.random.default_rng(seed).permutation(ids)[:count].tolist())
+
+
+def group_names(data: dict[str, Any]) -> dict[int, str]:
+    """The categories that are the supercategory of another one: id and name."""
+    valid = [c for c in entries(data, "categories") if _is_integer(c.get("id"))]
+    members = Counter(c["supercategory"] for c in valid if _is_text(c.get("supercategory")))
+    return {
+        c["id"]: c["name"]
+        for c in valid
+        if _is_text(c.get("name")) and members[c["name"]] > (c.get("supercategory") == c["name"])
+    }
 
 
 def _box(bbox: list[float], image: ImageRecord) -> tuple[tuple[float, ...], str]:

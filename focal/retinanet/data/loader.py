@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from focal.retinanet.config import RetinaNetConfig, TrainConfig
-from focal.retinanet.data.dataset import Dataset, Example
+from focal.retinanet.data.dataset import Dataset, Example, dataset_name, image_name, read_example
 from focal.retinanet.data.images import DataError
 from focal.retinanet.data.transforms import augment, fit, place
 
@@ -69,7 +69,8 @@ def train_batches(
         config: its canvas and mean color are used.
         train: batch size, seed, workers, crop and augmentation.
         start: number of the first batch.
-        cache_bytes: memory limit of the cache of decoded images, scaled to the canvas.
+        cache_bytes: memory limit of the cache of decoded images, scaled to the canvas, for a
+            dataset that is `constant`.
         share: (index, count) of the equal part of each batch that this replica takes.
 
     Returns:
@@ -77,13 +78,14 @@ def train_batches(
 
     Raises:
         ValueError: the dataset has no images.
-        DataError: an example could not be read; the message names it.
+        DataError: an example could not be read or is not as `Example` says; the message names it.
     """
     count, size = len(dataset), train.batch_size
     if count == 0:
-        raise ValueError(f"train_batches: {dataset.name} has no images")
+        raise ValueError(f"train_batches: {dataset_name(dataset)} has no images")
+    max_boxes, constant = getattr(dataset, "max_boxes", 0), getattr(dataset, "constant", False)
     height, width = map(min, train.crop or config.image_size, config.image_size)
-    fitted = _FittedImages(dataset, config.image_size, cache_bytes)
+    fitted = _FittedImages(dataset, config.image_size, cache_bytes if constant else 0)
     order = functools.lru_cache(maxsize=2)(
         lambda epoch: np.random.default_rng([train.seed, _ORDER, epoch]).permutation(count)
     )
@@ -104,7 +106,7 @@ def train_batches(
 
     def batch(step: int) -> Batch:
         items = [item(step, slot) for slot in slots]
-        return _collate(items, (height, width), dataset.max_boxes, config)
+        return _collate(items, (height, width), max_boxes, config)
 
     return _prefetch(batch, itertools.count(start), train.workers)
 
@@ -116,12 +118,12 @@ def eval_batches(
 
     The last batch is filled up by repeating the last image, with an image id of -1.
     """
-    count = len(dataset)
+    count, max_boxes = len(dataset), getattr(dataset, "max_boxes", 0)
 
     def item(index: int) -> tuple[Example, float, tuple[int, ...]]:
         last = min(index, count - 1)
         with _naming(dataset, last):
-            whole = dataset[last]
+            whole = read_example(dataset, last)
             example, scale = _fit(whole, config.image_size)
         example = example if index < count else example._replace(image_id=-1)
         return example, scale, whole.image.shape[:2]
@@ -129,7 +131,7 @@ def eval_batches(
     def batch(first: int) -> Batch:
         items = [item(index) for index in range(first, first + batch_size)]
         fitted = [(example, scale) for example, scale, _ in items]
-        collated = _collate(fitted, config.image_size, dataset.max_boxes, config)
+        collated = _collate(fitted, config.image_size, max_boxes, config)
         return collated._replace(image_sizes=np.array([size for _, _, size in items], np.int64))
 
     return _prefetch(batch, range(0, count, batch_size), workers)
@@ -143,11 +145,9 @@ def _naming(dataset: Dataset, index: int) -> Iterator[None]:
     except DataError:
         raise
     except (Exception, SystemExit) as error:
-        name = f"image {index}"
-        with contextlib.suppress(Exception):  # a dataset may have no files
-            name = dataset.ground_truth()["images"][index]["file_name"]
         reason = f"{type(error).__name__}: {error}".removesuffix(": ")
-        raise DataError(f"{dataset.name}: {name}: cannot be used ({reason})") from error
+        where = f"{dataset_name(dataset)}: {image_name(dataset, index)}"
+        raise DataError(f"{where}: cannot be used ({reason})") from error
 
 
 class _FittedImages:
@@ -167,7 +167,7 @@ class _FittedImages:
         kept = self._kept.get(index)
         if kept is not None:
             return kept
-        fitted = _fit(self._dataset[index], self._canvas)
+        fitted = _fit(read_example(self._dataset, index), self._canvas)
         with self._lock:
             needed = fitted[0].image.nbytes
             if index not in self._kept and needed <= self._free:
@@ -188,6 +188,8 @@ def _collate(
     config: RetinaNetConfig,
 ) -> Batch:
     rows = max(8, -(-max_boxes // 8) * 8)  # a multiple of 8: fewer shapes to compile
+    most = max(len(example.boxes) for example, _ in items)
+    rows = rows if most <= rows else 1 << (most - 1).bit_length()  # a power of two
     boxes = np.zeros((len(items), rows, 4), np.float32)
     labels = np.full((len(items), rows), -1, np.int64)
     for row, (example, _) in enumerate(items):

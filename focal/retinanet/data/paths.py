@@ -25,6 +25,7 @@ class PathRule:
 
     def __init__(self, root: Path, folder: Path) -> None:
         self._folder = folder
+        self._name = folder.name or "."  # of the folder one is in
         self._homes = _homes(root, folder)
 
     def fault(self, name: str) -> tuple[str, str] | None:
@@ -32,7 +33,7 @@ class PathRule:
         # PureWindowsPath splits at both kinds of slash, so the rule is the same on every system.
         parts = PureWindowsPath(name)
         if parts.anchor or ".." in parts.parts:
-            return "path leads out", f"file_name leads out of {self._folder.name}/"
+            return "path leads out", f"file_name leads out of {self._name}/"
         try:
             if not os.path.realpath(self._folder / name).startswith(self._homes):
                 return "path leads out", LINK_FAULT
@@ -40,7 +41,7 @@ class PathRule:
                 return None
         except ValueError:  # characters that no file name has
             pass
-        return "missing image", f"file not found in {self._folder.name}/"
+        return "missing image", f"file not found in {self._name}/"
 
 
 def leads_out(path: Path, *folders: Path) -> bool:

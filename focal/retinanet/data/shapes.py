@@ -52,6 +52,7 @@ class ShapesDataset:
 
     classes = _CLASSES
     category_ids = tuple(range(1, len(_CLASSES) + 1))
+    constant = True
 
     def __init__(
         self,

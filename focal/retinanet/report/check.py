@@ -18,24 +18,20 @@ from tqdm import tqdm
 
 from focal.numpy import box_area, box_iou
 from focal.retinanet.config import RetinaNetConfig
-from focal.retinanet.data.coco import find_split, find_splits, read_record
+from focal.retinanet.coverage import best_iou, scales
+from focal.retinanet.data.coco import find_splits, open_split, read_record
 from focal.retinanet.data.coco_json import (
     ImageRecord,
     Objects,
     is_area,
     read_categories,
     read_images,
-    read_json,
     read_objects,
 )
 from focal.retinanet.data.images import DataError, printable, resize
-from focal.retinanet.data.paths import PathRule
-from focal.retinanet.coverage import best_iou, scales
 
 __all__ = ["Boxes", "Finding", "Split", "all_classes", "check_data", "read_boxes"]
 
-REQUIRED = ("train", "val")
-"""The splits that training needs."""
 SIMILAR = 0.9
 """Two boxes of this IoU are near-duplicates, and so are two images of this correlation."""
 MAX_COMPARED = 20_000
@@ -66,7 +62,7 @@ class Split(NamedTuple):
     usable: np.ndarray  # (n,) bool: whether the image file may be opened
     objects: Objects  # the boxes that training would use, and the crowds
     raw: dict[int, dict[str, Any]]  # the annotations by id
-    total: int  # entries in the file's list of annotations
+    total: int  # entries in the list of annotations
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -104,7 +100,7 @@ def check_data(
     """Look for everything that is wrong with a COCO folder; each image is decoded once.
 
     Args:
-        root: A folder as `CocoDataset` reads it.
+        root: A folder or file as `CocoDataset` reads it.
         progress: Show a progress bar while images are decoded.
 
     Returns:
@@ -114,21 +110,25 @@ def check_data(
         DataError: there is no such folder, or no annotation file in it.
     """
     root = Path(root)
-    names = sorted(find_splits(root), key=lambda s: (*(s != n for n in (*REQUIRED, "test")), s))
-    if not names:
-        find_split(root, REQUIRED[0])  # raises
+    found = set(find_splits(root))
+    if not found:
+        open_split(root, "train")  # raises
+    if "train" in found:
+        found.add("val")  # held out where there is none
+    found |= {"train"}
+    names = sorted(found, key=lambda s: (*(s != n for n in ("train", "val", "test")), s))
     findings: list[Finding] = []
-    for name in REQUIRED:
-        if name not in names:
-            found = printable(", ".join(names))
-            text = f"{printable(str(root))}: no split {name!r}; found {found}"
-            findings.append(Finding("error", "missing split", name, text))
-    splits = [split for name in names for split in _read(root, name, findings)]
+    splits: list[Split] = []
+    for name in names:
+        own: list[Finding] = []
+        splits.extend(_read(root, name, own))
+        said = {finding.sentence for finding in findings}  # of a file that is two splits
+        findings.extend(finding for finding in own if finding.sentence not in said)
     for split in splits:
         findings.extend(_warnings(split))
     findings.extend(_between(splits))
     findings.extend(_files(splits, progress))
-    findings.extend(_unlisted(root, splits))
+    findings.extend(_unlisted(splits))
     return sorted(findings, key=lambda f: f.level), splits
 
 
@@ -159,15 +159,14 @@ def _read(root: Path, name: str, findings: list[Finding]) -> Iterable[Split]:
         findings.append(Finding("error", kind, name, sentence))
 
     try:
-        path, folder = find_split(root, name)
-        data = read_json(path)
+        opened = open_split(root, name)
     except DataError as error:
         report(str(error), error.kind)
         return
-    file = printable(path.name)
+    file, data, rule = printable(opened.file), opened.data, opened.rule
     names = read_categories(data, file, report)
-    rule = PathRule(root, folder)
     images = read_images(data, file, rule, report)
+    images = [image for image in images if image.id not in opened.left_out]
     usable = np.array([rule.fault(image.file_name) is None for image in images], bool)
     objects, dropped = read_objects(data, file, images, tuple(sorted(names)), report)
     listed = data.get("annotations")
@@ -176,7 +175,10 @@ def _read(root: Path, name: str, findings: list[Finding]) -> Iterable[Split]:
     for entry in entries:
         if isinstance(entry, dict) and type(entry.get("id")) is int:
             raw.setdefault(entry["id"], entry)
-    split = Split(name, file, folder, names, images, usable, objects, raw, len(entries))
+    total = len(entries)
+    if opened.left_out:  # the file has another split, too
+        total = len(objects.id) + sum(map(len, dropped.values()))
+    split = Split(name, file, opened.folder, names, images, usable, objects, raw, total)
     for kind, ids in dropped.items():
         for number in ids:
             text = f"annotation {number} of image id {raw[number]['image_id']}: "
@@ -213,12 +215,10 @@ def _warnings(split: Split) -> Iterable[Finding]:
             text = f"{split.box(row)}: by {outside:.4g} pixels"
             yield split.warning("box that extends beyond its image, clipped", text)
         # COCO's area is that of the mask, which is not larger than the box.
-        own, masked = width * height, bool(split.raw[number].get("segmentation"))
-        area = split.raw[number].get("area", own)
-        area = float(area) if is_area(area) else own
-        if area > 1.01 * own + 1 or (area < 0.99 * own - 1 and not masked):
+        own, area = width * height, split.raw[number].get("area", 0)
+        if is_area(area) and area > 1.01 * own + 1:
             text = f"{split.box(row)}: area {area:g}, box {width:g} x {height:g} = {own:g}"
-            yield split.warning("area that is not that of the box", text)
+            yield split.warning("area larger than the box", text)
     bounds = np.searchsorted(objects.image, np.arange(len(split.images) + 1))
     for low, high in itertools.pairwise(bounds.tolist()):
         ious = box_iou(objects.box[low:high], objects.box[low:high])
@@ -322,15 +322,15 @@ def _open(split: Split, index: int) -> tuple[bytes | None, np.ndarray | None, Da
     return digest, gray / length if length > 32 else None, None
 
 
-def _unlisted(root: Path, splits: Sequence[Split]) -> Iterable[Finding]:
+def _unlisted(splits: Sequence[Split]) -> Iterable[Finding]:
     """Files in the image folders that no annotation file lists."""
-    listed: dict[Path, set[str]] = defaultdict(set)
-    for split in splits:
-        listed[split.folder].update(os.path.normpath(image.file_name) for image in split.images)
-    for folder, names in listed.items():
+    known = {os.path.normpath(s.folder / image.file_name) for s in splits for image in s.images}
+    for folder in dict.fromkeys(split.folder for split in splits):
         for base, _, files in os.walk(folder):  # does not follow links
             for name in sorted(files):
-                file = os.path.relpath(os.path.join(base, name), folder)
-                if file not in names and not name.startswith("."):
-                    text = printable(str(folder.relative_to(root) / file))
+                path = os.path.normpath(os.path.join(base, name))
+                # Annotation files may lie beside the images.
+                if path not in known and not name.startswith(".") and not name.endswith(".json"):
+                    known.add(path)  # one folder may lie in another
+                    text = printable(os.path.join(folder.name, os.path.relpath(path, folder)))
                     yield Finding("warning", "file not listed in any split", "", text)
