@@ -17,7 +17,9 @@ __all__ = [
     "add_backend",
     "add_data",
     "add_detector",
+    "add_inference",
     "assignments",
+    "inference",
     "open_dataset",
     "print_metrics",
 ]
@@ -65,6 +67,19 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
     """Which framework, on which device."""
     parser.add_argument("--backend", default="torch", help="torch (default), jax or tensorflow")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
+
+
+def add_inference(parser: argparse.ArgumentParser) -> None:
+    """Which detections there are; `inference` reads them."""
+    parser.add_argument("--score-threshold", type=float, help="lowest score (default: as trained)")
+    parser.add_argument("--nms-threshold", type=float, help="IoU above which the weaker one goes")
+    parser.add_argument("--max-detections", type=int, help="the most in one image")
+
+
+def inference(options: argparse.Namespace) -> dict[str, Any]:
+    """What `add_inference` added and was given, as `load` takes it."""
+    names = ("score_threshold", "nms_threshold", "max_detections")
+    return {name: vars(options)[name] for name in names if vars(options)[name] is not None}
 
 
 def assignments(options: argparse.Namespace) -> dict[str, Any]:

@@ -27,7 +27,13 @@ pytest.importorskip("pycocotools")
 
 from focal.retinanet import load
 from focal.retinanet.data import ShapesDataset
-from focal.retinanet.weights import load_weights, read_checkpoint, save_weights
+from focal.retinanet.weights import (
+    load_weights,
+    read_checkpoint,
+    read_tensors,
+    save_weights,
+    write_tensors,
+)
 
 QUICK = [
     *(
@@ -425,11 +431,16 @@ def test_no_image_is_overwritten(capsys, coco, run, tmp_path):
 def test_weights_that_are_none(capsys, coco, run, tmp_path):
     text = tmp_path / "text.safetensors"
     text.write_text("these are no weights")
+    tensors, metadata = read_tensors(run / CHECKPOINT, "focal.checkpoint")
+    metadata.pop("config", None)
+    old = tmp_path / "old.safetensors"
+    kinds = [metadata.pop(key) for key in ("format", "version")]
+    write_tensors(old, tensors, kinds[0], metadata)
     for path, message in (
-        (tmp_path / "none", "none: expected a file of format 'focal.retinanet'; found none"),
-        (tmp_path, "expected a file of format 'focal.retinanet'; found none"),
+        (tmp_path / "none", "none: expected a file of format 'focal.retinanet' or 'focal.ch"),
+        (tmp_path, "expected a run folder, with best.safetensors, weights.safetensors or a check"),
         (text, "text.safetensors: expected a whole safetensors file"),
-        (run / CHECKPOINT, "found format 'focal.checkpoint'"),
+        (old, "old.safetensors: a checkpoint of an older version, without the detector's config"),
     ):
         assert message in fails(capsys, "evaluate", path, "--data", coco)
         assert message in fails(capsys, "predict", path, coco / "images" / "val0.png")

@@ -169,6 +169,9 @@ def test_images_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert save_image(tmp_path / "a.PNG", image) == tmp_path / "a.PNG"
     assert np.array_equal(np.asarray(Image.open(tmp_path / "a.PNG")), image)
     assert size_of(save_image(tmp_path / "a.jpg", image)) == (128, 128)
+    quick = save_image(tmp_path / "quick.png", image, optimize=False)
+    np.testing.assert_array_equal(np.array(Image.open(quick)), image)  # PNG loses nothing
+    assert quick.stat().st_size > (tmp_path / "a.PNG").stat().st_size
     with pytest.raises(ValueError, match="must end in"):
         save_image(tmp_path / "a.gif", image)
 
@@ -182,7 +185,7 @@ def test_images_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no rename"):
         write_report(tmp_path)
     assert (tmp_path / "a.PNG").read_bytes() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.PNG", "a.jpg"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.PNG", "a.jpg", "quick.png"]
 
 
 def test_detections_below_the_threshold_are_not_shown(tmp_path):

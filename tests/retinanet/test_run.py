@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 from backends import RETINANETS
-from detectors import CONFIG, assert_same
+from detectors import CONFIG
 
 pytest.importorskip("torch")
 pytest.importorskip("pycocotools")
@@ -20,10 +20,9 @@ from PIL import Image
 
 from focal.cli import main
 from focal.core.prior import prior_bias
-from focal.retinanet import RetinaNetConfig, TrainConfig, build, fit, load, raw_outputs, save
+from focal.retinanet import RetinaNetConfig, build, fit, save
 from focal.retinanet.data import DataError, Example, ShapesDataset
-from focal.retinanet.detector import backend_module
-from focal.retinanet.presets import CONVENTIONS, PRESETS
+from focal.retinanet.presets import CONVENTIONS
 from focal.retinanet.torch.network import build_network
 from focal.retinanet.weights import load_weights
 

@@ -122,10 +122,7 @@ def test_a_file_of_another_kind(file):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        (
-            None,
-            "expected format 'focal.retinanet' or 'focal.checkpoint', version '1'.* format None",
-        ),
+        (None, "expected format 'focal.retinanet' or 'focal.checkpoint', version '1'.* None"),
         ({"format": "pt"}, "found format 'pt', version None"),
         ({"format": "focal.retinanet", "version": "2"}, "version '2'"),
         ({"format": "focal.retinanet", "version": "1"}, "expected a RetinaNetConfig inside"),
