@@ -37,7 +37,7 @@ def add(commands: Commands) -> None:
 def run(options: argparse.Namespace, command: str) -> None:
     """Run the command."""
     from focal.files import write_atomically
-    from focal.retinanet.data.dataset import category_ids
+    from focal.retinanet.data.dataset import category_ids, dataset_name
     from focal.retinanet.detector import load
     from focal.retinanet.training.evaluate import coco_results, evaluate_model
     from focal.retinanet.training.run_folder import plain_json
@@ -48,9 +48,9 @@ def run(options: argparse.Namespace, command: str) -> None:
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
     metrics, found = evaluate_model(model, dataset, progress=True)
-    print_metrics(dataset.name, metrics)
+    print_metrics(dataset_name(dataset), metrics)
     if options.out is not None:
-        record = {"command": command, "data": dataset.name, **metrics}
+        record = {"command": command, "data": dataset_name(dataset), **metrics}
         write_atomically(options.out, plain_json(record, indent=2).encode())
     if options.results is not None:
         ids = category_ids(dataset)

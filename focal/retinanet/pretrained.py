@@ -95,6 +95,8 @@ def read_pretrained(path: str | os.PathLike[str]) -> Pretrained:
         ValueError: it holds other things than such weights.
     """
     source = str(path)
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{source}: expected weights to start from; found no such file")
     if Path(path).is_dir() or is_ours(path):
         tensors, config = load_weights(path)
         return Pretrained(source, tensors, config.backbone, config)

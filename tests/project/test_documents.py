@@ -15,6 +15,7 @@ import pytest
 from folders import ROOT
 
 from focal import cli
+from focal.retinanet.settings import apply, preset_settings
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
@@ -156,7 +157,8 @@ def check_module(module: str, arguments: list[str]) -> None:
     if module == "focal":
         options = cli._parser().parse_args(arguments)  # exits where it does not understand
         if hasattr(options, "set"):
-            cli.options.configs(options)
+            start = preset_settings(options.preset or "tiny", options.convention or "paper")
+            apply(start, cli.options.assignments(options))
     elif module == "benchmarks.gpu":
         importlib.import_module("benchmarks.gpu.__main__")._parser().parse_args(arguments)
     elif module in ("benchmarks.exhaustive", "benchmarks.figures", "benchmarks.gpu.page"):

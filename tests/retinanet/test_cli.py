@@ -20,13 +20,14 @@ from PIL import Image
 
 import focal
 from focal.cli import main
-from focal.cli.options import configs
+from focal.cli.options import assignments
 
 pytest.importorskip("torch")
 pytest.importorskip("pycocotools")
 
 from focal.retinanet import load
 from focal.retinanet.data import ShapesDataset
+from focal.retinanet.settings import apply, preset_settings
 from focal.retinanet.weights import (
     load_weights,
     read_checkpoint,
@@ -47,9 +48,11 @@ QUICK = [
         "workers=0",
     ),
     *("--set", "precision=float32", "--set", "candidates=50", "--device", "cpu"),
+    "--no-fit",
 ]
 CHECKPOINT = "checkpoint-000003.safetensors"
 RUN_FILES = [
+    "best.safetensors",
     "config.json",
     "detections.png",
     "loss.png",
@@ -213,7 +216,7 @@ def test_fields_that_only_fit_together(tmp_path):
     options.image_size = "96x128"
     anchors = '{"strides": [16, 32], "sizes": [30, 60]}'
     options.set = ["levels=[4,5]", f"anchors={anchors}", "crop=48x64", "flips=eightfold"]
-    detector, train = configs(options)
+    detector, train = apply(preset_settings("tiny"), assignments(options))
     assert detector.image_size == (96, 128) and train.crop == (48, 64)
     assert detector.levels == (4, 5)
     assert detector.anchors == focal.AnchorConfig(strides=(16, 32), sizes=(30, 60))
@@ -333,10 +336,10 @@ def fails(capsys, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--preset", "huge"), "--preset must be one of tiny, r50; got 'huge'"),
+        (("--preset", "huge"), "preset must be one of tiny, r50; got 'huge'"),
         (
             ("--convention", "mine"),
-            "--convention must be one of paper, torchvision, torchvision_v2, detectron2",
+            "convention must be one of paper, torchvision, torchvision_v2, detectron2",
         ),
         (
             ("--image-size", "64"),
@@ -366,8 +369,8 @@ def fails(capsys, *arguments):
         (("--set", "milestones=3"), "milestones must be a tuple of numbers; got 3"),
         (("--device", "abacus"), "device 'abacus' cannot be used"),
         (("--set", "prior=2"), "pi must lie inside (0, 1); got 2"),
-        (("--set", "levels=[3,4]"), "anchors.strides must be those of levels (3, 4)"),
-        (("--weights", "none.safetensors"), "none.safetensors: expected a file"),
+        (("--set", "levels=[3,4]"), "config.levels must be 3 to 5, 6 or 7; got (3, 4)"),
+        (("--weights", "none.safetensors"), "none.safetensors: expected weights to start from"),
     ],
 )
 def test_settings_that_make_no_sense(capsys, coco, tmp_path, arguments, message):
@@ -445,6 +448,8 @@ def test_weights_that_are_none(capsys, coco, run, tmp_path):
         assert message in fails(capsys, "evaluate", path, "--data", coco)
         assert message in fails(capsys, "predict", path, coco / "images" / "val0.png")
         arguments = "--data", coco, "--out", tmp_path / "run", "--weights", path, *QUICK
+        if not path.exists():
+            message = "none: expected weights to start from; found no such file"
         assert message in fails(capsys, "train", *arguments)
 
 
@@ -454,7 +459,7 @@ def test_weights_of_another_network(capsys, coco, run, tmp_path):
         *("train", "--data", coco, "--out", tmp_path / "run", "--steps", "1", *QUICK),
         *("--set", "channels=8", "--weights", run / "weights.safetensors"),
     )
-    assert "the weights are not those of this network" in error
+    assert "weights.safetensors: its weights are of channels 16; got 8" in error
 
 
 def test_classes_that_do_not_fit(capsys, coco, run, tmp_path):
@@ -467,7 +472,7 @@ def test_classes_that_do_not_fit(capsys, coco, run, tmp_path):
     assert "classes are ('circle', 'square', 'triangle')" in error
     assert "those of set/val are ('disc', 'square', 'triangle')" in error
     error = fails(capsys, "train", "--data", root, "--out", tmp_path / "run", *QUICK)
-    assert error.startswith("set/val: its classes are ('disc', 'square', 'triangle'), those of")
+    assert error.startswith("train: set/val has the classes ('disc', 'square', 'triangle'); exp")
 
 
 def test_nowhere_to_write(capsys, coco, run, tmp_path):
@@ -542,7 +547,7 @@ def test_a_folder_that_must_not_be_written(capsys, run, resume):
     with tempfile.TemporaryDirectory() as folder:  # which, other than tmp_path, others may enter
         pathlib.Path(folder).chmod(0o755)
         out = pathlib.Path(folder) / "run"
-        shutil.copytree(run, out)
+        shutil.copytree(run, out) if resume else out.mkdir()
         before = snapshot(out)
         out.chmod(0o555)
         with nobody():
@@ -556,7 +561,7 @@ def test_a_folder_that_must_not_be_written(capsys, run, resume):
 @pytest.mark.parametrize("resume", [[], ["--resume"]])
 def test_a_disk_that_cannot_be_written(capsys, coco, run, tmp_path, monkeypatch, resume):
     out = tmp_path / "run"
-    shutil.copytree(run, out)
+    shutil.copytree(run, out) if resume else out.mkdir()
     before = snapshot(out)
 
     def refused(path, *_, **__):
