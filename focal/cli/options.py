@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:  # it must be possible to ask for help without what these need
     from focal.retinanet import RetinaNetConfig, TrainConfig
-    from focal.retinanet.data import Dataset
+    from focal.retinanet.data import CocoDataset, ShapesDataset
 
 __all__ = [
     "Commands",
@@ -30,7 +30,9 @@ Configs: TypeAlias = "tuple[RetinaNetConfig, TrainConfig]"
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     """Where images and boxes are."""
-    parser.add_argument("--data", required=True, help="a COCO folder, or 'shapes' (generated)")
+    parser.add_argument(
+        "--data", required=True, help="a COCO folder or JSON file, or 'shapes' (generated)"
+    )
 
 
 def add_detector(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +87,7 @@ def configs(options: argparse.Namespace) -> Configs:
     return detector, run.replace(**{f: v for f, v in changes.items() if f in vars(run)})
 
 
-def open_dataset(data: str, split: str, detector: RetinaNetConfig) -> Dataset:
+def open_dataset(data: str, split: str, detector: RetinaNetConfig) -> CocoDataset | ShapesDataset:
     """A split of the data, or of the generated shapes."""
     from focal.retinanet.data import CocoDataset, ShapesDataset
 
