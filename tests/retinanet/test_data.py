@@ -712,6 +712,8 @@ def test_which_are_held_out_depends_on_the_seed_and_the_ids_alone(tmp_path):
     root = single(tmp_path, range(14))
     chosen = [ids(CocoDataset(root, "val", 0.5, seed)) for seed in (0, 0, 1)]
     assert chosen[0] == chosen[1] != chosen[2]
+    for seed, own in ((0, chosen[0]), (1, chosen[2])):  # of a set opened in another version, too
+        assert set(own) == set(np.random.default_rng(seed).permutation(14)[:7])
     content = coco_json(range(13, -1, -1))  # another order in the file
     content["annotations"] = content["annotations"][:3]
     (root / "a.json").write_text(json.dumps(content))
