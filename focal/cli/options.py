@@ -92,7 +92,9 @@ def assignments(options: argparse.Namespace) -> dict[str, Any]:
         if not separator:
             raise ValueError(f"--set must be FIELD=VALUE; got {assignment!r}")
         if field not in fields:
-            owner = "AnchorConfig" if "." in field else "RetinaNetConfig or TrainConfig"
+            owner = (
+                "AnchorConfig" if field.startswith("anchors.") else "RetinaNetConfig or TrainConfig"
+            )
             raise ValueError(f"--set: no field {field!r} in {owner}")
         found[field] = _value(text)
     return found
@@ -123,7 +125,7 @@ def _with_anchors(detector: RetinaNetConfig, changes: dict[str, Any]) -> dict[st
         size = dict(zip(detector.levels, detector.anchors.sizes, strict=True))
         near = [min(max(level, min(size)), max(size)) for level in levels]
         sizes = [size[n] * 2.0 ** (level - n) for level, n in zip(levels, near, strict=True)]
-        parts = {"strides": [2**max(level, 0) for level in levels], "sizes": sizes} | parts
+        parts = {"strides": [2 ** max(level, 0) for level in levels], "sizes": sizes} | parts
     if parts and isinstance(whole, dict | None):
         changes["anchors"] = {**(whole or dataclasses.asdict(detector.anchors)), **parts}
     return changes
