@@ -111,7 +111,9 @@ def plates(rng: np.random.Generator, split: str) -> tuple[np.ndarray, Objects]:
         elif label == 1:  # a scratch from corner to corner
             ends = [(0, 1), (2, 0), (shape[1] - 1, shape[0] - 2), (shape[1] - 3, shape[0] - 1)]
             line = mask(shape, "polygon", ends, 0.7)
-            area += (line if sign > 0 else line[:, ::-1]) * rng.uniform(25, 45) * rng.choice([-1, 1])
+            area += (
+                (line if sign > 0 else line[:, ::-1]) * rng.uniform(25, 45) * rng.choice([-1, 1])
+            )
         else:  # a spot where the brushing is gone
             inside = mask(shape, "ellipse", [(0, 0), (shape[1] - 1, shape[0] - 1)], 2)
             rough = area.mean() + 12 * noise(rng, *shape, ((2, 2), (5, 5)))

@@ -103,7 +103,9 @@ def assignments(options: argparse.Namespace) -> dict[str, Any]:
         if not separator:
             raise ValueError(f"--set must be FIELD=VALUE; got {assignment!r}")
         if field not in fields:
-            owner = "AnchorConfig" if "." in field else "RetinaNetConfig or TrainConfig"
+            owner = (
+                "AnchorConfig" if field.startswith("anchors.") else "RetinaNetConfig or TrainConfig"
+            )
             raise ValueError(f"--set: no field {field!r} in {owner}")
         found[field] = _value(text)
     return found

@@ -422,6 +422,45 @@ def test_statistics_by_class_and_size(tmp_path, data):
     assert row != last and last.split()[-4:] == ["75.0%", "75.0%", "-", "-"]
 
 
+def test_it_ends_with_the_command_to_run(tmp_path, data, capsys):
+    # No anchor of the preset is as long as these boxes.
+    for content in data.values():
+        for annotation in content["annotations"]:
+            annotation["bbox"] = [5, 5, 40, 8]
+    root = tmp_path / "my set"
+    root.mkdir()
+    (tmp_path / "images").rename(root / "images")
+    write(root, data)
+    small = ["--image-size", "32x64"]
+    assert main(["check", str(root), "--out", str(tmp_path / "out")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    record = json.loads((tmp_path / "out/check.json").read_text())["suggested"]
+    command, fit, reached = lines[lines.index(next(x for x in lines if "suggested" in x)) :][:3]
+    assert command == f"suggested: focal train --data '{root}'"
+    assert fit == record["fit"] and fit.startswith("fit: images of 40x60 ")
+    assert (
+        record["reached"] == 1
+        and reached == "boxes of all splits with an anchor: 100.0%; with the settings above: 0.0%"
+    )
+
+    # What is given stays.
+    assert main(["check", str(root), *small, "--out", str(tmp_path / "out")]) == 0
+    assert f"suggested: focal train --data '{root}' --image-size 32x64\n" in capsys.readouterr().out
+    assert " 32x64" in json.loads((tmp_path / "out/check.json").read_text())["suggested"]["fit"]
+
+
+def test_where_nothing_is_fitted_the_command_is_shown(tmp_path, data, capsys):
+    assert main(["check", str(write(tmp_path, data)), "--preset", "r50"]) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last == f"suggested: focal train --data {tmp_path} --preset r50"
+    data["train"]["annotations"] = []
+    assert main(["check", str(write(tmp_path, data))]) == 0
+    assert "no boxes, so the settings stay" in capsys.readouterr().out
+    (tmp_path / "instances_train.json").write_text("{")
+    assert main(["check", str(tmp_path)]) == 1
+    assert "suggested" not in capsys.readouterr().out
+
+
 NAMES = ["$x^ 細胞 _", "_hidden", "<script>", "a" * 300, "all", *(f"class {k}" for k in range(9))]
 
 

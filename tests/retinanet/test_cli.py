@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -224,6 +225,41 @@ def test_fields_that_only_fit_together(tmp_path):
     assert type(train).from_json('{"flips": "eightfold"}').flips == "d4"
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["anchors.sizes=[16,32,64]"], {"sizes": (16, 32, 64)}),
+        (["anchors.ratios=[1]", "anchors.offset=0"], {"ratios": (1,), "offset": 0}),
+        (["anchors.rounded=true", "anchors.scales=[1,1.5]"], {"rounded": True, "scales": (1, 1.5)}),
+        (["levels=[3,4,5,6]"], {"strides": (8, 16, 32, 64), "sizes": (20, 40, 80, 160)}),
+        (["levels=[2,3]"], {"strides": (4, 8), "sizes": (10, 20)}),
+        (
+            ["anchors.sizes=[16,32,64,99]", "levels=[3,4,5,6]"],
+            {"strides": (8, 16, 32, 64), "sizes": (16, 32, 64, 99)},
+        ),
+        (
+            ['anchors={"strides": [8, 16, 32], "sizes": [9, 9, 9]}', "anchors.sizes=[5,6,7]"],
+            {"sizes": (5, 6, 7)},
+        ),
+    ],
+)
+def test_anchors_by_parts(settings, expected):
+    options = argparse.Namespace(preset=None, convention=None, resume=False, steps=None, seed=None)
+    options.image_size, options.set = None, settings
+    tiny = focal.retinanet.PRESETS["tiny"].detector
+    found, _ = apply(preset_settings("tiny"), assignments(options))
+    assert found.anchors == dataclasses.replace(tiny.anchors, **expected)
+    assert found == tiny.replace(anchors=found.anchors, levels=found.levels)
+    assert set(assignments(options)) == {setting.partition("=")[0] for setting in settings}
+
+
+def test_what_was_set_by_hand():
+    options = argparse.Namespace(preset=None, convention=None, resume=False, steps=9, seed=None)
+    options.image_size, options.set = "64x96", ["canvas=32x32", "crop=None", "gamma=1"]
+    values = {"steps": 9, "image_size": [32, 32], "crop": None, "gamma": 1}
+    assert assignments(options) == values
+
+
 def test_training_goes_on_from_a_checkpoint(coco, run, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
@@ -371,6 +407,22 @@ def fails(capsys, *arguments):
         (("--set", "prior=2"), "pi must lie inside (0, 1); got 2"),
         (("--set", "levels=[3,4]"), "config.levels must be 3 to 5, 6 or 7; got (3, 4)"),
         (("--weights", "none.safetensors"), "none.safetensors: expected weights to start from"),
+        (("--set", "levels=[3,-4]"), "levels must be >= 0; got -4"),
+        (("--set", "levels=[]"), "anchors.strides must be those of levels (), ()"),
+        (("--set", "anchors.sizes=[16,32]"), "sizes must have one number per stride (3); got 2"),
+        (
+            ("--set", "levels=[3,4,5,6]", "--set", "anchors.sizes=[16,32,64]"),
+            "sizes must have one number per stride (4); got 3",
+        ),
+        (("--set", "anchors.sizes=20"), "sizes must be a tuple of numbers; got 20"),
+        (("--set", "anchors.ratios=[0]"), "ratios must be > 0; got 0"),
+        (("--set", "anchors.size=[20]"), "no field 'anchors.size' in AnchorConfig"),
+        (("--set", "gamma.x=2"), "no field 'gamma.x' in RetinaNetConfig or TrainConfig"),
+        (("--set", "anchors.strides=[8,16,30]"), "anchors.strides must be those of levels"),
+        (
+            ("--set", "anchors=3", "--set", "anchors.sizes=[16,32,64]"),
+            "anchors must be an AnchorConfig; got 3",
+        ),
     ],
 )
 def test_settings_that_make_no_sense(capsys, coco, tmp_path, arguments, message):

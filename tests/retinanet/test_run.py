@@ -238,7 +238,9 @@ def test_weights_that_are_none(tmp_path):
         ValueError, match=r"other\.pth: expected weights of a RetinaNet or of one of"
     ):
         fit(data, None, tmp_path / "run", weights=tmp_path / "other.pth", **QUICK)
-    with pytest.raises(FileNotFoundError, match=r"none\.pth: expected weights to start from; found no"):
+    with pytest.raises(
+        FileNotFoundError, match=r"none\.pth: expected weights to start from; found no"
+    ):
         fit(data, None, tmp_path / "run", weights=tmp_path / "none.pth", **QUICK)
 
 
