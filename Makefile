@@ -36,10 +36,11 @@ PYTHONS ?= python3.11 python3.12 python3.13
 test-versions:
 	$(PYTHON) -m tests.tools.versions $(SETS) --pythons $(PYTHONS)
 
-# About two minutes of training on two cores; STEPS=200 makes it a short trial.
+# About two minutes of training on two cores; STEPS=200 makes it a short trial. Stopped, it resumes.
 STEPS ?= 2200
 demo: $(READY)
-	$(RUN) -m focal train --data shapes --preset tiny --image-size 128x128 --steps $(STEPS) --out runs/demo
+	$(RUN) -m focal train --data shapes --preset tiny --image-size 128x128 --steps $(STEPS) --out runs/demo \
+		$(if $(wildcard runs/demo),--resume)
 	$(RUN) -m focal evaluate runs/demo/weights.safetensors --data shapes --split test --out runs/demo/test.json
 
 lint: $(ALL)

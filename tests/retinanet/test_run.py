@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from backends import RETINANETS
 from detectors import CONFIG
+from folders import ROOT
 
 pytest.importorskip("torch")
 pytest.importorskip("pycocotools")
@@ -242,6 +244,37 @@ def test_weights_that_are_none(tmp_path):
         FileNotFoundError, match=r"none\.pth: expected weights to start from; found no"
     ):
         fit(data, None, tmp_path / "run", weights=tmp_path / "none.pth", **QUICK)
+
+
+def test_the_page_on_fine_tuning(torchvisions, tmp_path, monkeypatch):
+    """Its commands, one after the other, with small stand-ins for weights, images and steps."""
+    monkeypatch.chdir(tmp_path)
+    os.symlink(torchvisions, "retinanet_resnet50_fpn_coco-eeacb38b.pth")
+    root = tmp_path / "path/to/mine"
+    (root / "photos").mkdir(parents=True)
+    for split in ("train", "valid"):
+        (root / split).mkdir()
+        data = ShapesDataset({"valid": "val"}.get(split, split), size=(64, 64), num_images=2)
+        truth = data.ground_truth()
+        for index, image in enumerate(truth["images"]):
+            for folder in (root / split, root / "photos"):
+                Image.fromarray(data[index].image).save(folder / f"{split}{index}.png")
+            image["file_name"] = f"{split}{index}.png"
+        (root / split / "_annotations.coco.json").write_text(json.dumps(truth))
+    page = (ROOT / "docs/finetuning.md").read_text()
+    (block,) = re.findall(r"```console\n(.*?)```", page, re.S)
+    commands = re.findall(r"^\$ focal (.*)$", block.replace("\\\n", " "), re.M)
+    assert [command.split()[0] for command in commands] == [
+        *("check", "train", "evaluate", "predict", "export")
+    ]
+    for command in commands:
+        words = shlex.split(command)
+        quick = [*FLAGS, "--steps", "1", "--device", "cpu"] if words[0] == "train" else []
+        assert main([*words, *quick]) == 0, command
+    found = json.loads((tmp_path / "found/train0.json").read_text())
+    assert found["image_size"] == {"width": 64, "height": 64}
+    assert (tmp_path / "detector.onnx").stat().st_size > 100_000
+    assert record(tmp_path / "runs/mine")["train"]["freeze"] == 2
 
 
 # Data of one's own
