@@ -288,7 +288,7 @@ def test_coco_2017_layout(tmp_path):
 
 
 def test_missing_folder_and_split(tmp_path):
-    with pytest.raises(DataError, match=r"nowhere: no such folder$"):
+    with pytest.raises(DataError, match=r"nowhere: no such folder or file$"):
         CocoDataset(tmp_path / "nowhere", "train")
     with pytest.raises(DataError) as caught:
         CocoDataset(tmp_path, "train")

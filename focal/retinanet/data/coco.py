@@ -175,7 +175,7 @@ def find_splits(root: Path) -> Splits:
     images = home / "images"
     if not is_file(root):
         if not root.is_dir():
-            raise DataError(f"{root}: no such folder", "no data")
+            raise DataError(f"{root}: no such folder or file", "no data")
         for path in (path for layout in _LAYOUTS for path in sorted(root.glob(layout))):
             name = path.stem.removeprefix("instances_")
             folders = [images] if path.parent == root else [root / name, images / name, images]
