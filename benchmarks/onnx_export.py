@@ -45,7 +45,7 @@ def main() -> None:
         seconds = []
         for _ in range(3):
             start = time.perf_counter()
-            export_onnx(model, file)
+            export_onnx(model, file, canvas=True)
             seconds.append(round(time.perf_counter() - start, 2))
         for split in ("train", "val", "test"):
             dataset = CocoDataset(data, split)

@@ -43,7 +43,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         folder, given, found_file = (Path(scratch) / n for n in ("net", "in.npz", "out.npz"))
-        export_saved_model(model, folder)
+        export_saved_model(model, folder, canvas=True)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         np.savez(given, batch.images, batch.sizes)
         subprocess.run([sys.executable, "-c", PROGRAM, folder, given, found_file], check=True)

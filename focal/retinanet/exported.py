@@ -14,6 +14,7 @@ def description(config: RetinaNetConfig) -> dict[str, Any]:
     """What is needed to prepare images and to read the labels, as JSON can hold it."""
     return {
         "classes": config.classes,
+        "category_ids": config.category_ids or [*range(1, config.num_classes + 1)],
         "image_size": config.image_size,
         "canvas": config.image_size,  # its old name
         "fill": config.fill,

@@ -19,7 +19,7 @@ pytest.importorskip("safetensors")
 from focal.retinanet import PRESETS, build, predict  # noqa: E402
 from focal.retinanet.data import CocoDataset, ShapesDataset  # noqa: E402
 from focal.retinanet.data.transforms import fit, place  # noqa: E402
-from focal.retinanet.tensorflow.export import export_saved_model  # noqa: E402
+from focal.retinanet.tensorflow.export import _on_canvas, export_saved_model  # noqa: E402
 
 CONFIG = PRESETS["tiny"].detector.replace(
     classes=("RBC", "WBC", "Platelets"),
@@ -63,6 +63,13 @@ def model():
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("saved") / "detector"
+    export_saved_model(model, path, canvas=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def any_size(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("any") / "detector"
     export_saved_model(model, path)
     return path
 
@@ -125,7 +132,7 @@ def test_another_program_finds_the_same(model, folder, data, tmp_path):
 def test_fewer_detections_are_padded(tmp_path):
     model = detector(CONFIG.replace(score_threshold=0.5))
     images = [np.zeros((64, 80, 3), np.uint8), *[ShapesDataset("test", num_images=1)[0].image] * 2]
-    export_saved_model(model, tmp_path / "out")
+    export_saved_model(model, tmp_path / "out", canvas=True)
     loaded = tf.saved_model.load(str(tmp_path / "out"))
     canvases, sizes, scales = on_canvas(images, {"image_size": (128, 160), "fill": (124, 116, 104)})
     found = {k: v.numpy() for k, v in loaded.detect(canvases, sizes).items()}
@@ -135,6 +142,7 @@ def test_fewer_detections_are_padded(tmp_path):
 def test_the_description(folder):
     description = json.loads((folder / "assets" / "detector.json").read_text())
     assert description["classes"] == ["RBC", "WBC", "Platelets"]
+    assert description["category_ids"] == [1, 2, 3] and description["version"] == "1"
     assert description["image_size"] == [128, 160]
     assert description["fill"] == [124, 116, 104]  # 255 times the mean
     assert type(CONFIG).from_json(json.dumps(description["config"])) == CONFIG
@@ -142,7 +150,107 @@ def test_the_description(folder):
     assert Path(asset) == folder / "assets" / "detector.json"
 
 
-def test_the_graph_is_bound_to_no_device(folder):
+# Images of any size
+
+
+SIZES = [
+    (1, 1),
+    (128, 160),
+    (37, 91),
+    (480, 640),
+    (3, 900),
+    (200, 1),
+    (300, 300),
+    (97, 61),
+    (501, 353),
+]
+"""Larger and smaller than the canvas, odd, slivers; none is reduced to a sixth or less."""
+
+
+@pytest.mark.parametrize("canvas", [(128, 160), (256, 320), (64, 64)])
+def test_the_graph_scales_as_pillow_does(canvas):
+    """Sizes and scale are the same numbers, pixels within one level of 255, most the same."""
+    config, rng = CONFIG.replace(image_size=canvas), np.random.default_rng(0)
+    for size in SIZES:
+        image = rng.integers(0, 256, (*size, 3)).astype(np.uint8)
+        found, covered, scale = (x.numpy() for x in _on_canvas(tf.constant(image), config))
+        (expected,), (wanted,), (by,) = on_canvas([image], vars(config) | {"fill": config.fill})
+        np.testing.assert_array_equal(covered, wanted)
+        assert (found.shape, found.dtype, scale) == ((*canvas, 3), np.uint8, by)
+        apart = np.abs(found.astype(int) - expected)
+        assert not apart[covered[0] :].any() and not apart[:, covered[1] :].any()
+        if min(covered / size) > 1 / 6:
+            assert apart.max() <= 1 and apart.mean() < 0.01
+    whole = rng.integers(0, 256, (*canvas, 3)).astype(np.uint8)
+    np.testing.assert_array_equal(_on_canvas(tf.constant(whole), config)[0], whole)
+
+
+def test_images_of_any_size(model, any_size, tmp_path):
+    """In another program; where pixels are the same as Pillow's, so are detections."""
+    data, bccd = ShapesDataset("test", num_images=2), CocoDataset(BCCD, "test")
+    images = [data[0].image, data[1].image[:, :70], bccd[0].image, bccd[1].image[:384]]
+    images += [np.zeros((40, 300, 3), np.uint8), bccd[2].image[:2, :160]]
+    program = """
+import sys
+sys.modules["focal"] = sys.modules["keras"] = None
+import numpy as np, tensorflow as tf
+detect = tf.saved_model.load(sys.argv[1]).signatures["serving_default"]
+found = [detect(image=tf.constant(image)) for image in np.load(sys.argv[2]).values()]
+np.savez(sys.argv[3], **{f"{k}{i}": v for i, f in enumerate(found) for k, v in f.items()})
+"""
+    np.savez(tmp_path / "given.npz", *images)
+    done = subprocess.run(
+        [sys.executable, "-c", program, any_size, tmp_path / "given.npz", tmp_path / "found.npz"],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found, total = np.load(tmp_path / "found.npz"), 0
+    for i, image in enumerate(images):
+        (expected,) = predict(model, [image])
+        boxes, scores, labels = (found[f"{key}{i}"] for key in ("boxes", "scores", "labels"))
+        assert (boxes.dtype, scores.dtype, labels.dtype) == (np.float32, np.float32, np.int64)
+        assert boxes.shape == (len(expected["scores"]), 4)
+        np.testing.assert_allclose(scores, expected["scores"], atol=1e-4)
+        # Two scores may be as good as equal: whichever comes first, each box is found again.
+        apart = np.abs(boxes[:, None] - expected["boxes"]).max(-1)
+        apart[labels[:, None] != expected["labels"]] = np.inf
+        assert not len(scores) or max(apart.min(0).max(), apart.min(1).max()) < 1e-2
+        assert (boxes <= [image.shape[1], image.shape[0]] * 2).all()
+        total += len(scores)
+    assert total > 100
+
+
+def test_an_image_of_any_size_without_detections(tmp_path):
+    export_saved_model(detector(CONFIG.replace(score_threshold=1.0)), tmp_path / "out")
+    loaded = tf.saved_model.load(str(tmp_path / "out"))
+    found = loaded.detect(np.zeros((33, 500, 3), np.uint8))
+    shapes = {key: tuple(value.shape) for key, value in found.items()}
+    assert shapes == {"boxes": (0, 4), "scores": (0,), "labels": (0,)}
+
+
+def test_the_description_of_any_size(any_size):
+    description = json.loads((any_size / "assets" / "detector.json").read_text())
+    assert description["version"] == "2" and description["format"] == "focal.retinanet.saved_model"
+    signature = tf.saved_model.load(str(any_size)).signatures["serving_default"]
+    _, inputs = signature.structured_input_signature
+    assert {k: (v.shape.as_list(), v.dtype.name) for k, v in inputs.items()} == {
+        "image": ([None, None, 3], "uint8")
+    }
+    outputs = {
+        k: (v.shape.as_list(), v.dtype.name) for k, v in signature.structured_outputs.items()
+    }
+    assert outputs == {
+        "boxes": ([None, 4], "float32"),
+        "scores": ([None], "float32"),
+        "labels": ([None], "int64"),
+    }
+
+
+@pytest.mark.parametrize("form", ["folder", "any_size"])
+def test_the_graph_is_bound_to_no_device(form, request):
+    folder = request.getfixturevalue(form)
     from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
     functions = SavedModel.FromString((folder / "saved_model.pb").read_bytes())

@@ -33,6 +33,7 @@ from focal.retinanet import (
 from focal.retinanet.data import CocoDataset
 from focal.retinanet.detector import _canvases
 from focal.retinanet.torch import export as export_torch
+from focal.retinanet.torch.any_size import after_graph, before_graph
 from focal.retinanet.torch.export import export_onnx, export_program
 
 CONFIG = PRESETS["tiny"].detector.replace(
@@ -77,11 +78,20 @@ def model():
 
 @pytest.fixture(scope="module")
 def file(model, tmp_path_factory):
-    """The ONNX file of the model, written by the command."""
-    folder = tmp_path_factory.mktemp("onnx")
+    """The ONNX file of the model, for images on the canvas, written by the command."""
+    return written_by_the_command(model, tmp_path_factory.mktemp("onnx"), "--canvas")
+
+
+@pytest.fixture(scope="module")
+def any_size(model, tmp_path_factory):
+    """The ONNX file for images of any size, written by the command."""
+    return written_by_the_command(model, tmp_path_factory.mktemp("any"))
+
+
+def written_by_the_command(model, folder, *options):
     save(model, folder / "weights.safetensors")
     path = folder / "new" / "detector.onnx"
-    assert main(["export", str(folder / "weights.safetensors"), "--out", str(path)]) == 0
+    assert main(["export", str(folder / "weights.safetensors"), "--out", str(path), *options]) == 0
     return path
 
 
@@ -92,7 +102,7 @@ def session(file):
 
 def assert_equal_to_predict(run, model, images, least):
     """Every detection within 1e-4, and the padding as promised; at least so many in all."""
-    canvases, sizes, scales = _canvases("test", model.config, images)
+    canvases, sizes, scales, _ = _canvases("test", model.config, images)
     boxes, scores, labels, count = (np.asarray(x) for x in run(canvases, sizes))
     shape = (len(images), model.config.max_detections)
     assert (boxes.shape, scores.shape, labels.shape) == ((*shape, 4), shape, shape)
@@ -149,7 +159,7 @@ def test_onnx_on_real_images(tmp_path):
     model = spread(
         CONFIG.replace(classes=data.classes, image_size=(240, 320), candidates=1000), images
     )
-    export_onnx(model, tmp_path / "detector.onnx")
+    export_onnx(model, tmp_path / "detector.onnx", canvas=True)
     session = onnxruntime.InferenceSession(tmp_path / "detector.onnx")
     assert_equal_to_predict(by_onnx(session), model, images, 100)
 
@@ -173,7 +183,8 @@ def test_the_file_is_valid_and_says_what_it_is(file, session):
     }
     meta = session.get_modelmeta()
     texts = meta.custom_metadata_map
-    assert texts["format"] == "focal.retinanet.onnx"
+    assert (texts["format"], texts["version"]) == ("focal.retinanet.onnx", "1")
+    assert json.loads(texts["category_ids"]) == [1, 2, 3]
     assert json.loads(texts["classes"]) == ["ball", "cube", "ring"]
     assert json.loads(texts["image_size"]) == [120, 160]
     assert json.loads(texts["fill"]) == [124, 116, 104]
@@ -205,6 +216,138 @@ np.savez(sys.argv[3], *session.run(None, {"images": images, "sizes": sizes}))
         return np.load(files[-1]).values()
 
     assert_equal_to_predict(run, model, PICTURES, 150)
+
+
+# ---------------------------------------------------------------- ONNX, of any size
+
+SIZES = [
+    (1, 1),
+    (120, 160),
+    (37, 91),
+    (480, 640),
+    (3, 900),
+    (200, 1),
+    (300, 300),
+    (97, 61),
+    (501, 353),
+]
+"""Larger and smaller than the canvas, odd, slivers; none is reduced to a sixth or less."""
+
+
+def before(canvas):
+    """The graph from an image to its canvas alone."""
+    config = CONFIG.replace(image_size=canvas)
+    return onnxruntime.InferenceSession(before_graph(config, 10).SerializeToString())
+
+
+@pytest.mark.parametrize("canvas", [(120, 160), (256, 320), (64, 64)])
+def test_the_graph_scales_as_pillow_does(canvas):
+    """Sizes and scale are the same numbers, pixels within one level of 255, most the same."""
+    session, rng = before(canvas), np.random.default_rng(0)
+    for size in SIZES:
+        image = rng.integers(0, 256, (*size, 3)).astype(np.uint8)
+        expected = _canvases("test", CONFIG.replace(image_size=canvas), [image])
+        canvases, sizes, sides, scale = session.run(None, {"image": image})
+        np.testing.assert_array_equal(sizes, expected[1])
+        np.testing.assert_array_equal([scale, *sides], [*expected[2], *size])
+        covered = np.asarray(sizes[0])
+        apart = np.abs(canvases.astype(int) - expected[0])
+        assert not apart[0, covered[0] :].any() and not apart[0, :, covered[1] :].any()
+        if min(covered / size) > 1 / 6:
+            assert apart.max() <= 1 and apart.mean() < 0.01
+    whole = rng.integers(0, 256, (*canvas, 3)).astype(np.uint8)
+    np.testing.assert_array_equal(session.run(["images"], {"image": whole})[0][0], whole)
+
+
+def test_strong_reductions_are_approximated_by_pillow():
+    """Below a sixth Pillow first takes means of blocks (`reducing_gap`); the graph does not."""
+    image = picture(1400, 1900, 5)
+    expected, *_ = _canvases("test", CONFIG, [image])
+    apart = np.abs(before(CONFIG.image_size).run(["images"], {"image": image})[0] - expected * 1.0)
+    assert 1 < apart.max() < 32 and apart.mean() < 0.5
+
+
+def assert_finds_what_predict_finds(run, model, images, score=1e-4, pixels=1e-3):
+    """Every detection, in the same order; the number of them."""
+    for image, expected in zip(images, predict(model, images), strict=True):
+        boxes, scores, labels = (np.asarray(x) for x in run(image))
+        assert (boxes.dtype, scores.dtype, labels.dtype) == (np.float32, np.float32, np.int64)
+        assert boxes.shape == (len(scores), 4) and labels.shape == scores.shape
+        np.testing.assert_array_equal(labels, expected["labels"])
+        np.testing.assert_allclose(scores, expected["scores"], atol=score)
+        np.testing.assert_allclose(boxes, expected["boxes"], atol=pixels)
+        assert (boxes <= [image.shape[1], image.shape[0]] * 2).all()
+    return sum(len(found["scores"]) for found in predict(model, images))
+
+
+def on_any_size(file):
+    session = onnxruntime.InferenceSession(file)
+    return lambda image: session.run(None, {"image": image})
+
+
+def test_images_of_any_size(any_size, model):
+    """Where pixels are the same as Pillow's, so are detections."""
+    images = [picture(*size, seed) for seed, size in enumerate([(120, 160), (240, 320), (60, 80)])]
+    images += [picture(120, 91, 7), picture(2, 160, 8)]
+    assert assert_finds_what_predict_finds(on_any_size(any_size), model, images) > 150
+
+
+def test_boxes_go_back_to_the_image_and_end_with_it(monkeypatch):
+    """As in `detect`; of three rows half a pixel of the canvas is left, and a whole one covered."""
+    graph = after_graph(CONFIG.replace(max_detections=5), 10)
+    session = onnxruntime.InferenceSession(graph.SerializeToString())
+    boxes = np.float32([[[0, 0, 160, 1], [3, 0, 9, 1], [40, 0.25, 47, 1], [0] * 4, [0] * 4]])
+    scores, labels = np.float32([[0.9, 0.8, 0.7, 0, 0]]), np.array([[2, 1, 0, -1, -1]])
+    scales, sides = np.array([160 / 900]), np.array([[3, 900]])
+    given = (boxes, scores, labels, np.array([3]), sides[0], np.array(scales[0]))
+    names = (value.name for value in session.get_inputs())
+    found = session.run(None, dict(zip(names, given, strict=True)))
+    monkeypatch.setattr("focal.retinanet.torch.trainer.detect", lambda *_: (boxes, scores, labels))
+    torch_model = SimpleNamespace(backend="torch")
+    (expected,) = detector.detect(torch_model, np.zeros(0), np.zeros(0), scales, sides)
+    for x, key in zip(found, ("boxes", "scores", "labels"), strict=True):
+        np.testing.assert_array_equal(x, expected[key])
+    assert found[0].shape == (3, 4) and found[0][:, 3].tolist() == [3, 3, 3]
+
+
+def test_an_image_of_any_size_without_detections(any_size):
+    boxes, scores, labels = on_any_size(any_size)(np.full((77, 200, 3), (124, 116, 104), np.uint8))
+    assert (boxes.shape, scores.shape, labels.shape) == ((0, 4), (0,), (0,))
+
+
+def test_the_file_for_any_size_says_what_it_is(any_size, file):
+    graph = onnx.load(any_size)
+    onnx.checker.check_model(graph, full_check=True)
+    assert {domain.domain for domain in graph.opset_import} == {""} and not graph.functions
+    assert any_size.stat().st_size < file.stat().st_size + 20_000
+    session = onnxruntime.InferenceSession(any_size)
+    described = {
+        value.name: (value.type, value.shape)
+        for value in (*session.get_inputs(), *session.get_outputs())
+    }
+    assert described == {
+        "image": ("tensor(uint8)", ["height", "width", 3]),
+        "boxes": ("tensor(float)", ["n", 4]),
+        "scores": ("tensor(float)", ["n"]),
+        "labels": ("tensor(int64)", ["n"]),
+    }
+    meta = session.get_modelmeta()
+    texts = meta.custom_metadata_map
+    assert (texts["format"], texts["version"]) == ("focal.retinanet.onnx", "2")
+    assert RetinaNetConfig.from_json(texts["config"]) == CONFIG
+    assert "one image of any size" in meta.description
+    assert "in pixels of the\nimage" in meta.description
+
+
+def test_real_images_of_any_size(tmp_path):
+    """BCCD is 640 x 480: on a canvas of 240 x 320 the pixels are Pillow's."""
+    data = CocoDataset(BCCD, "test")
+    images = [data[i].image for i in range(4)]
+    config = CONFIG.replace(classes=data.classes, image_size=(240, 320), candidates=1000)
+    model = spread(config, images)
+    export(model, tmp_path / "detector.onnx")
+    run = on_any_size(tmp_path / "detector.onnx")
+    assert assert_finds_what_predict_finds(run, model, images) > 100
 
 
 # ---------------------------------------------------------------- torch.export
@@ -275,10 +418,12 @@ def test_the_ending_says_who_writes(tmp_path, monkeypatch, capsys, name, backend
     monkeypatch.setattr(detector, "load", detector_of)
     out = tmp_path / "new" / name
     assert main(["export", "weights.safetensors", "--out", str(out)]) == 0
-    assert written == [(SimpleNamespace(backend=backend, device="cpu"), out)]
+    assert main(["export", "weights.safetensors", "--out", str(out), "--canvas"]) == 0
+    given = SimpleNamespace(backend=backend, device="cpu")
+    assert written == [(given, out, False), (given, out, True)]
     assert out.parent.is_dir()
     captured = capsys.readouterr()
-    assert (captured.out, captured.err) == (f"written: {out}\n", "")
+    assert (captured.out, captured.err) == (2 * f"written: {out}\n", "")
 
 
 def test_a_detector_of_another_framework(tmp_path, model, monkeypatch):
@@ -288,7 +433,8 @@ def test_a_detector_of_another_framework(tmp_path, model, monkeypatch):
     written = []
     monkeypatch.setattr(export_torch, "export_onnx", lambda *given: written.append(given))
     export(load(tmp_path / "weights.safetensors", "jax"), tmp_path / "detector.onnx")
-    ((other, path),) = written
+    ((other, path, canvas),) = written
+    assert canvas is False
     assert path == tmp_path / "detector.onnx"
     assert (other.backend, other.config, other.training) == ("torch", CONFIG, False)
     for a, b in zip(raw_outputs(other, PICTURES), raw_outputs(model, PICTURES), strict=True):

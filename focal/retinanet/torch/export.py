@@ -19,16 +19,22 @@ from torch import Tensor, nn
 
 from focal.files import write_atomically
 from focal.retinanet.exported import description
+from focal.retinanet.torch import any_size
 from focal.retinanet.torch.network import RetinaNet
 from focal.retinanet.torch.trainer import detections_of
 
 __all__ = ["export_onnx", "export_program"]
 
 FORMAT = "focal.retinanet.onnx"
-VERSION = "1"
+VERSION, CANVAS_VERSION = "2", "1"
 INPUTS = ("images", "sizes")
 OUTPUTS = ("boxes", "scores", "labels", "count")
 DESCRIPTION = """\
+RetinaNet with its pre- and post-processing, for one image of any size, with n detections, best
+first. image (height, width, 3) uint8: RGB. boxes (n, 4) float32: (x1, y1, x2, y2) in pixels of the
+image. scores (n,) float32. labels (n,) int64: indices into the metadata's classes.
+"""
+CANVAS_DESCRIPTION = """\
 RetinaNet with its post-processing. B images, at most D detections of each, best first.
 images (B, H, W, 3) uint8: RGB, scaled to fit the canvas (H, W), in its top left corner, the rest
 filled. sizes (B, 2) int64: the (height, width) in pixels that each image covers of the canvas.
@@ -38,11 +44,18 @@ what comes after is padding, boxes and scores of 0 and labels of -1.
 """
 
 
-def export_onnx(model: RetinaNet, path: str | os.PathLike[str]) -> None:
-    """Write a detector as one ONNX file, from canvases to detections.
+def export_onnx(model: RetinaNet, path: str | os.PathLike[str], canvas: bool = False) -> None:
+    """Write a detector as one ONNX file, from an image of any size to detections.
 
-    B, the number of images, is any from 1 on; H and W are the config's canvas, D its
-    `max_detections`. In:
+    In: `image` (height, width, 3) uint8, RGB, as decoders give it. The graph scales it to fit the
+    canvas, as `predict` does, fills up the canvas, and normalizes. Out, the best first:
+
+    - `boxes` (n, 4) float32: (x1, y1, x2, y2) in pixels of the image, inside it
+    - `scores` (n,) float32
+    - `labels` (n,) int64: indices into `classes`
+
+    With `canvas=True` it takes batches of images that are on the canvas already. B, the number of
+    images, is any from 1 on; H and W are the config's canvas, D its `max_detections`. In:
 
     - `images` (B, H, W, 3) uint8: RGB, scaled to fit the canvas, in its top left corner, the rest
       of the color `fill`. As decoders give them; the graph normalizes and transposes.
@@ -56,12 +69,14 @@ def export_onnx(model: RetinaNet, path: str | os.PathLike[str]) -> None:
     - `count` (B,) int64: how many there are; what comes after is padding, boxes and scores of 0
       and labels of -1
 
-    The metadata has, as JSON, `classes`, `canvas` (height, width), `fill` and the whole `config`.
-    The file uses standard operators only, of opset 18.
+    The metadata has, as JSON, `classes`, `category_ids`, `image_size` (height, width) of the
+    canvas, `fill` and the whole `config`; `version` is "2", or "1" with `canvas=True`. The file
+    uses standard operators only, of opset 18.
 
     Args:
         model: From `build` or `load`, with the backend "torch"; on any device, in any mode.
         path: The file, by custom ending in .onnx; replaced if it exists, whole or not at all.
+        canvas: Take batches of images that are on the canvas already.
 
     Raises:
         TypeError: the model is not of PyTorch.
@@ -78,10 +93,10 @@ def export_onnx(model: RetinaNet, path: str | os.PathLike[str]) -> None:
         ...     path = os.path.join(folder, "detector.onnx")
         ...     export_onnx(build(config), path)
         ...     session = onnxruntime.InferenceSession(path)
-        >>> images, sizes = np.zeros((2, 64, 64, 3), np.uint8), np.array([[64, 64], [48, 64]])
-        >>> boxes, scores, labels, count = session.run(None, {"images": images, "sizes": sizes})
-        >>> boxes.shape, count.tolist()
-        ((2, 100, 4), [0, 0])
+        >>> image = np.zeros((480, 640, 3), np.uint8)
+        >>> boxes, scores, labels = session.run(None, {"image": image})
+        >>> boxes.shape  # untrained, it finds nothing
+        (0, 4)
 
     Source: <https://docs.pytorch.org/docs/stable/onnx.html>
     """
@@ -93,7 +108,7 @@ def export_onnx(model: RetinaNet, path: str | os.PathLike[str]) -> None:
         graph = torch.onnx.export(
             program,
             input_names=INPUTS,
-            output_names=OUTPUTS,
+            output_names=OUTPUTS if canvas else any_size.OUTPUTS,
             dynamic_shapes={"images": {0: "batch"}, "sizes": None},  # only to name the axis
             opset_version=18,
             dynamo=True,
@@ -101,10 +116,12 @@ def export_onnx(model: RetinaNet, path: str | os.PathLike[str]) -> None:
         )
     assert graph is not None  # dynamo=True returns the graph
     ClearMetadataAndDocStringPass()(graph.model)  # each operation's place in the source files
-    written = graph.model_proto
+    written = graph.model_proto if canvas else any_size.wrapped(graph.model_proto, model.config)
+    version, written.doc_string = (
+        (CANVAS_VERSION, CANVAS_DESCRIPTION) if canvas else (VERSION, DESCRIPTION)
+    )
     texts = {key: json.dumps(value) for key, value in description(model.config).items()}
-    onnx.helper.set_model_props(written, {"format": FORMAT, "version": VERSION, **texts})
-    written.doc_string = DESCRIPTION
+    onnx.helper.set_model_props(written, {"format": FORMAT, "version": version, **texts})
     write_atomically(path, written.SerializeToString())
 
 
@@ -118,7 +135,7 @@ def export_program(model: RetinaNet) -> torch.export.ExportedProgram:
 
     Returns:
         A program of `images` and `sizes`, whose `.module()` gives the tuple (boxes, scores,
-        labels, count), all as `export_onnx` describes them.
+        labels, count), all as `export_onnx` describes them for `canvas=True`.
 
     Raises:
         TypeError: the model is not of PyTorch.
