@@ -60,10 +60,10 @@ def trainer_cases() -> dict[str, tuple[RetinaNetConfig, TrainConfig]]:
         "batch": (detector, run),
         "image": (image, run),
         "image, accumulated": (image, run.replace(accumulate=2)),
-        "ema, clipped": (ema, run.replace(clip_norm=0.5, ema=0.5)),
+        "ema, clipped": (ema, run.replace(clip_norm=0.5, ema=0.5, freeze=2)),
         "ema, clipped, accumulated, recomputed": (
             ema,
-            run.replace(clip_norm=0.5, ema=0.5, accumulate=4, recompute=True),
+            run.replace(clip_norm=0.5, ema=0.5, accumulate=4, recompute=True, freeze=2),
         ),
     }
 

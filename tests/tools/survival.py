@@ -126,7 +126,7 @@ class Run:
         options.append(f"keep={KEEP}")
         return [
             *("train", "--data", str(self.data), "--out", str(self.out), "--image-size", "64x64"),
-            *("--backend", self.backend, "--device", "cpu", "--steps", str(self.steps)),
+            *("--backend", self.backend, "--device", "cpu", "--steps", str(self.steps), "--no-fit"),
             *(word for option in options for word in ("--set", option)),
         ]
 
@@ -136,7 +136,7 @@ class Run:
 
     def start(self) -> subprocess.Popen[bytes] | Forked:
         """A process that goes on if there is something to go on from."""
-        arguments = [*self.arguments, "--resume"] if self.checkpoints() else self.arguments
+        arguments = [*self.arguments, "--resume"] if self.lines() else self.arguments
         if self.forked:
             return Forked(arguments, self.log)
         with open(self.log, "wb") as log:

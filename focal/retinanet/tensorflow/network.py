@@ -23,6 +23,7 @@ from focal.retinanet.weights import check_names
 from focal.tensorflow import PriorBias
 
 __all__ = [
+    "BatchNorm",
     "RetinaNet",
     "arrays",
     "assign",
@@ -91,9 +92,14 @@ class BatchNorm(keras.layers.Layer):
         self.moving_variance = weight(name="moving_variance", initializer="ones", trainable=False)
         self.keep: Callable[[BatchNorm, tuple[Tensor, Tensor]], None] | None = None
 
+    @property
+    def learns(self) -> bool:
+        """Whether training changes its weights and statistics."""
+        return not self.frozen and self.trainable
+
     def call(self, x: Tensor, training: bool = False) -> Tensor:
         """Normalize x, of shape (N, H, W, channels)."""
-        if self.frozen or not self.trainable:
+        if not self.learns:
             # As one scale and shift, the backward pass needs no feature map: the fused kernel does.
             scale = self.gamma * ops.rsqrt(self.moving_variance + NORM_EPS)
             shift = self.beta - self.moving_mean * scale
@@ -180,7 +186,7 @@ class Block(keras.layers.Layer):
         if not (self.recompute and training):
             return self.compute(x)
         layers = (layer for _, layer in named_layers(self))
-        norms = [x for x in layers if isinstance(x, BatchNorm) and not x.frozen and x.trainable]
+        norms = [x for x in layers if isinstance(x, BatchNorm) and x.learns]
         return _recomputed(self.compute, norms)(x)
 
     def compute(self, x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from focal.retinanet.objective import EMA_START, Targets, losses, normalizer, ta
 from focal.retinanet.postprocess import Detections, detections
 from focal.retinanet.replicas import Replicas
 from focal.retinanet.tensorflow.network import (
+    BatchNorm,
     RetinaNet,
     arrays,
     assign,
@@ -259,6 +260,13 @@ class Trainer:
             freeze(model, train.freeze)
             if train.recompute:
                 recompute(model)
+            # A skipped step must leave them unchanged.
+            self.statistics = [
+                x
+                for _, layer in named_layers(model)
+                if isinstance(layer, BatchNorm) and layer.learns
+                for x in (layer.moving_mean, layer.moving_variance)
+            ]
             self.optimizer = _optimizer(train)
             self.optimizer.build(model.trainable_variables)
             current = named_variables(model) if train.ema else {}
@@ -338,7 +346,7 @@ class Trainer:
         divisor, mean = normalizer(config, count, positives, mean_positives)
         divisor = tf.cast(divisor, tf.float32)
 
-        before = [v.value.read_value() for v in self.model.non_trainable_variables]
+        before = [v.value.read_value() for v in self.statistics]
         (classification, box), gradients = self._accumulated(images, target, anchors, divisor)
         context = tf.distribute.get_replica_context()
         total = functools.partial(context.all_reduce, tf.distribute.ReduceOp.SUM)
@@ -383,7 +391,7 @@ class Trainer:
 
     def _restore(self, before: list[Tensor]) -> None:
         """The running statistics of one replica, as they were before the step."""
-        for variable, value in zip(self.model.non_trainable_variables, before, strict=True):
+        for variable, value in zip(self.statistics, before, strict=True):
             variable.value.assign(value)
 
     def _slope(
