@@ -146,14 +146,19 @@ class Namespace(Protocol):
     def fori_loop(self, n: Any, body: Callable[[Any, Any], Any], state: Any) -> Any:
         """State = body(i, state) for i in 0 .. n - 1; i computes with the type of the state."""
 
+    def while_loop(
+        self, condition: Callable[..., Array], body: Callable[..., Any], state: tuple[Array, ...]
+    ) -> tuple[Array, ...]:
+        """State = body(*state) while condition(*state)."""
+
     def fixed_point(self, step: Callable[[Array], Array], start: Array) -> Array:
         """start, step(start), step(step(start)), ... until nothing changes."""
 
     def take_box(self, boxes: Array, i: Any) -> Sequence[Array]:
         """The four coordinates of boxes[..., i, :], each with a new last axis of length 1."""
 
-    def traced_loop(self) -> Callable[..., Any] | None:
-        """state = loop(condition, body, state), both functions of *state; None where not traced."""
+    sweep: Callable[..., Array] | None
+    """The loop of `focal.core.nms` over blocks, where a plain one will not do; else None."""
 
     def boxes_at_once(self, boxes: Array) -> int:
         """How many boxes to compare with all anchors at once."""

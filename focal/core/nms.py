@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from focal.core import checks
 from focal.core.boxes import solid, solid_iou
 from focal.core.namespace import Array, Framework, In, Namespace, Out
 
-__all__ = ["batched_nms", "nms", "suppress"]
+__all__ = ["batched_nms", "best", "nms", "suppress"]
 
 BLOCK = 256
 """Boxes resolved at once, in at most as many rounds."""
@@ -105,31 +105,81 @@ def _kept(
     return order, suppress(xp, xp.take(boxes, order, axis=0), classes, threshold)
 
 
-def suppress(
-    xp: Namespace,
-    boxes: Array,
-    classes: Array | None,
-    threshold: float,
-    most: int | None = None,
-) -> Array:
+def suppress(xp: Namespace, boxes: Array, classes: Array | None, threshold: float) -> Array:
     """Which of the boxes (..., N, 4), sorted by falling score, greedy NMS keeps: (..., N).
 
     A box with NaN is dropped. Boxes of different `classes` (..., N) do not suppress one another.
-    Of each list the first `most` that are kept are needed; those after them may be dropped.
     """
     if boxes.shape[-2] is None:
         raise ValueError("non-maximum suppression: the number of boxes must be known when traced")
     boxes = xp.stop_gradient(boxes)
     if (kernels := xp.box_kernels(boxes, classes)) is not None:
         return kernels.suppress(boxes, classes, threshold)
-    most = boxes.shape[-2] if most is None else most
-    return xp.compiled(_suppress, xp, boxes, classes, threshold, most)
+    return xp.compiled(_suppress, xp, boxes, classes, threshold)
 
 
-def _suppress(
-    xp: Namespace, boxes: Array, classes: Array | None, threshold: float, most: int
-) -> Array:
-    """Block by block: boxes kept in earlier blocks suppress those of a block, then its own do.
+def best(
+    xp: Namespace, boxes: Array, classes: Array, threshold: float, most: int
+) -> tuple[Array, Array]:
+    """The first `most` <= N boxes that greedy NMS, as in :func:`suppress`, keeps of each list.
+
+    Returns where they are, (..., most), and which of these there are, since a list may have fewer.
+    Block by block again, but compared with these boxes alone, and only until there are enough.
+    """
+    boxes, n = xp.stop_gradient(boxes), boxes.shape[-2]
+    if (kernels := xp.box_kernels(boxes, classes)) is not None:
+        return _first(xp, kernels.suppress(boxes, classes, threshold), most)
+    drop, settle, rows = _rules(xp, boxes, classes, threshold)
+    size = min(BLOCK // 2, n)  # it ends sooner with fewer at once
+    places, inside = _places(xp, n + -n % size, rows[0]), xp.constant(np.arange(size), boxes)
+    rows = [*rows, places[..., :n] + xp.astype(xp.zeros_like(rows[0]), xp.index_type)]
+    rows = [xp.concat([row, row[..., : -n % size]], axis=-1) for row in rows]  # whole blocks
+    rows[0] = xp.where(places >= n, math.inf, rows[0])
+    end = xp.max(xp.astype(rows[0] < math.inf, xp.index_type) * (places + 1), axis=-1)
+
+    def unfinished(start: Array, *found: Array) -> Array:
+        count = xp.sum(xp.astype(found[0] < math.inf, xp.index_type), axis=-1)
+        return xp.any(xp.reshape((start < end) & (count < most), (-1,)), axis=0)
+
+    def advance(start: Array, *found: Array) -> tuple[Array, ...]:
+        block = [xp.take(row, start + inside, axis=-1) for row in rows]
+        block[0] = drop(block, found)
+        block[0] = settle(block)
+        both = [xp.concat(pair, axis=-1) for pair in zip(found, block, strict=True)]
+        at, _ = _first(xp, both[0] < math.inf, most)
+        return start + size, *(xp.take_along_axis(row, at, axis=-1) for row in both)
+
+    found = [xp.zeros_like(row[..., :most]) for row in rows]
+    found[0] = found[0] + math.inf
+    start = xp.constant(np.asarray(0), boxes)
+    _, areas, *_, at = xp.while_loop(unfinished, advance, (start, *found))
+    return at, areas < math.inf
+
+
+def _first(xp: Namespace, keep: Array, most: int) -> tuple[Array, Array]:
+    """Where the first `most` that are kept are, (..., most), and which of these there are."""
+    n = keep.shape[-1]
+    rank = xp.astype(n - _places(xp, n, keep), xp.float32)
+    found, at = xp.top_k(xp.astype(keep, xp.float32) * rank, most)
+    return at, found > 0
+
+
+def _places(xp: Namespace, n: int, like: Array) -> Array:
+    """0 to n - 1 along the last axis of (..., N)."""
+    return xp.constant(np.arange(n).reshape((1,) * (len(like.shape) - 1) + (n,)), like)
+
+
+def _suppress(xp: Namespace, boxes: Array, classes: Array | None, threshold: float) -> Array:
+    """Block by block: boxes kept in earlier blocks suppress those of a block, then its own do."""
+    drop, settle, rows = _rules(xp, boxes, classes, threshold)
+    sweep = partial(_sweep, xp) if xp.sweep is None else xp.sweep
+    return sweep(drop, settle, rows) < math.inf
+
+
+def _rules(
+    xp: Namespace, boxes: Array, classes: Array | None, threshold: float
+) -> tuple[Drop, Settle, list[Array]]:
+    """What others drop of a block, what it drops itself, and the rows of all boxes.
 
     Within a block the greedy result is a fixed point: a box stays unless an earlier box stays and
     overlaps it. The iteration starts from all remaining boxes and takes at most as many rounds as
@@ -160,85 +210,26 @@ def _suppress(
         )
         return xp.where(~keep, math.inf, block[0])
 
-    loop = xp.traced_loop()
-    if loop is None:
-        return _sweep(xp, drop, settle, rows, most) < math.inf
-    return _traced_sweep(xp, loop, drop, settle, rows, most) < math.inf
+    return drop, settle, rows
 
 
-def _sweep(xp: Namespace, drop: Drop, settle: Settle, rows: Rows, most: int) -> Array:
+def _sweep(xp: Namespace, drop: Drop, settle: Settle, rows: Rows) -> Array:
     """The areas after a plain loop over the blocks."""
-    areas, *others = rows
+    areas: list[Array] = []
     chunks: list[Rows] = []
-    n = areas.shape[-1]
+    n = rows[0].shape[-1]
     for start in range(0, n, BLOCK):
-        later = _places(xp, areas) >= start
-        if most < n and not _unfinished(xp, areas, later, most):
-            return xp.where(later, math.inf, areas)
-        stop = min(start + BLOCK, n)
-        block = [row[..., start:stop] for row in (areas, *others)]
+        block = [row[..., start : min(start + BLOCK, n)] for row in rows]
         for chunk in chunks:
             block[0] = drop(block, chunk)
         block[0] = settle(block)
-        areas = xp.concat([areas[..., :start], block[0], areas[..., stop:]], axis=-1)
+        areas.append(block[0])
         kept = xp.compress(block, block[0] < math.inf)
         if chunks and chunks[-1][0].shape[-1] + BLOCK <= CHUNK:
             pairs = zip(chunks.pop(), kept, strict=True)
             kept = [xp.concat(pair, axis=-1) for pair in pairs]
         chunks.append(kept)
-    return areas
-
-
-def _traced_sweep(
-    xp: Namespace, loop: Callable[..., Any], drop: Drop, settle: Settle, rows: Rows, most: int
-) -> Array:
-    """The same in loops of the graph, whose size does not depend on the number of boxes."""
-    areas, *others = rows
-    n = areas.shape[-1]
-    if n <= BLOCK:
-        return settle(rows)
-    count = -(-n // BLOCK)
-    areas, *others = (xp.concat([row, row[..., : count * BLOCK - n]], axis=-1) for row in rows)
-    places = _places(xp, areas)
-    areas = xp.where(places >= n, math.inf, areas)  # the padding is dropped
-    inside = xp.constant(np.arange(BLOCK), areas)
-
-    def block(row: Array, i: Array) -> Array:
-        return xp.take(row, i * BLOCK + inside, axis=-1)
-
-    def unfinished(i: Array, areas: Array) -> Array:
-        return _unfinished(xp, areas, places >= i * BLOCK, most)
-
-    def resolve(i: Array, areas: Array) -> tuple[Array, Array]:
-        corners = [block(row, i) for row in others]
-
-        def after(earlier: Array, area: Array) -> tuple[Array, Array]:
-            rivals = [block(row, earlier) for row in (areas, *others)]
-            return earlier + 1, drop([area, *corners], rivals)
-
-        first = xp.zeros_like(i), block(areas, i)
-        area = settle([loop(lambda earlier, _: earlier < i, after, first)[1], *corners])
-        area = xp.concat([area] * count, axis=-1)
-        own = (places >= i * BLOCK) & (places < (i + 1) * BLOCK)
-        return i + 1, xp.where(own, area, areas)
-
-    start = xp.constant(np.asarray(0), areas), areas
-    stop, areas = loop(unfinished, resolve, start)
-    return xp.where(places >= stop * BLOCK, math.inf, areas)[..., :n]
-
-
-def _places(xp: Namespace, areas: Array) -> Array:
-    """0, 1, 2, ... along the last axis of `areas`."""
-    places = np.arange(areas.shape[-1])
-    return xp.constant(places.reshape((1,) * (len(areas.shape) - 1) + (-1,)), areas)
-
-
-def _unfinished(xp: Namespace, areas: Array, later: Array, most: int) -> Array:
-    """Whether some list has fewer than `most` kept boxes, and boxes left among the `later`."""
-    there = areas < math.inf
-    kept = xp.sum(xp.astype(there & ~later, xp.index_type), axis=-1)
-    left = (kept < most) & xp.any(there & later, axis=-1)
-    return xp.any(xp.reshape(left, (-1,)), axis=0)
+    return xp.concat(areas, axis=-1) if areas else rows[0]
 
 
 def _arguments(

@@ -149,6 +149,9 @@ def keep_rows(x: Array, keep: Array) -> Array:
 
 # Loops and selections, which depend on values: JAX's control flow where they are traced
 
+BLOCK = 128
+"""Boxes per block of `sweep`; compiled, small blocks are as fast as large ones."""
+
 SHORTEST = 256
 """Least length that `select` pads to."""
 
@@ -162,6 +165,13 @@ def fori_loop(n: Any, body: Callable[[Any, Any], Any], state: Any) -> Any:
         if i == 0 and _is_traced(state[0]):
             return lax.fori_loop(1, n, body, state)
     return state
+
+
+def while_loop(
+    condition: Callable[..., Array], body: Callable[..., Any], state: tuple[Array, ...]
+) -> tuple[Array, ...]:
+    """A loop of JAX."""
+    return lax.while_loop(lambda state: condition(*state), lambda state: body(*state), state)
 
 
 def fixed_point(step: Callable[[Array], Array], start: Array) -> Array:
@@ -189,13 +199,42 @@ def box_kernels(boxes: Array, others: Array | None) -> None:
     """There are none."""
 
 
-def traced_loop() -> Callable[..., Any]:
-    """Suppression is always compiled."""
+def sweep(
+    drop: Callable[[Sequence[Array], Sequence[Array]], Array],
+    settle: Callable[[Sequence[Array]], Array],
+    rows: Sequence[Array],
+) -> Array:
+    """Blocks of one size in compiled loops: the program does not grow with the number of boxes."""
+    areas, *others = rows
+    size = areas.shape[-1]
+    count = -(-size // BLOCK) or 1
+    areas = _in_blocks(areas, count, np.inf)
+    others = [_in_blocks(row, count, 0) for row in others]
 
-    def loop(condition: Callable[..., Any], body: Callable[..., Any], state: Any) -> Any:
-        return lax.while_loop(lambda s: condition(*s), lambda s: body(*s), state)
+    def block(i: Any, areas: Array) -> list[Array]:
+        return [
+            lax.dynamic_index_in_dim(row, i, axis=-2, keepdims=False) for row in (areas, *others)
+        ]
 
-    return loop
+    def resolve(i: Any, areas: Array) -> Array:
+        area, *corners = block(i, areas)
+
+        def after(earlier: Any, area: Array) -> Array:
+            return drop([area, *corners], block(earlier, areas))
+
+        area = settle([lax.fori_loop(0, i, after, area), *corners])
+        return lax.dynamic_update_index_in_dim(areas, area, i, axis=areas.ndim - 2)
+
+    areas = lax.fori_loop(0, count, resolve, areas)
+    return reshape(areas, (*areas.shape[:-2], count * BLOCK))[..., :size]
+
+
+def _in_blocks(row: Array, count: int, fill: float) -> Array:
+    """(..., N) padded to (..., count, BLOCK)."""
+    more = count * BLOCK - row.shape[-1]
+    padding = [(0, 0)] * (row.ndim - 1) + [(0, more)]
+    padded = jax.numpy.pad(row, padding, constant_values=fill)
+    return reshape(padded, (*row.shape[:-1], count, BLOCK))
 
 
 @partial(jax.jit, static_argnums=(0, 1))

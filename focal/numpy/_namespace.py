@@ -155,6 +155,15 @@ def fori_loop(n: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
     return state
 
 
+def while_loop(
+    condition: Callable[..., Array], body: Callable[..., Any], state: tuple[Array, ...]
+) -> tuple[Array, ...]:
+    """A plain loop."""
+    while condition(*state):
+        state = body(*state)
+    return state
+
+
 def fixed_point(step: Callable[[Array], Array], start: Array) -> Array:
     """Repeat until nothing changes."""
     while True:
@@ -178,8 +187,7 @@ def box_kernels(boxes: Array, others: Array | None) -> None:
     """There are none."""
 
 
-def traced_loop() -> None:
-    """Nothing is traced."""
+sweep = None
 
 
 def compress(rows: Sequence[Array], keep: Array) -> Sequence[Array]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from focal.core.anchors import level_shapes
 from focal.core.namespace import Array, Namespace
-from focal.core.nms import suppress
+from focal.core.nms import best
 from focal.retinanet.config import RetinaNetConfig
 
 __all__ = ["Detections", "detections"]
@@ -51,8 +51,8 @@ def detections(
     for rows, columns in level_shapes(config.image_size, config.anchors):
         count = rows * columns * config.anchors.per_cell
         flat = xp.reshape(logits[:, start : start + count, :], (-1, count * classes))
-        best, at = xp.top_k(flat, min(config.candidates, count * classes))
-        scores.append(xp.sigmoid(xp.astype(best, xp.float32)))
+        top, at = xp.top_k(flat, min(config.candidates, count * classes))
+        scores.append(xp.sigmoid(xp.astype(top, xp.float32)))
         positions.append(at + start * classes)
         start += count
     score, position = xp.concat(scores, axis=-1), xp.concat(positions, axis=-1)
@@ -65,13 +65,12 @@ def detections(
     boxes = F.decode_boxes(xp.take_rows(deltas, anchor), of_anchor)
     boxes = _clip(xp, boxes, sizes)
 
-    # A box with NaN is dropped.
-    high = score > config.score_threshold
-    rivals = xp.where(~high[..., None], math.nan, boxes)
-    keep = suppress(xp, rivals, label, config.nms_threshold, config.max_detections)
-    score = xp.where(keep, score, xp.zeros_like(score))
-    best, at = xp.top_k(score, min(config.max_detections, score.shape[-1]))
-    return Detections(xp.take_rows(boxes, at), best, xp.take_along_axis(label, at, axis=-1))
+    low = ~(score > config.score_threshold)
+    rivals = xp.where(low[..., None], math.nan, boxes)  # which drops them
+    most = min(config.max_detections, score.shape[-1])
+    at, real = best(xp, rivals, label, config.nms_threshold, most)
+    score = xp.where(~real, 0.0, xp.take_along_axis(score, at, axis=-1))
+    return Detections(xp.take_rows(boxes, at), score, xp.take_along_axis(label, at, axis=-1))
 
 
 def _clip(xp: Namespace, boxes: Array, sizes: Array) -> Array:

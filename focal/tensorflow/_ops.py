@@ -248,6 +248,13 @@ def fori_loop(n: Any, body: Callable[[Any, Any], Any], state: Any) -> Any:
     return tf.while_loop(lambda i, _: i < stop, advance, (tf.zeros_like(stop), state))[1]
 
 
+def while_loop(
+    condition: Callable[..., Tensor], body: Callable[..., Any], state: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """A plain loop over values, one of the graph while tracing."""
+    return tf.while_loop(condition, body, state)
+
+
 def fixed_point(step: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
     """Repeat until nothing changes."""
 
@@ -272,9 +279,7 @@ def box_kernels(boxes: Tensor, others: Tensor | None) -> None:
     """There are none."""
 
 
-def traced_loop() -> Callable[..., Any] | None:
-    """In a graph, its own loop."""
-    return None if tf.executing_eagerly() else tf.while_loop
+sweep = None
 
 
 def compress(rows: Sequence[Tensor], keep: Tensor) -> Sequence[Tensor]:

@@ -227,6 +227,17 @@ def fori_loop(n: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
     return state
 
 
+def while_loop(
+    condition: Callable[..., Tensor], body: Callable[..., Any], state: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """A plain loop; while compiling or exporting, one of the graph."""
+    if torch.compiler.is_compiling():
+        return torch.while_loop(condition, body, state)
+    while condition(*state):
+        state = body(*state)
+    return state
+
+
 def fixed_point(step: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
     """Repeat until nothing changes; while compiling or exporting, as a loop of the graph."""
     if torch.compiler.is_compiling():
@@ -261,9 +272,7 @@ def boxes_at_once(boxes: Tensor) -> int:
     return 1 if boxes.device.type == "cpu" or torch.compiler.is_compiling() else DEVICE_BOXES
 
 
-def traced_loop() -> Callable[..., Any] | None:
-    """While compiling or exporting, a loop of the graph."""
-    return torch.while_loop if torch.compiler.is_compiling() else None
+sweep = None
 
 
 def compress(rows: Sequence[Tensor], keep: Tensor) -> Sequence[Tensor]:

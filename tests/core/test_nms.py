@@ -14,7 +14,7 @@ from numpy.testing import assert_array_equal
 from strategies import boxes as box_lists
 
 import focal.numpy as reference
-from focal.core.nms import BLOCK, CHUNK, suppress
+from focal.core.nms import BLOCK, CHUNK, best, suppress
 
 TAIL = 40
 """Boxes beyond the last whole block."""
@@ -163,6 +163,27 @@ def test_batches_are_each_image_by_itself(backend: Backend) -> None:
     for image in range(2):
         expected = per_class(boxes[image], -np.arange(n), classes[image], 0.5)
         assert_array_equal(np.flatnonzero(kept[image]), np.sort(expected))
+
+
+@pytest.mark.parametrize("n", [1, 30, BLOCK, 2 * BLOCK + TAIL])
+@pytest.mark.parametrize("most", [1, 30, 200])
+def test_the_first_that_are_kept(backend: Backend, n: int, most: int) -> None:
+    """Of lists that are full early, late and never, with boxes of NaN between and after."""
+    most = min(most, n)
+    boxes = np.stack([crowd(n)[0], crowd(n)[0], crowd(n)[0][::-1]])
+    boxes[0, :, 0::2] += 100 * np.arange(n, dtype="float32")[:, None]  # nothing overlaps
+    boxes[1, 3:9] = boxes[1, BLOCK // 2 : BLOCK + 5] = boxes[2, 120:] = np.nan
+    classes = np.random.default_rng(3).integers(0, 2, (3, n))
+    arrays = backend.asarray(boxes), backend.asarray(classes, "int32")
+    found = best(namespace(backend), *arrays, 0.4, most)
+    expected = backend.numpy(suppress(namespace(backend), *arrays, 0.4))
+    for at, real, kept in zip(*(backend.numpy(x) for x in found), expected, strict=True):
+        wanted = np.flatnonzero(kept)[:most]
+        assert_array_equal(real, np.arange(most) < len(wanted))
+        assert_array_equal(at[real], wanted)
+    if n > BLOCK and most == 200:
+        counts = expected.sum(axis=-1)
+        assert counts[0] > most > counts[2]
 
 
 def test_boxes_that_are_kept_have_a_gradient(autodiff: Backend) -> None:

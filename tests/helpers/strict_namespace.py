@@ -132,6 +132,14 @@ def fori_loop(n: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
     return state
 
 
+def while_loop(
+    condition: Callable[..., Array], body: Callable[..., Any], state: tuple[Array, ...]
+) -> tuple[Array, ...]:
+    while condition(*state):
+        state = body(*state)
+    return state
+
+
 def fixed_point(step: Callable[[Array], Array], start: Array) -> Array:
     following = step(start)
     while bool(xp.any(following != start)):
@@ -151,8 +159,7 @@ def box_kernels(boxes: Array, others: Array | None) -> None:
     return None
 
 
-def traced_loop() -> None:
-    return None
+sweep = None
 
 
 def compress(rows: Sequence[Array], keep: Array) -> Sequence[Array]:

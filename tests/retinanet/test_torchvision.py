@@ -1,16 +1,19 @@
 """torchvision's weights in every framework."""
 
+import importlib.util
+import json
 import os
 import pickle
 
 import numpy as np
 import pytest
 from backends import RETINANETS
+from folders import ROOT
 
 torch = pytest.importorskip("torch")
 
 from focal.core.anchors import AnchorConfig  # noqa: E402
-from focal.retinanet import RetinaNetConfig, load_torchvision  # noqa: E402
+from focal.retinanet import RetinaNetConfig, load_torchvision, predict  # noqa: E402
 from focal.retinanet.detector import backend_module  # noqa: E402
 from focal.retinanet.presets import CONVENTIONS  # noqa: E402
 from focal.retinanet.torch.network import (  # noqa: E402
@@ -86,6 +89,57 @@ def test_published_v1_weights_were_trained_without_epsilon(published):
     np.testing.assert_allclose(loaded, np.sqrt((var + 1e-5) / var), rtol=1e-6)
     second = published["torchvision_v2"].state_dict()
     assert (state(load_torchvision(second, image_size=CANVAS, device="cpu"))[weight] == 1).all()
+
+
+# What torchvision itself detects, from tests/golden/make_torchvision.py
+
+
+def made_by(name):
+    """A script of tests/golden, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / "golden" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SCRIPT = made_by("make_torchvision")
+CASES = {
+    (case["version"], tuple(case["image_size"])): case
+    for case in json.loads(SCRIPT.PATH.read_text())["cases"]
+}
+V1, V2 = SCRIPT.VERSIONS
+
+
+@pytest.fixture(scope="module")
+def seeded():
+    """The script's weights of both versions."""
+    tensors = {}
+    for version, convention in ((V1, "torchvision"), (V2, "torchvision_v2")):
+        config = RetinaNetConfig(
+            classes=tuple(map(str, range(SCRIPT.CLASSES))), **CONVENTIONS[convention]
+        )
+        shapes = {name: x.shape for name, x in state(build_network(config, seed=0)).items()}
+        tensors[version] = SCRIPT.weights(shapes)
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("backend", "version", "size"),
+    [
+        *(("torch", version, size) for version in (V1, V2) for size in SCRIPT.SIZES),
+        *((b, *c) for b in RETINANETS[1:] for c in ((V1, (800, 1088)), (V2, (480, 640)))),
+    ],
+)
+def test_every_detection_of_torchvision_is_found(seeded, backend, version, size):
+    """In any order: boxes within 0.01 pixels, scores within 1e-5, of 300 that overlap."""
+    model = load_torchvision(seeded[version], backend, image_size=size, device="cpu")
+    (found,) = predict(model, [SCRIPT.image(size)])
+    wanted = {k: np.array(CASES[version, size][k]) for k in ("boxes", "scores", "labels")}
+    assert len(found["scores"]) == len(wanted["scores"]) == 300
+    same = np.abs(found["boxes"][:, None] - wanted["boxes"]).max(axis=-1) < 0.01
+    same &= np.abs(found["scores"][:, None] - wanted["scores"]) < 1e-5
+    same &= found["labels"][:, None] == wanted["labels"]
+    assert same.any(axis=0).all() and same.any(axis=1).all()
 
 
 def test_names_of_classes(published):
