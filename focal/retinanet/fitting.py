@@ -30,7 +30,7 @@ MARGIN = 1.5
 """Side of the crop over that of a large box, at least."""
 BASES = (32.0, 28.0, 24.0, 20.0, 16.0, 14.0, 12.0, 10.0, 8.0)
 """Sizes to try for the first level, each level having twice the size; the preferred first."""
-LEVELS = ((3, 4, 5), (3, 4, 5, 6), (3, 4, 5, 6, 7))
+LEVELS: tuple[tuple[int, ...], ...] = ((3, 4, 5), (3, 4, 5, 6), (3, 4, 5, 6, 7))
 RATIOS = (
     (0.5, 1.0, 2.0),
     (1 / 3, 1.0, 3.0),
@@ -95,11 +95,11 @@ def fit_config(
     low, high = np.percentile(sides, [5, 95])
     own = tuple(np.median(sizes, axis=0).round().astype(int))
     verb = "stay at" if own == detector.image_size else "are scaled to"
-    why = "as given, with boxes of" if "image_size" in fixed else "since boxes are"
+    why = "as set, with boxes of" if "image_size" in fixed else "since boxes are"
     anchors = [size * scale for size in detector.anchors.sizes for scale in detector.anchors.scales]
     sentence = (
-        f"fit: images of {_by(own)} {verb} {_by(detector.image_size)}, {why} {low:.0f} to {high:.0f} "
-        f"pixels (5 % to 95 %); anchors {min(anchors):.0f} to {max(anchors):.0f}; "
+        f"fit: images of {_by(own)} {verb} {_by(detector.image_size)}, {why} {low:.0f} to "
+        f"{high:.0f} pixels (5 % to 95 %); anchors {min(anchors):.0f} to {max(anchors):.0f}; "
         f"crop {_by(train.crop or detector.image_size)}, {train.steps} steps; "
         f"{reached:.0%} of the boxes have an anchor"
     )
@@ -122,7 +122,7 @@ def _canvas(sizes: np.ndarray, small: float, large: float, least: int) -> tuple[
 def _anchors(
     boxes: np.ndarray, weights: np.ndarray, detector: RetinaNetConfig, fixed: Collection[str]
 ) -> tuple[RetinaNetConfig, float]:
-    """The preferred anchors that reach nearly as many boxes as any, and the share that they reach."""
+    """The preferred anchors that reach nearly as many boxes as any, and the share they reach."""
     own = detector.anchors
     held = {part for part in vars(own) if {"anchors", f"anchors.{part}"} & set(fixed)}
     deeper = [levels for levels in LEVELS if len(levels) >= len(detector.levels)]
@@ -154,10 +154,10 @@ def _train(
         min(max(side, _multiple(MARGIN * large)), limit)
         for side, limit in zip(train.crop, canvas, strict=True)
     )
-    steps = train.steps
-    if "steps" not in fixed and height * width > np.prod(train.crop):
-        steps = max(1, round(steps * np.prod(train.crop) / (height * width), -2))
-    return train.replace(crop=(height, width), steps=int(steps))
+    steps, share = train.steps, height * width / np.prod(train.crop)
+    if "steps" not in fixed and share > 1:
+        steps = max(1, int(round(steps / share, -2)))
+    return train.replace(crop=(height, width), steps=steps)
 
 
 def _read(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -178,10 +178,10 @@ def _read(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndar
             for n, e in enumerate(examples)
             for box, label in zip(e.boxes, e.labels, strict=True)
         ]
-    image, boxes, labels = zip(*records, strict=True) if records else ((), (), ())
+    image, boxes, names = zip(*records, strict=True) if records else ((), (), ())
     corners = np.array(boxes, float).reshape(-1, 4)
     corners[:, 2:] += corners[:, :2]
-    labels = np.unique(labels, return_inverse=True)[1]
+    labels = np.unique(np.array(names, int), return_inverse=True)[1]
     return np.array(sizes, float).reshape(-1, 2), np.array(image, int), corners, labels
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from focal.numpy import box_area, box_iou
 from focal.retinanet.config import RetinaNetConfig
+from focal.retinanet.coverage import best_iou, scales
 from focal.retinanet.data.coco import find_split, find_splits, read_record
 from focal.retinanet.data.coco_json import (
     ImageRecord,
@@ -30,7 +31,6 @@ from focal.retinanet.data.coco_json import (
 )
 from focal.retinanet.data.images import DataError, printable, resize
 from focal.retinanet.data.paths import PathRule
-from focal.retinanet.coverage import best_iou, scales
 
 __all__ = ["Boxes", "Finding", "Split", "all_classes", "check_data", "read_boxes"]
 
