@@ -89,27 +89,32 @@ def fit_config(
         for x, share in ((sides, SMALL), (sides, TYPICAL), (spans.max(axis=1), LARGE))
     )
     if "image_size" not in fixed:
-        needed = max(SMALL_SIDE / small, TYPICAL_SIDE / typical)
-        needed = max(needed, min(max(detector.image_size), LARGE_SIDE / large))
-        most = float(np.median(longest))
-        most = min(max(most, min(2 * most, LEAST_SIDE / small)), MAX_CANVAS)
-        detector = detector.replace(image_size=_canvas(sizes, min(needed, most)))
+        length = max(SMALL_SIDE / small, TYPICAL_SIDE / typical)
+        length = max(length, min(max(detector.image_size), LARGE_SIDE / large))
+        own_length = float(np.median(longest))
+        limit = max(own_length, min(2 * own_length, LEAST_SIDE / small))
+        length = min(length, limit, MAX_CANVAS)
+        detector = detector.replace(image_size=_canvas(sizes, length))
     canvas, scale = detector.image_size, scales(sizes, detector.image_size)[image]
     some = np.linspace(0, len(boxes) - 1, min(len(boxes), MAX_BOXES)).astype(int)
     detector, reached = _anchors((boxes * scale[:, None])[some], weights[some], detector, fixed)
-    train = _train(large * max(canvas), canvas, train, fixed)
+    if train.crop is not None and "crop" not in fixed:
+        least = 32 * round(min(MARGIN * large * max(canvas), MAX_CROP) / 32)
+        crop = min(max(train.crop[0], least), canvas[0]), min(max(train.crop[1], least), canvas[1])
+        share = min(math.prod(train.crop) / math.prod(crop), 2)
+        steps = train.steps if "steps" in fixed else round(train.steps * share)
+        train = train.replace(crop=crop, steps=steps)
 
-    low, high = np.percentile(sides, [5, 95])
     height, width = np.median(sizes, axis=0).round().astype(int)
+    low, high = np.percentile(sides, [5, 95])
     verb = "stay at" if (height, width) == canvas else "are scaled to"
     why = "as set, with boxes of" if "image_size" in fixed else "since boxes are"
-    anchors = detector.anchors
-    least, most = min(anchors.sizes) * min(anchors.scales), max(anchors.sizes) * max(anchors.scales)
-    crop = train.crop or canvas
+    anchors = [size * scale for size in detector.anchors.sizes for scale in detector.anchors.scales]
+    rows, columns = train.crop or canvas
     sentence = (
         f"fit: images of {height}x{width} {verb} {canvas[0]}x{canvas[1]}, {why} {low:.0f} to "
-        f"{high:.0f} pixels (5 % to 95 %); anchors {least:.0f} to {most:.0f}; "
-        f"crop {crop[0]}x{crop[1]}, {train.steps} steps; {reached:.0%} of the boxes have an anchor"
+        f"{high:.0f} pixels (5 % to 95 %); anchors {min(anchors):.0f} to {max(anchors):.0f}; "
+        f"crop {rows}x{columns}, {train.steps} steps; {reached:.0%} of the boxes have an anchor"
     )
     return Fitted(detector, train, sentence)
 
@@ -131,11 +136,10 @@ def _truth(dataset: Dataset) -> dict[str, Any]:
 
 def _canvas(sizes: np.ndarray, length: float) -> tuple[int, int]:
     """A canvas of whole cells of P5, whose longer side is about `length`."""
-    length = max(1, round(length / 32))
     # Where some images are tall and others wide, a square.
     shape = np.percentile(sizes / sizes.max(axis=1, keepdims=True), 80, axis=0)
-    height, width = (32 * max(1, math.ceil(side * length - 1e-3)) for side in shape)
-    return height, width
+    height, width = np.ceil(shape * max(1, round(length / 32)) - 1e-3).astype(int)
+    return 32 * max(1, int(height)), 32 * max(1, int(width))
 
 
 def _anchors(
@@ -165,18 +169,3 @@ def _anchors(
         tried.append((np.average(reaches, weights=weights), config, float(np.mean(reaches))))
     best = max(share for share, _, _ in tried)
     return next((config, reached) for share, config, reached in tried if share >= best - ENOUGH)
-
-
-def _train(
-    large: float, canvas: tuple[int, int], train: TrainConfig, fixed: Collection[str]
-) -> TrainConfig:
-    """The run with a crop that holds large boxes, and about as many pixels in all."""
-    if train.crop is None or "crop" in fixed:
-        return train
-    least = 32 * round(min(MARGIN * large, MAX_CROP) / 32)
-    height, width = (min(max(n, least), m) for n, m in zip(train.crop, canvas, strict=True))
-    steps = train.steps
-    if "steps" not in fixed:
-        share = train.crop[0] * train.crop[1] / (height * width)
-        steps = max(1, round(steps * min(share, 2), -2))
-    return train.replace(crop=(height, width), steps=int(steps))
