@@ -31,7 +31,10 @@ from focal.retinanet.training.metrics import read_metrics
 
 QUIET = 0.05
 """Share of the processors that other programs may take on a machine that counts as quiet."""
-VERSIONS = "import json, torch, focal; from benchmarks.common import versions; print(json.dumps(versions()))"
+VERSIONS = (
+    "import json, torch, focal; from benchmarks.common import versions; "
+    "print(json.dumps(versions()))"
+)
 PAGE = Path(__file__).parent.parent / "docs" / "fitting.md"
 METRICS = ("AP", "AP50", "AP75")
 

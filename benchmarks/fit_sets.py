@@ -136,8 +136,8 @@ def nuclei(rng: np.random.Generator, split: str) -> tuple[np.ndarray, Objects]:
     found: Objects = []
     centers = np.zeros((0, 3))
     for _ in range(int(rng.integers(50, 101))):
-        a = rng.uniform(4, 9)
-        b = a * rng.uniform(0.65, 1)
+        a = rng.uniform(4.5, 10)
+        b = a * rng.uniform(0.75, 1)
         for _ in range(30):
             x, y = rng.uniform(a, 256 - a, 2)
             if (np.hypot(*(centers[:, :2] - [x, y]).T) > 0.8 * (centers[:, 2] + a)).all():
@@ -187,10 +187,9 @@ def outline(label: int, turn: float) -> list[tuple[float, float]]:
         points = np.stack([np.cos(t), np.sin(t)], 1) * np.where(np.arange(10) % 2, 0.45, 1)[:, None]
     elif label == 1:
         k = 0.35
-        points = np.array(
-            [(k, 1), (-k, 1), (-k, k), (-1, k), (-1, -k), (-k, -k)]
-            + [(-k, -1), (k, -1), (k, -k), (1, -k), (1, k), (k, k)]
-        )
+        quarter = np.array([(k, 1), (-k, 1), (-k, k)])
+        quarters = [quarter, quarter[:, ::-1] * [-1, 1], -quarter, quarter[:, ::-1] * [1, -1]]
+        points = np.concatenate(quarters)
     elif label == 2:
         points = np.array(
             [(1, 0), (0.1, 0.8), (0.1, 0.3), (-1, 0.3), (-1, -0.3), (0.1, -0.3), (0.1, -0.8)]

@@ -6,18 +6,13 @@ import argparse
 import json
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 import focal
 from focal.cli.options import Commands, add_detector, assignments
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from focal.retinanet.presets import Preset
-    from focal.retinanet.report.check import Split
 
 __all__ = ["add", "run"]
 
@@ -31,8 +26,8 @@ dropped or clipped, duplicate images, boxes and files, images in two splits, ima
 boxes of an unusual size, and more.
 
 Box sizes and anchor coverage are those of --preset, --convention and --image-size, on whole images
-without augmentation. If there are no errors, the last lines are the command to train with, what it
-chooses to fit the boxes (preset tiny), and the share of boxes that an anchor then reaches.
+without augmentation. If there are no errors, the last lines are the command to train with, and
+what it chooses to fit the training boxes (preset tiny), with the share that an anchor reaches.
 
 exit status: 0 if there are no errors, whatever the warnings; 1 if there are errors;
              2 if there is nothing to check, or the command is wrong
@@ -65,13 +60,9 @@ def run(options: argparse.Namespace, command: str) -> int:
     settings = apply(start, assignments(options))
     findings, splits = check_data(options.data, progress=True)
     boxes = read_boxes(splits, settings.detector)
-    notes: dict[str, Any] = {
-        "command": command,
-        "data": str(options.data),
-        "focal": focal.__version__,
-    }
+    notes = {"command": command, "data": str(options.data), "focal": focal.__version__}
     if not any(finding.level == "error" for finding in findings):
-        notes["suggested"] = _suggested(options, splits, settings)
+        notes["suggested"] = _suggested(options, settings)
     record = check_record(findings, splits, boxes, settings.detector, notes)
     print(check_text(record))
     if options.out is not None:
@@ -83,23 +74,17 @@ def run(options: argparse.Namespace, command: str) -> int:
     return 1 if record["errors"] else 0
 
 
-def _suggested(
-    options: argparse.Namespace, splits: Sequence[Split], settings: Preset
-) -> dict[str, Any]:
+def _suggested(options: argparse.Namespace, settings: Preset) -> str:
     """The command to train with and, where it fits the detector to the boxes, what it chooses."""
     from focal.retinanet.data import CocoDataset
     from focal.retinanet.fitting import fit_config
-    from focal.retinanet.report.check import read_boxes
 
     words = ["focal", "train", "--data", str(options.data)]
     for name in ("preset", "convention", "image_size"):
         if (value := getattr(options, name)) is not None:
             words += [f"--{name.replace('_', '-')}", value]
-    found: dict[str, Any] = {"command": shlex.join(words)}
-    if options.preset not in (None, "tiny"):
-        return found
-    data = CocoDataset(options.data, "train")
-    fitted = fit_config(data, *settings, assignments(options))
-    iou = read_boxes(splits, fitted.detector).iou
-    reached = float(np.mean(iou >= fitted.detector.foreground)) if len(iou) else None
-    return found | {"fit": fitted.sentence, "reached": reached}
+    text = shlex.join(words)
+    if options.preset in (None, "tiny"):
+        data, fixed = CocoDataset(options.data, "train"), assignments(options)
+        text += f"\n{fit_config(data, *settings, fixed).sentence}"
+    return text

@@ -433,20 +433,19 @@ def test_it_ends_with_the_command_to_run(tmp_path, data, capsys):
     write(root, data)
     small = ["--image-size", "32x64"]
     assert main(["check", str(root), "--out", str(tmp_path / "out")]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    record = json.loads((tmp_path / "out/check.json").read_text())["suggested"]
-    command, fit, reached = lines[lines.index(next(x for x in lines if "suggested" in x)) :][:3]
-    assert command == f"suggested: focal train --data '{root}'"
-    assert fit == record["fit"] and fit.startswith("fit: images of 40x60 ")
-    assert (
-        record["reached"] == 1
-        and reached == "boxes of all splits with an anchor: 100.0%; with the settings above: 0.0%"
+    suggested = json.loads((tmp_path / "out/check.json").read_text())["suggested"]
+    assert f"\n\nsuggested: {suggested}\n" in capsys.readouterr().out
+    command, fit = suggested.splitlines()
+    assert command == f"focal train --data '{root}'"
+    assert fit.startswith("fit: images of 40x60 ") and fit.endswith(
+        "100% of the boxes have an anchor"
     )
+    assert read_boxes(check_data(root)[1], TINY).iou.max() < 0.5
 
     # What is given stays.
     assert main(["check", str(root), *small, "--out", str(tmp_path / "out")]) == 0
     assert f"suggested: focal train --data '{root}' --image-size 32x64\n" in capsys.readouterr().out
-    assert " 32x64" in json.loads((tmp_path / "out/check.json").read_text())["suggested"]["fit"]
+    assert " 32x64, as set" in json.loads((tmp_path / "out/check.json").read_text())["suggested"]
 
 
 def test_where_nothing_is_fitted_the_command_is_shown(tmp_path, data, capsys):

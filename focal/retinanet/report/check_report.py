@@ -149,16 +149,8 @@ def check_text(record: Mapping[str, Any], limit: int = EXAMPLES) -> str:
             for part in found["reached"].values()
         )
         lines.append(f"{_name(name):{width}}{sizes}   {shares}")
-    if suggested := record.get("suggested"):
-        lines += ["", f"suggested: {suggested['command']}"]
-        if "fit" in suggested:
-            lines.append(suggested["fit"])
-        if suggested.get("reached") is not None:
-            before = record["boxes"]["reached"]["all"]["share"]
-            lines.append(
-                f"boxes of all splits with an anchor: {suggested['reached']:.1%}; "
-                f"with the settings above: {before:.1%}"
-            )
+    if "suggested" in record:
+        lines += ["", f"suggested: {record['suggested']}"]
     return "\n".join(lines)
 
 
