@@ -55,14 +55,10 @@ def run(folder: Path, *arguments: object) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_the_page_has_these_files():
-    assert list(FILES) == ["detector.py", "first_loss.py", "with_lightning.py", "with_transformers.py"]
-
-
-@pytest.mark.parametrize("name", [name for name in FILES if name != "detector.py"])
+@pytest.mark.parametrize("name", ["first_loss.py", "with_lightning.py", "with_transformers.py"])
 def test_the_file_runs(folder, name):
     wanted = re.findall(r"print\(.*\)  # (.*)", FILES[name])
-    assert len(wanted) > 0
+    assert len(wanted) == FILES[name].count("print(") > 0
     assert run(folder, name)[-len(wanted) :] == wanted
 
 
