@@ -29,6 +29,7 @@ LONG = (
     "test_keras",
     "test_survival",
     "test_benchmarks_gpu",
+    "test_trainers",
     "test_cli",
     "torch/test_export",
     "retinanet/test_network",
