@@ -33,7 +33,7 @@ def main() -> None:
         train(shapes, "--data", "shapes", "--image-size", "128x128", "--steps", "2200")
     own = ["--data", options.data, "--steps", str(options.steps), "--eval-every", "100"]
     own += ["--image-size", "256x320", "--no-fit"]
-    starts = {"random": [], "shapes": ["--weights", str(shapes / "weights.safetensors")]}
+    starts = {"scratch": [], "finetuned": ["--weights", str(shapes / "weights.safetensors")]}
     record = {"date": str(date.today()), "command": " ".join(["python", *sys.orig_argv[1:]])}
     for name, weights in starts.items():
         out = options.out / name
