@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from focal.numpy import box_area, box_iou
 from focal.retinanet.config import RetinaNetConfig
-from focal.retinanet.coverage import best_iou, scales
 from focal.retinanet.data.coco import find_split, find_splits, read_record
 from focal.retinanet.data.coco_json import (
     ImageRecord,
@@ -29,6 +28,7 @@ from focal.retinanet.data.coco_json import (
     read_json,
     read_objects,
 )
+from focal.retinanet.data.coverage import best_iou, scales
 from focal.retinanet.data.images import DataError, printable, resize
 from focal.retinanet.data.paths import PathRule
 
