@@ -7,7 +7,7 @@
 The sets are those of `benchmarks.fit_sets`, written to a folder where they are not there yet, and
 BCCD. For each, one at a time, the command is run with what it chooses by itself, and the weights
 are measured on the test split. A set that is in the results with the same command is not run again,
-and one that was stopped goes on from its last checkpoint.
+and one that was stopped goes on from its last checkpoint (then "seconds" are those of the rest).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -39,12 +40,13 @@ PAGE = Path(__file__).parent.parent / "docs" / "fitting.md"
 METRICS = ("AP", "AP50", "AP75")
 
 
-def focal(*arguments: object) -> float:
-    """Run a command of this library; the share of the processors that other programs took."""
+def focal(*arguments: object) -> tuple[float, float]:
+    """Run a command of this library; its seconds, and the share of processors others took."""
     before, own, begin = busy(), children(), time.monotonic()
     subprocess.run([sys.executable, "-m", "focal", *map(str, arguments)], check=True)
+    seconds = time.monotonic() - begin
     others = busy() - before - (children() - own)
-    return max(0.0, others / (time.monotonic() - begin) / (os.cpu_count() or 1))
+    return seconds, max(0.0, others / seconds / (os.cpu_count() or 1))
 
 
 def busy() -> float:
@@ -65,7 +67,7 @@ def measure(data: Path, out: Path, extra: list[str]) -> dict[str, Any]:
     arguments = ["train", "--data", str(data), "--out", str(out), *extra]
     load = round(os.getloadavg()[0], 2)
     resumed = bool(list(out.glob("checkpoint-*")))
-    others = focal(*arguments, *(["--resume"] if resumed else []))
+    seconds, others = focal(*arguments, *(["--resume"] if resumed else []))
     focal("evaluate", out / "weights.safetensors", "--data", data, "--out", out / "test.json")
     record = json.loads((out / "config.json").read_text())
     _, evaluations = read_metrics(out / "metrics.jsonl")
@@ -82,7 +84,8 @@ def measure(data: Path, out: Path, extra: list[str]) -> dict[str, Any]:
         "ratios": [round(ratio, 3) for ratio in detector["anchors"]["ratios"]],
         "crop": train["crop"],
         "steps": train["steps"],
-        "seconds": record["seconds"],
+        "seconds": round(seconds, 1),
+        "training_seconds": record["seconds"],
         "resumed": resumed,
         "load_before": load,
         "others": round(others, 3),
@@ -115,7 +118,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--bccd", type=Path, help="the BCCD folder; without it, BCCD is left out")
     parser.add_argument("--out", type=Path, default=Path("runs/fit"), help="the run folders")
     parser.add_argument("--results", type=Path, help="default: OUT/results.json")
-    parser.add_argument("--again", action="store_true", help="also run what is in the results")
+    parser.add_argument(
+        "--again", action="store_true", help="also run what is in the results, from the start"
+    )
     parser.add_argument(
         "--train", nargs=argparse.REMAINDER, default=[], help="more for the command"
     )
@@ -127,6 +132,8 @@ def main(arguments: list[str] | None = None) -> None:
     for name in options.only or folders:
         if name in found["sets"] and not options.again:
             continue
+        if options.again:
+            shutil.rmtree(options.out / name, ignore_errors=True)
         if name in SETS and not (folders[name] / "instances_test.json").is_file():
             write(name, folders[name])
         line = measure(folders[name], options.out / name, options.train)

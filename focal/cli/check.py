@@ -77,7 +77,7 @@ def run(options: argparse.Namespace, command: str) -> int:
 def _suggested(options: argparse.Namespace, settings: Preset) -> str:
     """The command to train with and, where it fits the detector to the boxes, what it chooses."""
     from focal.retinanet.data import CocoDataset
-    from focal.retinanet.fitting import fit_config
+    from focal.retinanet.data.fitting import fit_config
 
     words = ["focal", "train", "--data", str(options.data)]
     for name in ("preset", "convention", "image_size"):

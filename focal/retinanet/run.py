@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from focal.retinanet.data import Dataset, Transformed
 from focal.retinanet.data.dataset import category_ids, dataset_name, read_example
+from focal.retinanet.data.fitting import fit_config
 from focal.retinanet.detector import backend_module, predict
-from focal.retinanet.fitting import fit_config
 from focal.retinanet.presets import Preset
 from focal.retinanet.pretrained import Pretrained, read_pretrained
 from focal.retinanet.report import report
@@ -157,7 +157,7 @@ def run(
             out = Path("runs") / str(replicas.maximum(number))
         if not resume and writes:
             refuse_run(out)
-        start = {
+        start: dict[str, Any] = {
             "preset": preset,
             "convention": convention,
             "weights": None if weights is None else os.fspath(weights),
@@ -220,6 +220,7 @@ def _settings(
     if fit_to_data if fit_to_data is not None else start["preset"] == "tiny" and not pretrained:
         fitted = fit_config(data, *settings, frozenset(changes))
         _log.info(fitted.sentence)
+        start["fit"] = fitted.sentence
         settings = Preset(fitted.detector, fitted.train)
     return settings, pretrained
 

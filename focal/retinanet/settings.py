@@ -50,7 +50,7 @@ def recorded_settings(path: Path, asked: Mapping[str, Any]) -> tuple[Preset, dic
             raise ValueError(
                 f"{path}: the run has {name} {record[name]}, and resumes with it; got {value}"
             )
-    return settings, {name: record.get(name) for name in asked}
+    return settings, {name: record.get(name) for name in (*asked, "fit")}
 
 
 def apply(settings: Preset, changes: Mapping[str, Any]) -> Preset:

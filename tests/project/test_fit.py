@@ -51,14 +51,14 @@ def test_a_finished_set_is_not_run_again(tmp_path, monkeypatch):
         out.mkdir(parents=True, exist_ok=True)
         anchors = {"sizes": [16, 32, 64], "ratios": [0.5, 1, 2]}
         detector = {"image_size": [512, 512], "levels": [3, 4, 5], "anchors": anchors}
-        record = {"fit": "fit: nuclei", "seconds": 90.0, "detector": detector}
+        record = {"fit": "fit: nuclei", "seconds": 80.0, "detector": detector}
         record["train"] = {"crop": [240, 240], "steps": 4000}
         (out / "config.json").write_text(json.dumps(record))
         metrics = {"AP": 0.5, "AP50": 0.75, "AP75": 0.6}
         line = {"kind": "eval", "split": "nuclei/val", "step": 4000, **metrics}
         (out / "metrics.jsonl").write_text(json.dumps(line) + "\n")
         (out / "test.json").write_text(json.dumps(metrics))
-        return 0.01
+        return 90.0, 0.01
 
     monkeypatch.setattr(fit, "focal", command)
     small = fit_sets.SETS["nuclei"]._replace(images=dict.fromkeys(("train", "val", "test"), 1))
@@ -75,6 +75,8 @@ def test_a_finished_set_is_not_run_again(tmp_path, monkeypatch):
     fit.main(options)
     assert [words[0] for words in ran] == ["train", "evaluate"]
     assert ran[0][1:] == ["--data", f"{tmp_path}/sets/nuclei", "--out", f"{tmp_path}/runs/nuclei"]
+    fit.main([*options, "--again"])
+    assert [words[0] for words in ran[2:]] == ["train", "evaluate"] and "--resume" not in ran[2]
     found = json.loads((tmp_path / "runs/results.json").read_text())
     line = found["sets"]["nuclei"]
     assert (line["sentence"], line["quiet"], line["test"]["AP50"]) == ("fit: nuclei", True, 0.75)

@@ -13,8 +13,8 @@ from PIL import Image
 from focal.cli import main
 from focal.numpy import anchors, box_iou
 from focal.retinanet import PRESETS
-from focal.retinanet.coverage import anchor_shapes, best_iou
 from focal.retinanet.data import CocoDataset
+from focal.retinanet.data.coverage import anchor_shapes, best_iou
 from focal.retinanet.report.check import check_data, read_boxes
 from focal.retinanet.report.check_picture import check_picture
 from focal.retinanet.report.check_report import check_record, check_text

@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from focal.numpy import box_area, box_iou
 from focal.retinanet.config import RetinaNetConfig
-from focal.retinanet.coverage import best_iou, scales
 from focal.retinanet.data.coco import find_splits, open_split, read_record
 from focal.retinanet.data.coco_json import (
     ImageRecord,
@@ -28,6 +27,7 @@ from focal.retinanet.data.coco_json import (
     read_images,
     read_objects,
 )
+from focal.retinanet.data.coverage import best_iou, scales
 from focal.retinanet.data.images import DataError, printable, resize
 
 __all__ = ["Boxes", "Finding", "Split", "all_classes", "check_data", "read_boxes"]

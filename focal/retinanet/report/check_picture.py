@@ -15,7 +15,7 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
 from focal.retinanet.config import RetinaNetConfig
-from focal.retinanet.coverage import anchor_shapes
+from focal.retinanet.data.coverage import anchor_shapes
 from focal.retinanet.data.images import printable
 from focal.retinanet.report.check import Boxes
 from focal.retinanet.report.check_report import BUCKETS

@@ -6,15 +6,13 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from focal.retinanet.config import RetinaNetConfig, TrainConfig
-from focal.retinanet.coverage import best_iou, scales
-
-if TYPE_CHECKING:  # it needs Pillow
-    from focal.retinanet.data import Dataset
+from focal.retinanet.data.coverage import best_iou, scales
+from focal.retinanet.data.dataset import Dataset, coco_annotation, read_example
 
 __all__ = ["Fitted", "fit_config"]
 
@@ -22,13 +20,13 @@ __all__ = ["Fitted", "fit_config"]
 SMALL, SMALL_SIDE = 10, 25
 TYPICAL, TYPICAL_SIDE = 50, 44
 LARGE, LARGE_SIDE = 90, 160
-LEAST_SIDE = 16
-"""Images are enlarged where their small boxes have fewer pixels, at most twofold."""
+LEAST_SIDE = 28
+"""Images are enlarged where their typical boxes have fewer pixels, at most twofold."""
 MAX_CANVAS = 1024
 MARGIN, MAX_CROP = 1.5, 384
 """The crop is so many times as long as a large box, up to so many pixels."""
 # In the order of preference; each level has twice the size of the one before.
-BASES = (32.0, 28.0, 24.0, 20.0, 16.0, 14.0, 12.0, 10.0, 8.0)
+BASES = (24.0, 20.0, 16.0, 14.0, 12.0, 10.0, 8.0)
 LEVELS: tuple[tuple[int, ...], ...] = ((3, 4, 5), (3, 4, 5, 6), (3, 4, 5, 6, 7))
 RATIOS = ((0.5, 1.0, 2.0), (1 / 3, 1.0, 3.0))
 ENOUGH = 0.01
@@ -92,7 +90,7 @@ def fit_config(
         length = max(SMALL_SIDE / small, TYPICAL_SIDE / typical)
         length = max(length, min(max(detector.image_size), LARGE_SIDE / large))
         own_length = float(np.median(longest))
-        limit = max(own_length, min(2 * own_length, LEAST_SIDE / small))
+        limit = max(own_length, min(2 * own_length, LEAST_SIDE / typical))
         length = min(length, limit, MAX_CANVAS)
         detector = detector.replace(image_size=_canvas(sizes, length))
     canvas, scale = detector.image_size, scales(sizes, detector.image_size)[image]
@@ -123,8 +121,6 @@ def _truth(dataset: Dataset) -> dict[str, Any]:
     """The ground truth, or that of some examples."""
     if hasattr(dataset, "ground_truth"):
         return dataset.ground_truth()
-    from focal.retinanet.data.dataset import coco_annotation, read_example
-
     some = np.linspace(0, len(dataset) - 1, min(len(dataset), MAX_EXAMPLES)).astype(int)
     truth: dict[str, Any] = {"images": [], "annotations": []}
     for n, (image, boxes, labels, _) in enumerate(
