@@ -236,6 +236,7 @@ def test_without_boxes_nothing_changes():
 class Bare:
     """A dataset without ground truth, of 600 images."""
 
+    classes = ("thing",)
     read = 0
 
     def __len__(self):
