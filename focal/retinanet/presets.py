@@ -48,6 +48,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 zoom=(0.7, 1.4),
                 flips="d4",
                 jitter=0.3,
+                eval_every=1000,
             ),
         ),
         # The paper's RetinaNet-50 and schedule; without loaded weights use norm=batch or group.
