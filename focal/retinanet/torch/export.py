@@ -1,7 +1,7 @@
 """The detector as one graph, network and post-processing, that needs no focal: PyTorch and ONNX.
 
-Non-maximum suppression is `focal.core.nms.suppress`, the same as in `predict`. Its fixed point
-becomes a loop of the graph (`torch.while_loop`, `Loop` in ONNX) that runs until nothing changes.
+Non-maximum suppression is `focal.core.nms.best`, the same as in `predict`. Its loops become loops
+of the graph (`torch.while_loop`, `Loop` in ONNX).
 """
 
 from __future__ import annotations
