@@ -103,10 +103,8 @@ def assignments(options: argparse.Namespace) -> dict[str, Any]:
         if not separator:
             raise ValueError(f"--set must be FIELD=VALUE; got {assignment!r}")
         if field not in fields:
-            owner = (
-                "AnchorConfig" if field.startswith("anchors.") else "RetinaNetConfig or TrainConfig"
-            )
-            raise ValueError(f"--set: no field {field!r} in {owner}")
+            owners = "RetinaNetConfig, TrainConfig or AnchorConfig"
+            raise ValueError(f"--set: no field {field!r} in {owners}")
         found[field] = _value(text)
     return found
 

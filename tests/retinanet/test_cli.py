@@ -416,8 +416,8 @@ def fails(capsys, *arguments):
         ),
         (("--set", "anchors.sizes=20"), "sizes must be a tuple of numbers; got 20"),
         (("--set", "anchors.ratios=[0]"), "ratios must be > 0; got 0"),
-        (("--set", "anchors.size=[20]"), "no field 'anchors.size' in AnchorConfig"),
-        (("--set", "gamma.x=2"), "no field 'gamma.x' in RetinaNetConfig or TrainConfig"),
+        (("--set", "anchors.size=[20]"), "no field 'anchors.size' in"),
+        (("--set", "gamma.x=2"), "no field 'gamma.x' in RetinaNetConfig, TrainConfig or"),
         (("--set", "anchors.strides=[8,16,30]"), "anchors.strides must be those of levels"),
         (
             ("--set", "anchors=3", "--set", "anchors.sizes=[16,32,64]"),

@@ -91,8 +91,11 @@ def fit_config(
         length = max(length, min(max(detector.image_size), LARGE_SIDE / large))
         own_length = float(np.median(longest))
         limit = max(own_length, min(2 * own_length, LEAST_SIDE / typical))
-        length = min(length, limit, MAX_CANVAS)
-        detector = detector.replace(image_size=_canvas(sizes, length))
+        cells = max(1, round(min(length, limit, MAX_CANVAS) / 32))
+        # The shape of the images; a square where some are tall and others wide.
+        shape = np.percentile(sizes / longest[:, None], 80, axis=0)
+        height, width = (32 * math.ceil(side * cells - 1e-3) for side in shape)
+        detector = detector.replace(image_size=(height, width))
     canvas, scale = detector.image_size, scales(sizes, detector.image_size)[image]
     some = np.linspace(0, len(boxes) - 1, min(len(boxes), MAX_BOXES)).astype(int)
     detector, reached = _anchors((boxes * scale[:, None])[some], weights[some], detector, fixed)
@@ -130,14 +133,6 @@ def _truth(dataset: Dataset) -> dict[str, Any]:
         pairs = zip(labels.tolist(), boxes, strict=True)
         truth["annotations"] += [coco_annotation(0, n, label, box) for label, box in pairs]
     return truth
-
-
-def _canvas(sizes: np.ndarray, length: float) -> tuple[int, int]:
-    """A canvas of whole cells of P5, whose longer side is about `length`."""
-    # Where some images are tall and others wide, a square.
-    shape = np.percentile(sizes / sizes.max(axis=1, keepdims=True), 80, axis=0)
-    height, width = np.ceil(shape * max(1, round(length / 32)) - 1e-3).astype(int)
-    return 32 * max(1, int(height)), 32 * max(1, int(width))
 
 
 def _anchors(
