@@ -150,31 +150,28 @@ def test_blood_cells():
         *(np.concatenate(x) for x in zip(red[1:], white[1:], platelets[1:], strict=True)),
     )
     found = fit((*cells, np.repeat([0, 1, 2], [850, 75, 76])))
-    assert found.detector.image_size == (352, 448)
+    assert found.detector.image_size == DETECTOR.image_size == (256, 320)
     assert (found.train.crop, found.train.steps) == ((240, 240), 4000)
     assert found.detector.levels == (3, 4, 5)
     assert found.sentence == (
-        "fit: images of 480x640 are scaled to 352x448, since boxes are 44 to 173 pixels (5 % to "
-        "95 %); anchors 24 to 152; crop 240x240, 4000 steps; 100% of the boxes have an anchor"
+        "fit: images of 480x640 are scaled to 256x320, since boxes are 44 to 173 pixels (5 % to "
+        "95 %); anchors 20 to 127; crop 240x240, 4000 steps; 100% of the boxes have an anchor"
     )
 
 
 def test_real_blood_cells():
-    """Four images; of small boxes they have 25 pixels or more."""
-    data = CocoDataset(BCCD, "train")
-    found = fit_config(data, DETECTOR, TRAIN).detector
-    sides = np.sqrt([a["area"] for a in data.ground_truth()["annotations"]])
-    assert max(found.image_size) <= 640 and sides.min() * max(found.image_size) / 640 > 20
+    found = fit_config(CocoDataset(BCCD, "train"), DETECTOR, TRAIN)
+    assert found.detector.image_size == (256, 320) and found.train == TRAIN
 
 
 def test_large_boxes_get_a_larger_crop():
     rare = uniform((640, 640), 30, 40)
     rare[2][:60, 2:] = rare[2][:60, :2] + 200
-    found = fit(rare)
-    assert found.detector.image_size == (640, 640)
+    large, given = DETECTOR.replace(image_size=(640, 640)), {"image_size"}
+    found = fit(rare, large, fixed=given)
     assert found.train.crop == (288, 288) and found.train.steps == 2778
-    assert fit(rare, fixed={"steps"}).train.steps == 4000
-    kept = fit(rare, fixed={"crop"}).train
+    assert fit(rare, large, fixed=given | {"steps"}).train.steps == 4000
+    kept = fit(rare, large, fixed=given | {"crop"}).train
     assert (kept.crop, kept.steps) == ((240, 240), 4000)
 
 
@@ -185,13 +182,13 @@ def test_thin_boxes_count_as_small():
     assert max(wide.image_size) > max(square.image_size)
 
 
-def test_a_rare_class_of_small_boxes_counts():
-    sizes, image, boxes = uniform((480, 640), 150, 200)
+def test_a_rare_class_counts_as_much_as_a_common_one():
+    sizes, image, boxes = uniform((640, 640), 30, 40)
+    boxes[:20, 2:] = boxes[:20, :2] + 200
     labels = np.zeros(400, int)
-    alone = fit((sizes, image, boxes, labels)).detector.image_size
-    labels[:40] = 1
-    boxes[:40, 2:] = boxes[:40, :2] + 40
-    assert max(fit((sizes, image, boxes, labels)).detector.image_size) > max(alone)
+    assert fit((sizes, image, boxes, labels)).detector.image_size == (640, 640)
+    labels[:20] = 1
+    assert fit((sizes, image, boxes, labels)).detector.image_size == (320, 320)
 
 
 def test_images_both_tall_and_wide_get_a_square():

@@ -19,7 +19,7 @@ __all__ = ["Fitted", "fit_config"]
 # Percentiles of the box sides, and the pixels of the canvas that such a box should have
 SMALL, SMALL_SIDE = 10, 25
 TYPICAL, TYPICAL_SIDE = 50, 44
-LARGE, LARGE_SIDE = 90, 160
+LARGE, LARGE_SIDE, LONGEST = 90, 80, 160
 LEAST_SIDE = 28
 """Images are enlarged where their typical boxes have fewer pixels, at most twofold."""
 MAX_CANVAS = 1024
@@ -28,7 +28,7 @@ MARGIN, MAX_CROP = 1.5, 384
 # In the order of preference; each level has twice the size of the one before.
 BASES = (24.0, 20.0, 16.0, 14.0, 12.0, 10.0, 8.0)
 LEVELS: tuple[tuple[int, ...], ...] = ((3, 4, 5), (3, 4, 5, 6), (3, 4, 5, 6, 7))
-RATIOS = ((0.5, 1.0, 2.0), (1 / 3, 1.0, 3.0))
+RATIOS: tuple[tuple[float, ...], ...] = ((0.5, 1.0, 2.0), (1 / 3, 1.0, 3.0))
 ENOUGH = 0.01
 """Share of the boxes that a preferred choice may reach less than the best one."""
 MAX_BOXES, MAX_EXAMPLES = 2000, 500
@@ -82,13 +82,17 @@ def fit_config(
     weights, longest = 1 / counts[labels], sizes.max(axis=1)
     # What is thin is as hard to find as what is small.
     sides = np.minimum(np.sqrt(np.prod(spans, axis=1)), 2 * spans.min(axis=1))
-    small, typical, large = (
+    small, typical, large, long = (
         float(np.percentile(x / longest[image], share, weights=weights, method="inverted_cdf"))
-        for x, share in ((sides, SMALL), (sides, TYPICAL), (spans.max(axis=1), LARGE))
+        for x, share in (
+            *((sides, share) for share in (SMALL, TYPICAL, LARGE)),
+            (spans.max(axis=1), LARGE),
+        )
     )
     if "image_size" not in fixed:
-        length = max(SMALL_SIDE / small, TYPICAL_SIDE / typical)
-        length = max(length, min(max(detector.image_size), LARGE_SIDE / large))
+        # Large boxes are learned sooner on a small canvas.
+        length = min(max(SMALL_SIDE / small, TYPICAL_SIDE / typical), LARGE_SIDE / large)
+        length = max(length, min(max(detector.image_size), LONGEST / long))
         own_length = float(np.median(longest))
         limit = max(own_length, min(2 * own_length, LEAST_SIDE / typical))
         cells = max(1, round(min(length, limit, MAX_CANVAS) / 32))
@@ -100,7 +104,7 @@ def fit_config(
     some = np.linspace(0, len(boxes) - 1, min(len(boxes), MAX_BOXES)).astype(int)
     detector, reached = _anchors((boxes * scale[:, None])[some], weights[some], detector, fixed)
     if train.crop is not None and "crop" not in fixed:
-        least = 32 * round(min(MARGIN * large * max(canvas), MAX_CROP) / 32)
+        least = 32 * round(min(MARGIN * long * max(canvas), MAX_CROP) / 32)
         crop = min(max(train.crop[0], least), canvas[0]), min(max(train.crop[1], least), canvas[1])
         share = min(math.prod(train.crop) / math.prod(crop), 2)
         steps = train.steps if "steps" in fixed else round(train.steps * share)
@@ -143,7 +147,9 @@ def _anchors(
     held = {part for part in vars(own) if {"anchors", f"anchors.{part}"} & set(fixed)}
     spans = boxes[:, 2:] - boxes[:, :2]
     long = np.percentile(spans.max(axis=1) / spans.min(axis=1), [50, 90]).round(1).tolist()
-    ratios = [*RATIOS, (1 / long[1], 1 / long[0], 1.0, *long)]  # both ways: images may be turned
+    ratios = [*RATIOS]
+    if long[1] > max(RATIOS[-1]):  # both ways: images may be turned
+        ratios.append((1 / long[1], 1 / long[0], 1.0, *long))
     levels = [n for n in LEVELS if len(n) >= len(detector.levels)]
     tried = []
     for ratio, level, base in itertools.product(
