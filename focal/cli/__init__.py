@@ -61,5 +61,6 @@ def _not_installed(error: ModuleNotFoundError) -> str:
     extras = {"torch": "torch", "tensorflow": "tensorflow", "keras": "tensorflow"}
     extras |= dict.fromkeys(("jax", "flax", "optax"), "jax")
     extras |= dict.fromkeys(("onnx", "onnxscript"), "onnx")
+    extras |= {"tensorboardX": "tensorboard"}
     extra = extras.get(package, "retinanet")
     return f'{package} is not installed; install it with: pip install "focal-losses[{extra}]"'

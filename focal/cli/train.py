@@ -54,7 +54,9 @@ def add(commands: Commands) -> None:
     train.add_argument(
         "--out", type=Path, help="the run folder (default: a new one, runs/1, runs/2, ...)"
     )
-    train.add_argument("--steps", type=int, help="optimizer steps (default: the preset's)")
+    train.add_argument(
+        "--steps", type=int, help="optimizer steps (default: those of --fit or the preset)"
+    )
     train.add_argument("--seed", type=int, help="of weights, order and augmentation (default: 0)")
     train.add_argument(
         "--weights",
@@ -77,7 +79,9 @@ def add(commands: Commands) -> None:
         "--eval-every", type=int, help="steps between evaluations on val (0: only at the end)"
     )
     train.add_argument(
-        "--patience", type=int, help="stop after this many evaluations without a better AP"
+        "--patience",
+        type=int,
+        help="stop after this many evaluations without a better AP; needs --eval-every",
     )
     train.add_argument(
         "--tensorboard", action="store_true", help="write TensorBoard event files to the run folder"
@@ -131,7 +135,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     for split, lines in evaluations.items():
         print_metrics(f"{split} after {lines[-1]['step']} steps", lines[-1])
         best = max(lines, key=lambda line: number(line, "AP"))
-        if best is not lines[-1]:
+        if best is not lines[-1] and best["AP"] is not None:
             text = f"best AP {best['AP']:.3f} after {best['step']} steps"
             print(f"{text}: {found.folder / 'best.safetensors'}")
     print(f"report: {found.folder / 'report.html'}")

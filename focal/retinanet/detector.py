@@ -184,6 +184,7 @@ def raw_outputs(model: Any, images: Sequence[Any]) -> tuple[np.ndarray, np.ndarr
     Raises:
         TypeError, ValueError: an image is none of these, or its file cannot be read.
     """
+    _check_list("raw_outputs", images)
     canvases = _canvases("raw_outputs", model.config, images)[0]
     return backend_module(model.backend).raw_outputs(model, canvases)
 
@@ -213,6 +214,7 @@ def predict(model: Any, images: Sequence[Any]) -> list[dict[str, np.ndarray]]:
         >>> found["boxes"].shape  # untrained, it finds nothing
         (0, 4)
     """
+    _check_list("predict", images)
     results: list[dict[str, np.ndarray]] = []
     for start in range(0, len(images), PREDICT_BATCH):
         some = images[start : start + PREDICT_BATCH]
@@ -251,6 +253,13 @@ def backend_module(backend: str) -> ModuleType:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     return importlib.import_module(f"focal.retinanet.{backend}.trainer")
+
+
+def _check_list(name: str, images: Any) -> None:
+    """One image or path instead of a list of them is the commonest mistake."""
+    if isinstance(images, str) or not hasattr(images, "__len__"):
+        kind = type(images).__name__
+        raise TypeError(f"{name}: images must be a list of images, such as [image]; got {kind}")
 
 
 def _canvases(

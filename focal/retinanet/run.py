@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from focal.retinanet.data import Dataset, Transformed
-from focal.retinanet.data.dataset import category_ids, dataset_name, read_example
+from focal.retinanet.data.dataset import category_ids, class_names, dataset_name, read_example
 from focal.retinanet.data.fitting import fit_config
 from focal.retinanet.detector import backend_module, predict
 from focal.retinanet.presets import Preset
@@ -22,6 +22,7 @@ from focal.retinanet.training.loop import Callback, train
 from focal.retinanet.training.run_folder import new_folder, refuse_run
 from focal.retinanet.training.stopping import Signals
 from focal.retinanet.training.tensorboard import TensorBoard
+from focal.retinanet.weights import checkpoints
 
 __all__ = ["Run", "fit", "run"]
 
@@ -165,6 +166,8 @@ def run(
         if resume and (out / "config.json").is_file():
             settings, start = recorded_settings(out / "config.json", start)
             settings, pretrained = apply(settings, changes), None
+            if start["weights"] is not None and not checkpoints(out):  # it was killed before
+                pretrained = read_pretrained(start["weights"])
         else:
             settings, pretrained = _settings(data, start, fit_to_data, changes)
         detector, train_config = settings
@@ -197,8 +200,8 @@ def _settings(
     data: Dataset, start: dict[str, Any], fit_to_data: bool | None, changes: dict[str, Any]
 ) -> tuple[Preset, Pretrained | None]:
     """The settings of a new run, and the weights to start from; completes `start`."""
-    ids = category_ids(data)
-    own = {"classes": tuple(data.classes), "category_ids": ids, **changes}
+    names, ids = class_names(data), category_ids(data)
+    own = {"classes": names, "category_ids": ids, **changes}
     if ids == tuple(range(1, len(ids) + 1)):
         own["category_ids"] = ()
     pretrained = None

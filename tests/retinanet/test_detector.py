@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -287,6 +288,13 @@ def test_nothing_found_is_an_empty_array():
 def test_what_is_no_image(model, function, image, error, message):
     with pytest.raises(error, match=rf"{function.__name__}: images\[1\] must .*{message}"):
         function(model, [picture(4, 4), image])
+
+
+@pytest.mark.parametrize("image", ["photo.png", Path("photo.png"), Image.new("RGB", (9, 9))])
+def test_one_image_instead_of_a_list(model, image):
+    for function in (predict, raw_outputs):
+        with pytest.raises(TypeError, match=rf"^{function.__name__}: images must be a list of"):
+            function(model, image)
 
 
 # The first loss

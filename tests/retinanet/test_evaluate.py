@@ -237,6 +237,19 @@ def test_images_without_boxes_count(model, monkeypatch):
     assert metrics["AP/square"] == pytest.approx(1) and metrics["AP/circle"] < 1
 
 
+def test_image_ids_may_be_negative(model):
+    own = [example._replace(image_id=n - 3) for n, example in enumerate(SHAPES)]
+    metrics, found = evaluate_model(model, Plain(own), 4)
+    assert [entry["image_id"] for entry in found] == [example.image_id for example in own]
+    assert metrics == pytest.approx(evaluate(model, Plain(list(SHAPES))), nan_ok=True)
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_off_a_terminal_there_is_no_progress_bar(model, capsys, progress):
+    evaluate(model, SHAPES, progress=progress)
+    assert capsys.readouterr().err == ""
+
+
 def test_classes_must_be_the_models(model):
     other = Plain(list(SHAPES))
     other.classes = ("circle", "cube", "triangle")

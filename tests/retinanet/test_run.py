@@ -300,6 +300,37 @@ def test_classes_that_differ(tmp_path):
         fit(Numbers(2), None, tmp_path, steps=1, classes="cell", fit_to_data=False, **QUICK)
 
 
+@pytest.mark.parametrize("wrong", ["name", "folder"])
+def test_data_that_is_no_dataset(tmp_path, wrong):
+    data = Numbers(2)
+    data.classes = "cell"  # or there would be four classes
+    with pytest.raises(TypeError, match="data must be a Dataset, such as CocoDataset"):
+        fit({"name": data, "folder": str(tmp_path)}[wrong], None, tmp_path, steps=1, **QUICK)
+
+
+def test_a_split_without_objects(tmp_path, capsys):
+    """It has no AP, and so no best one."""
+    for split in ("train", "val"):
+        data = ShapesDataset(split, size=(64, 64), num_images=2)
+        truth = data.ground_truth()
+        truth["annotations"] = truth["annotations"] if split == "train" else []
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for index, image in enumerate(truth["images"]):
+            Image.fromarray(data[index].image).save(tmp_path / "data" / split / image["file_name"])
+        (tmp_path / "data" / split / "_annotations.coco.json").write_text(json.dumps(truth))
+    command = ["train", "--data", tmp_path / "data", "--out", tmp_path / "run", "--steps", 2]
+    assert main([*map(str, command), "--eval-every", "1", *FLAGS]) == 0
+    found = capsys.readouterr().out
+    assert "nan" in found and "best AP" not in found and "report:" in found
+
+
+def test_tensorboard_without_its_package(coco, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    command = ["train", "--data", coco, "--out", tmp_path / "run", "--tensorboard"]
+    assert main([*map(str, command), *FLAGS]) == 2
+    assert 'pip install "focal-losses[tensorboard]"' in capsys.readouterr().err
+
+
 def test_an_own_dataset_trains_and_is_evaluated(tmp_path):
     model = fit(Numbers(2), Numbers(2), tmp_path, steps=2, fit_to_data=False, device="cpu", **QUICK)
     assert model.config.classes == ("class 0", "class 1")
@@ -350,6 +381,22 @@ def test_resuming_keeps_the_recorded_settings(coco, tmp_path, capsys):
     assert "the run has preset tiny, and resumes with it; got r50" in capsys.readouterr().err
     assert main([*command, "--convention", "detectron2", "--resume"]) == 2
     assert "the run has convention None" in capsys.readouterr().err
+
+
+def test_resuming_before_the_first_checkpoint_starts_from_the_weights_again(
+    coco, trained, tmp_path
+):
+    """Not from random ones, where the run was killed before it could save."""
+    command = [*map(str, ("train", "--data", coco, "--out", tmp_path, "--steps", 1)), *FLAGS]
+    command += ["--set", "learning_rate=0"]
+    assert main([*command, "--weights", str(trained)]) == 0
+    expected = weights(tmp_path)
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()
+    assert main([*command, "--resume"]) == 0
+    found = weights(tmp_path)
+    for name, x in expected.items():
+        np.testing.assert_array_equal(found[name], x, err_msg=name)
 
 
 def test_resuming_needs_a_folder(capsys):

@@ -381,6 +381,7 @@ def test_patience(tmp_path, monkeypatch, capsys):
     before = lines(tmp_path)
     fit(tmp_path, run, validation=shapes("val", 2), resume=True)  # and it stays so
     assert lines(tmp_path) == before
+    assert "stopped: no better AP in 2 evaluations" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

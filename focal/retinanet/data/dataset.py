@@ -18,6 +18,7 @@ __all__ = [
     "Example",
     "Transformed",
     "category_ids",
+    "class_names",
     "coco_annotation",
     "dataset_name",
     "image_name",
@@ -92,7 +93,7 @@ class Transformed:
 
     def __init__(self, dataset: Dataset, transform: Callable[..., Mapping[str, Any]]) -> None:
         self.name = dataset_name(dataset)
-        self.classes = tuple(dataset.classes)
+        self.classes = class_names(dataset)
         self.category_ids = category_ids(dataset)
         self.max_boxes: int = getattr(dataset, "max_boxes", 0)
         self._dataset, self._transform = dataset, transform
@@ -118,6 +119,15 @@ class Transformed:
 def dataset_name(dataset: Dataset) -> str:
     """The name of a dataset in logs and tables."""
     return str(getattr(dataset, "name", type(dataset).__name__))
+
+
+def class_names(dataset: Dataset) -> tuple[str, ...]:
+    """The names of the classes, by label."""
+    names = getattr(dataset, "classes", None)
+    if names is None or isinstance(names, str):
+        wanted = "a Dataset, such as CocoDataset(folder, 'train'), whose classes are several names"
+        raise TypeError(f"data must be {wanted}; got {dataset!r} with classes {names!r}")
+    return tuple(names)
 
 
 def category_ids(dataset: Dataset) -> tuple[int, ...]:

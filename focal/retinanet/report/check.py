@@ -281,7 +281,8 @@ def _files(splits: Sequence[Split], progress: bool) -> Iterable[Finding]:
     kept: list[tuple[Split, int, np.ndarray]] = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         results = pool.map(lambda item: _open(*item), work)
-        bar = tqdm(results, total=len(work), unit="image", leave=False, disable=not progress)
+        hidden = None if progress else True  # None: shown on a terminal alone
+        bar = tqdm(results, total=len(work), unit="image", leave=False, disable=hidden)
         for (split, index), (digest, thumbnail, error) in zip(work, bar, strict=True):
             if error is not None:
                 yield Finding("error", error.kind, split.name, str(error))

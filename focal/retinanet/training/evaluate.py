@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 
 from focal.retinanet.data import Batch, Dataset, eval_batches
-from focal.retinanet.data.dataset import category_ids, coco_annotation, dataset_name
+from focal.retinanet.data.dataset import (
+    category_ids,
+    class_names,
+    coco_annotation,
+    dataset_name,
+)
 from focal.retinanet.detector import detect
 from focal.retinanet.training.progress import ProgressBar
 
@@ -27,7 +32,7 @@ def evaluate(
         dataset: A `CocoDataset`, `ShapesDataset` or `Dataset` of your own with the classes of the
             model. Without a method `ground_truth()`, the boxes of its examples are the truth.
         batch_size: Images at a time; the metrics do not depend on it.
-        progress: Show a progress bar.
+        progress: Show a progress bar on a terminal.
 
     Returns:
         Numbers in [0, 1], with at most 100 detections per image and class: "AP", the mean over IoU
@@ -173,7 +178,7 @@ def evaluate_model(
     model: Any, dataset: Dataset, batch_size: int = 8, progress: bool = False
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The metrics of `evaluate`, and the detections in pixels of the images."""
-    name, classes, ids = dataset_name(dataset), tuple(dataset.classes), category_ids(dataset)
+    name, classes, ids = dataset_name(dataset), class_names(dataset), category_ids(dataset)
     if classes != model.config.classes:
         raise ValueError(
             f"evaluate: the detector's classes are {model.config.classes}, "
@@ -184,13 +189,14 @@ def evaluate_model(
     annotations: list[dict[str, Any]] = []
     batches = eval_batches(dataset, model.config, batch_size)
     total = -(-len(dataset) // batch_size)
-    bar = ProgressBar(batches, total=total, desc=name, unit="batch", disable=not progress)
+    hidden = None if progress else True  # None: shown on a terminal alone
+    bar = ProgressBar(batches, total=total, desc=name, unit="batch", disable=hidden)
     own = getattr(dataset, "ground_truth", None)
     with contextlib.closing(batches):
         for batch in bar:
             results = detect(model, batch.images, batch.sizes, batch.scales, batch.image_sizes)
             for row, (image_id, result) in enumerate(zip(batch.image_ids, results, strict=True)):
-                if image_id >= 0:
+                if len(found) < len(dataset):  # what follows only fills up the batch
                     found.append({"image_id": int(image_id), **result})
                     if own is None:
                         images.append({"id": int(image_id)})

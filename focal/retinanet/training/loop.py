@@ -19,7 +19,7 @@ import numpy as np
 import focal
 from focal.retinanet.config import RetinaNetConfig, TrainConfig
 from focal.retinanet.data import Batch, Dataset, train_batches
-from focal.retinanet.data.dataset import dataset_name
+from focal.retinanet.data.dataset import class_names, dataset_name
 from focal.retinanet.detector import backend_module
 from focal.retinanet.replicas import Replicas
 from focal.retinanet.training.evaluate import evaluate_model
@@ -170,9 +170,9 @@ def train(
 
 def _check_classes(config: RetinaNetConfig, *datasets: Dataset | None) -> None:
     for dataset in datasets:
-        if dataset is not None and tuple(dataset.classes) != config.classes:
+        if dataset is not None and class_names(dataset) != config.classes:
             raise ValueError(
-                f"train: {dataset_name(dataset)} has the classes {tuple(dataset.classes)}; "
+                f"train: {dataset_name(dataset)} has the classes {class_names(dataset)}; "
                 f"expected {config.classes}"
             )
 
@@ -217,7 +217,7 @@ class _Run:
             self.measured(first)
         with Progress(train.steps, first, shown=self.replicas.rank == 0) as progress:
             speed = _Speed(train.batch_size, first)
-            if self.exhausted():
+            if self.exhausted(progress):
                 return first
             for done in range(first + 1, train.steps + 1):
                 rate = learning_rate(train, done - 1)
@@ -240,19 +240,21 @@ class _Run:
                     self.save(done)
                 if evaluates:
                     self.measured(done, progress)
-                    if self.exhausted():
+                    if self.exhausted(progress):
                         self.save(done)
-                        progress.write(f"stopped: no better AP in {train.patience} evaluations")
                         return done
         return train.steps
 
-    def exhausted(self) -> bool:
+    def exhausted(self, progress: Progress) -> bool:
         """Whether the last `patience` evaluations brought no better AP."""
         if not self.train.patience:
             return False
         found = list(self.folder.evaluations().values()) if self.replicas.rank == 0 else []
         since = len(found) - 1 - found.index(max(found)) if found else 0
-        return bool(self.replicas.maximum(int(since >= self.train.patience)))
+        over = bool(self.replicas.maximum(int(since >= self.train.patience)))
+        if over:
+            progress.write(f"stopped: no better AP in {self.train.patience} evaluations")
+        return over
 
     def stopping(self, reads: bool) -> int:
         """The signal for which all processes stop, or 0.
