@@ -129,11 +129,31 @@ def load(
 def export(model: Any, path: str | os.PathLike[str], canvas: bool = False) -> None:
     """Write the detector with its post-processing, for programs that do without this library.
 
-    The exported detector takes one image of any size and gives boxes in pixels of that image.
-    What goes in and what comes out is the same in both formats:
-    `focal.retinanet.torch.export.export_onnx` and
-    `focal.retinanet.tensorflow.export.export_saved_model` describe it. ONNX is written by
-    PyTorch and a SavedModel by TensorFlow, whichever framework the model is of.
+    ONNX is written by PyTorch and a SavedModel by TensorFlow, whichever framework the model is of.
+    In: `image` (height, width, 3) uint8, RGB, as decoders give it. The graph scales it to fit the
+    canvas, as `predict` does, fills up the canvas, and normalizes. Out, the best first:
+
+    - `boxes` (n, 4) float32: (x1, y1, x2, y2) in pixels of the image, inside it
+    - `scores` (n,) float32
+    - `labels` (n,) int64: indices into `classes`
+
+    With `canvas=True` it takes batches of images that are on the canvas already. B, the number of
+    images, is any from 1 on; H and W are the config's canvas, D its `max_detections`. In:
+
+    - `images` (B, H, W, 3) uint8: RGB, scaled to fit the canvas, in its top left corner, the rest
+      of the color `fill`
+    - `sizes` (B, 2) int64: the (height, width) in pixels that each image covers of the canvas
+
+    Out, of each image the best first:
+
+    - `boxes` (B, D, 4) float32: (x1, y1, x2, y2) in pixels of the canvas
+    - `scores` (B, D) float32
+    - `labels` (B, D) int64: indices into `classes`
+    - `count` (B,) int64: how many there are; what comes after is padding, boxes and scores of 0
+      and labels of -1
+
+    With the graph are stored `classes`, `category_ids`, `image_size` (height, width) of the
+    canvas, `fill` and the whole `config`; `version` is "2", or "1" with `canvas=True`.
 
     Args:
         model: From `build` or `load`.
