@@ -19,7 +19,7 @@ from focal.retinanet.data.dataset import Dataset, Example, dataset_name, image_n
 from focal.retinanet.data.images import DataError
 from focal.retinanet.data.transforms import augment, fit, place
 
-__all__ = ["Batch", "eval_batches", "train_batches"]
+__all__ = ["Batch", "eval_batches", "prefetch", "train_batches"]
 
 _T = TypeVar("_T")
 
@@ -108,7 +108,7 @@ def train_batches(
         items = [item(step, slot) for slot in slots]
         return _collate(items, (height, width), max_boxes, config)
 
-    return _prefetch(batch, itertools.count(start), train.workers)
+    return prefetch(batch, itertools.count(start), train.workers)
 
 
 def eval_batches(
@@ -134,7 +134,7 @@ def eval_batches(
         collated = _collate(fitted, config.image_size, max_boxes, config)
         return collated._replace(image_sizes=np.array([size for _, _, size in items], np.int64))
 
-    return _prefetch(batch, range(0, count, batch_size), workers)
+    return prefetch(batch, range(0, count, batch_size), workers)
 
 
 @contextlib.contextmanager
@@ -208,10 +208,10 @@ def _collate(
     )
 
 
-def _prefetch(
-    make: Callable[[int], _T], numbers: Iterable[int], workers: int | None
+def prefetch(
+    make: Callable[[int], _T], numbers: Iterable[int], workers: int | None, ahead: int = 2
 ) -> Generator[_T, None, None]:
-    """`map(make, numbers)`, in order, prefetching up to two batches per worker.
+    """`map(make, numbers)`, in order, with up to `ahead` results per worker made in advance.
 
     With 0 workers the calling thread makes them; None is `_default_workers()`.
     """
@@ -224,7 +224,7 @@ def _prefetch(
     try:
         for number in numbers:
             waiting.append(pool.submit(make, number))
-            if len(waiting) > 2 * workers:
+            if len(waiting) > ahead * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
