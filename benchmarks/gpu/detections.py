@@ -26,7 +26,7 @@ def detections_on(model: Any, dataset: Dataset, batch_size: int = 8) -> list[dic
     found = []
     with contextlib.closing(eval_batches(dataset, model.config, batch_size)) as batches:
         for batch in batches:
-            results = detect(model, batch.images, batch.sizes, batch.scales, batch.image_sizes)
+            results = detect(model, batch)
             for image_id, result in zip(batch.image_ids, results, strict=True):
                 if image_id >= 0:
                     found.append({"image_id": int(image_id), **result})

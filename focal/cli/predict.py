@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import glob
-import itertools
 import json
-import os
 import sys
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from focal.cli.options import Commands, add_backend, add_inference, inference
-
-if TYPE_CHECKING:
-    from focal.retinanet import RetinaNetConfig
 
 __all__ = ["add", "run"]
 
@@ -73,23 +65,32 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace, _: str) -> int:
     """Run the command."""
+    from focal.files import write_atomically
+    from focal.retinanet.data.dataset import category_ids
+    from focal.retinanet.data.loader import prefetch
     from focal.retinanet.detector import load, predict
     from focal.retinanet.training.evaluate import coco_results
     from focal.retinanet.training.progress import ProgressBar
 
     paths = _files(options.images)
     model = load(options.weights, options.backend, options.device, **inference(options))
-    config, ids = model.config, _category_ids(model.config)
+    classes, ids = model.config.classes, category_ids(model.config)
     _check_overwrites(options, paths)
-    options.out.mkdir(parents=True, exist_ok=True)
+    for folder in (options.out, options.results and options.results.parent):
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
     bar = ProgressBar(total=len(paths), unit="image", disable=None)  # on a terminal alone
+    results: list[str] = []  # as text, which is smaller
     failed = 0
-    with bar, _results(options.results) as add_result, ThreadPoolExecutor(BATCH) as pool:
-        for first, batch in _batches(pool, paths):
+    with bar, ThreadPoolExecutor(BATCH) as pool:
+        starts = range(0, len(paths), BATCH)
+        # One batch is decoded ahead.
+        batches = prefetch(lambda i: [*pool.map(_read, paths[i : i + BATCH])], starts, 1, ahead=1)
+        for first, batch in zip(starts, batches, strict=True):
             images = {i: x for i, x in enumerate(batch, first) if isinstance(x, np.ndarray)}
             found = dict(zip(images, predict(model, [*images.values()]), strict=True))
             written = {
-                i: pool.submit(_write, paths[i], image, found[i], config, options)
+                i: pool.submit(_write, paths[i], image, found[i], classes, ids, options)
                 for i, image in images.items()
             }
             for i, image in enumerate(batch, first):
@@ -98,9 +99,13 @@ def run(options: argparse.Namespace, _: str) -> int:
                     failed += 1
                     continue
                 bar.write(f"{paths[i]}: {written[i].result()}")
-                for entry in coco_results(i + 1, found[i], ids):
-                    add_result({"file_name": paths[i].name, **entry})
+                if options.results:
+                    own = coco_results(i + 1, found[i], ids)
+                    name = {"file_name": paths[i].name}
+                    results += [json.dumps(name | entry) for entry in own]
             bar.update(len(batch))
+    if options.results:
+        write_atomically(options.results, ("[" + ",\n".join(results) + "]").encode())
     return 2 if failed == len(paths) else min(failed, 1)
 
 
@@ -131,20 +136,6 @@ def _check_overwrites(options: argparse.Namespace, paths: list[Path]) -> None:
         seen.add(picture)
 
 
-def _batches(
-    pool: ThreadPoolExecutor, paths: list[Path]
-) -> Iterator[tuple[int, list[np.ndarray | ValueError]]]:
-    """The number of the first image, and images or errors; one batch is decoded ahead."""
-    ahead: deque[tuple[int, Iterator[np.ndarray | ValueError]]] = deque()
-    for first in range(0, len(paths), BATCH):
-        ahead.append((first, pool.map(_read, paths[first : first + BATCH])))
-        if len(ahead) > 1:
-            number, images = ahead.popleft()
-            yield number, list(images)
-    for number, images in ahead:
-        yield number, list(images)
-
-
 def _read(path: Path) -> np.ndarray | ValueError:
     from focal.retinanet.data import DataError, read_image
 
@@ -158,21 +149,22 @@ def _write(
     path: Path,
     image: np.ndarray,
     found: Mapping[str, np.ndarray],
-    config: RetinaNetConfig,
+    classes: tuple[str, ...],
+    ids: tuple[int, ...],
     options: argparse.Namespace,
 ) -> str:
     """Write the files of one image; what there is to say about it."""
     from focal.files import write_atomically
 
     boxes, labels, scores = found["boxes"], found["labels"], found["scores"]
-    shown, ids = scores >= options.score, _category_ids(config)
+    shown = scores >= options.score
     record = {
         "image": str(path),
         "image_size": {"width": image.shape[1], "height": image.shape[0]},
         "box_format": "x1, y1, x2, y2 in pixels",
         "found": [
             {
-                "class": config.classes[label],
+                "class": classes[label],
                 "label": int(label),
                 "category_id": ids[label],
                 "score": round(float(score), 5),
@@ -187,30 +179,6 @@ def _write(
         return f"{int(shown.sum())} objects -> {target}"
     from focal.retinanet.report.draw import draw_boxes, save_image
 
-    drawn = draw_boxes(image, boxes[shown], labels[shown], config.classes, scores[shown])
+    drawn = draw_boxes(image, boxes[shown], labels[shown], classes, scores[shown])
     picture = save_image(target.with_suffix(".png"), drawn, optimize=False)
     return f"{int(shown.sum())} objects -> {picture}, {target.name}"
-
-
-def _category_ids(config: RetinaNetConfig) -> tuple[int, ...]:
-    return config.category_ids or tuple(range(1, config.num_classes + 1))
-
-
-@contextlib.contextmanager
-def _results(path: Path | None) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A function that appends to the list in a JSON file, which is there at the end, whole."""
-    from focal.files import PARTIAL
-
-    if path is None:
-        yield lambda entry: None
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            separators = itertools.chain("[", itertools.repeat(",\n"))
-            yield lambda entry: print(next(separators) + json.dumps(entry), end="", file=file)
-            file.write("]" if next(separators) != "[" else "[]")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -91,18 +92,14 @@ def backbone_of(tensors: Mapping[str, np.ndarray]) -> BackboneName:
         ValueError: there is none of ours among them.
     """
     shapes = {name.removeprefix("backbone.body."): x.shape for name, x in tensors.items()}
+    deep, conv = "layer1.0.conv3.weight" in shapes, shapes.get("layer1.0.conv2.weight")
+    blocks = [name[:6] for name in shapes if re.fullmatch(r"layer\d\.\d+\.conv2\.weight", name)]
+    depths = tuple(blocks.count(f"layer{stage}") for stage in (1, 2, 3, 4))
     for name, net in BACKBONES.items():
-        width = net.widths[0]
-        inner = width if net.block == "basic" else net.inner(width)
-        last = "conv2" if net.block == "basic" else "conv3"
-        names = {
-            f"layer{stage}.{block}.{last}.weight"
-            for stage, depth in enumerate(net.depths, 1)
-            for block in range(depth)
-        }
-        if names == {n for n in shapes if n.startswith("layer") and n.endswith(f"{last}.weight")}:
-            if shapes["layer1.0.conv2.weight"] == (inner, inner // net.groups, 3, 3):
-                return name
+        inner = net.inner(net.widths[0]) if net.block == "bottleneck" else net.widths[0]
+        own = net.block == "bottleneck", (inner, inner // net.groups, 3, 3), net.depths
+        if own == (deep, conv, depths):
+            return name
     raise ValueError(
         f"expected weights of a RetinaNet or of one of {', '.join(BACKBONES)}; "
         f"got {len(tensors)} tensors such as {', '.join(list(tensors)[:2])}"

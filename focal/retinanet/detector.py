@@ -11,11 +11,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from focal.retinanet.config import RetinaNetConfig
+
+if TYPE_CHECKING:
+    from focal.retinanet.data import Batch
 
 __all__ = [
     "BACKENDS",
@@ -129,11 +132,31 @@ def load(
 def export(model: Any, path: str | os.PathLike[str], canvas: bool = False) -> None:
     """Write the detector with its post-processing, for programs that do without this library.
 
-    The exported detector takes one image of any size and gives boxes in pixels of that image.
-    What goes in and what comes out is the same in both formats:
-    `focal.retinanet.torch.export.export_onnx` and
-    `focal.retinanet.tensorflow.export.export_saved_model` describe it. ONNX is written by
-    PyTorch and a SavedModel by TensorFlow, whichever framework the model is of.
+    ONNX is written by PyTorch and a SavedModel by TensorFlow, whichever framework the model is of.
+    In: `image` (height, width, 3) uint8, RGB, as decoders give it. The graph scales it to fit the
+    canvas, as `predict` does, fills up the canvas, and normalizes. Out, the best first:
+
+    - `boxes` (n, 4) float32: (x1, y1, x2, y2) in pixels of the image, inside it
+    - `scores` (n,) float32
+    - `labels` (n,) int64: indices into `classes`
+
+    With `canvas=True` it takes batches of images that are on the canvas already. B, the number of
+    images, is any from 1 on; H and W are the config's canvas, D its `max_detections`. In:
+
+    - `images` (B, H, W, 3) uint8: RGB, scaled to fit the canvas, in its top left corner, the rest
+      of the color `fill`
+    - `sizes` (B, 2) int64: the (height, width) in pixels that each image covers of the canvas
+
+    Out, of each image the best first:
+
+    - `boxes` (B, D, 4) float32: (x1, y1, x2, y2) in pixels of the canvas
+    - `scores` (B, D) float32
+    - `labels` (B, D) int64: indices into `classes`
+    - `count` (B,) int64: how many there are; what comes after is padding, boxes and scores of 0
+      and labels of -1
+
+    With the graph are stored `classes`, `category_ids`, `image_size` (height, width) of the
+    canvas, `fill` and the whole `config`; `version` is "2", or "1" with `canvas=True`.
 
     Args:
         model: From `build` or `load`.
@@ -185,8 +208,8 @@ def raw_outputs(model: Any, images: Sequence[Any]) -> tuple[np.ndarray, np.ndarr
         TypeError, ValueError: an image is none of these, or its file cannot be read.
     """
     _check_list("raw_outputs", images)
-    canvases = _canvases("raw_outputs", model.config, images)[0]
-    return backend_module(model.backend).raw_outputs(model, canvases)
+    batch = _batch("raw_outputs", model.config, images)
+    return backend_module(model.backend).raw_outputs(model, batch.images)
 
 
 def predict(model: Any, images: Sequence[Any]) -> list[dict[str, np.ndarray]]:
@@ -218,22 +241,16 @@ def predict(model: Any, images: Sequence[Any]) -> list[dict[str, np.ndarray]]:
     results: list[dict[str, np.ndarray]] = []
     for start in range(0, len(images), PREDICT_BATCH):
         some = images[start : start + PREDICT_BATCH]
-        results += detect(model, *_canvases("predict", model.config, some))
+        results += detect(model, _batch("predict", model.config, some))
     return results
 
 
-def detect(
-    model: Any,
-    canvases: np.ndarray,
-    sizes: np.ndarray,
-    scales: np.ndarray,
-    image_sizes: np.ndarray,
-) -> list[dict[str, np.ndarray]]:
-    """`predict` for images that are on the canvas already, as a `Batch` has them."""
-    found = backend_module(model.backend).detect(model, canvases, sizes)
+def detect(model: Any, batch: Batch) -> list[dict[str, np.ndarray]]:
+    """`predict` for images that are on the canvas already."""
+    found = backend_module(model.backend).detect(model, batch.images, batch.sizes)
     results = []
     for boxes, scores, labels, scale, (height, width) in zip(
-        *found, scales, image_sizes, strict=True
+        *found, batch.scales, batch.image_sizes, strict=True
     ):
         real = scores > 0
         # A sliver covers a whole pixel of the canvas, which can be more than the image has.
@@ -262,16 +279,15 @@ def _check_list(name: str, images: Any) -> None:
         raise TypeError(f"{name}: images must be a list of images, such as [image]; got {kind}")
 
 
-def _canvases(
-    name: str, config: RetinaNetConfig, images: Sequence[Any]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """What `detect` takes: canvases, the part of each that is covered, scales, image sizes."""
+def _batch(name: str, config: RetinaNetConfig, images: Sequence[Any]) -> Batch:
+    """Images as `predict` takes them, on the canvas."""
     from PIL import Image
 
+    from focal.retinanet.data.dataset import Example
     from focal.retinanet.data.images import from_pil, read_image
-    from focal.retinanet.data.transforms import fit, place
+    from focal.retinanet.data.loader import collate, fitted
 
-    fitted, image_sizes = [], []
+    items, image_sizes = [], []
     for index, given in enumerate(images):
         image = given
         if isinstance(given, str | os.PathLike):
@@ -288,12 +304,8 @@ def _canvases(
             raise ValueError(
                 f"{name}: images[{index}] must have shape (height, width, 3); got {image.shape}"
             )
-        fitted.append(fit(image, np.zeros((0, 4)), config.image_size))
+        example = Example(image, np.zeros((0, 4)), np.zeros(0, np.int64), index)
+        items.append(fitted(example, config.image_size))
         image_sizes.append(image.shape[:2])
-    canvases = [place(image, config.image_size, config.fill) for image, _, _ in fitted]
-    return (
-        np.stack(canvases) if canvases else np.zeros((0, *config.image_size, 3), np.uint8),
-        np.array([image.shape[:2] for image, _, _ in fitted], np.int64).reshape(-1, 2),
-        np.array([scale for _, _, scale in fitted], np.float64),
-        np.array(image_sizes, np.int64).reshape(-1, 2),
-    )
+    batch = collate(items, config.image_size, 0, config)
+    return batch._replace(image_sizes=np.array(image_sizes, np.int64).reshape(-1, 2))

@@ -14,10 +14,12 @@ torch = pytest.importorskip("torch")
 
 from focal.core.anchors import AnchorConfig  # noqa: E402
 from focal.retinanet import RetinaNetConfig, load_torchvision, predict  # noqa: E402
+from focal.retinanet.architecture import BACKBONES, backbone_of  # noqa: E402
 from focal.retinanet.detector import backend_module  # noqa: E402
 from focal.retinanet.presets import CONVENTIONS  # noqa: E402
 from focal.retinanet.torch.network import (  # noqa: E402
     FrozenBatchNorm2d,
+    ResNet,
     build_network,
     load_state,
     state,
@@ -79,6 +81,17 @@ def test_a_published_state_dict_loads_into_every_backend(published, backend, ver
     assert tensors.keys() == expected.keys()
     for name, x in expected.items():
         np.testing.assert_array_equal(tensors[name], x, err_msg=name)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_backbone_is_known_by_its_weights(name):
+    with torch.device("meta"):
+        tensors = ResNet(BACKBONES[name], torch.nn.BatchNorm2d).state_dict()
+    assert backbone_of(tensors) == name
+    assert backbone_of({f"backbone.body.{k}": x for k, x in tensors.items()}) == name
+    tensors.pop(next(k for k in tensors if k.startswith("layer4") and k.endswith("conv2.weight")))
+    with pytest.raises(ValueError, match="expected weights of a RetinaNet or of one of tiny"):
+        backbone_of(tensors)
 
 
 def test_published_v1_weights_were_trained_without_epsilon(published):

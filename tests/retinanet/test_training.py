@@ -399,15 +399,15 @@ def test_off_a_terminal_there_is_a_line_every_so_often(tmp_path, monkeypatch, ca
     for seconds, expected in ((15.0, [1, 3, 5, 6]), (1e9, [1, 6])):
         monkeypatch.setattr(progress, "LINE_SECONDS", seconds)
         with progress.Progress(6, 0) as shown:
-            for _ in range(6):
+            for step in range(1, 7):
                 shown.update()
-                shown.show("loss 1")
+                shown.show(step, "loss 1")
         found = capsys.readouterr().err.splitlines()
         assert found == [f"step {step} of 6: loss 1" for step in expected]
     with progress.Progress(6, 0, shown=False) as hidden:
         hidden.update()
-        hidden.show("loss 1")
-        hidden.write("more")
+        hidden.show(1, "loss 1")
+        hidden.say("more")
     assert capsys.readouterr().err == ""
 
 

@@ -31,7 +31,7 @@ from focal.retinanet import (
     save,
 )
 from focal.retinanet.data import CocoDataset
-from focal.retinanet.detector import _canvases
+from focal.retinanet.detector import _batch
 from focal.retinanet.torch import export as export_torch
 from focal.retinanet.torch.any_size import after_graph, before_graph
 from focal.retinanet.torch.export import export_onnx, export_program
@@ -102,8 +102,9 @@ def session(file):
 
 def assert_equal_to_predict(run, model, images, least):
     """Every detection within 1e-4, and the padding as promised; at least so many in all."""
-    canvases, sizes, scales, _ = _canvases("test", model.config, images)
-    boxes, scores, labels, count = (np.asarray(x) for x in run(canvases, sizes))
+    batch = _batch("test", model.config, images)
+    scales = batch.scales
+    boxes, scores, labels, count = (np.asarray(x) for x in run(batch.images, batch.sizes))
     shape = (len(images), model.config.max_detections)
     assert (boxes.shape, scores.shape, labels.shape) == ((*shape, 4), shape, shape)
     assert count.shape == shape[:1]
@@ -246,12 +247,12 @@ def test_the_graph_scales_as_pillow_does(canvas):
     session, rng = before(canvas), np.random.default_rng(0)
     for size in SIZES:
         image = rng.integers(0, 256, (*size, 3)).astype(np.uint8)
-        expected = _canvases("test", CONFIG.replace(image_size=canvas), [image])
+        expected = _batch("test", CONFIG.replace(image_size=canvas), [image])
         canvases, sizes, sides, scale = session.run(None, {"image": image})
-        np.testing.assert_array_equal(sizes, expected[1])
-        np.testing.assert_array_equal([scale, *sides], [*expected[2], *size])
+        np.testing.assert_array_equal(sizes, expected.sizes)
+        np.testing.assert_array_equal([scale, *sides], [*expected.scales, *size])
         covered = np.asarray(sizes[0])
-        apart = np.abs(canvases.astype(int) - expected[0])
+        apart = np.abs(canvases.astype(int) - expected.images)
         assert not apart[0, covered[0] :].any() and not apart[0, :, covered[1] :].any()
         if min(covered / size) > 1 / 6:
             assert apart.max() <= 1 and apart.mean() < 0.01
@@ -262,7 +263,7 @@ def test_the_graph_scales_as_pillow_does(canvas):
 def test_strong_reductions_are_approximated_by_pillow():
     """Below a sixth Pillow first takes means of blocks (`reducing_gap`); the graph does not."""
     image = picture(1400, 1900, 5)
-    expected, *_ = _canvases("test", CONFIG, [image])
+    expected = _batch("test", CONFIG, [image]).images
     apart = np.abs(before(CONFIG.image_size).run(["images"], {"image": image})[0] - expected * 1.0)
     assert 1 < apart.max() < 32 and apart.mean() < 0.5
 
@@ -304,7 +305,8 @@ def test_boxes_go_back_to_the_image_and_end_with_it(monkeypatch):
     found = session.run(None, dict(zip(names, given, strict=True)))
     monkeypatch.setattr("focal.retinanet.torch.trainer.detect", lambda *_: (boxes, scores, labels))
     torch_model = SimpleNamespace(backend="torch")
-    (expected,) = detector.detect(torch_model, np.zeros(0), np.zeros(0), scales, sides)
+    batch = SimpleNamespace(images=None, sizes=None, scales=scales, image_sizes=sides)
+    (expected,) = detector.detect(torch_model, batch)
     for x, key in zip(found, ("boxes", "scores", "labels"), strict=True):
         np.testing.assert_array_equal(x, expected[key])
     assert found[0].shape == (3, 4) and found[0][:, 3].tolist() == [3, 3, 3]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from focal.retinanet.config import RetinaNetConfig
 from focal.retinanet.data.images import DataError
 
 __all__ = [
@@ -130,9 +131,9 @@ def class_names(dataset: Dataset) -> tuple[str, ...]:
     return tuple(names)
 
 
-def category_ids(dataset: Dataset) -> tuple[int, ...]:
-    """The ids of the classes in results, by label."""
-    return tuple(getattr(dataset, "category_ids", range(1, len(dataset.classes) + 1)))
+def category_ids(owner: Dataset | RetinaNetConfig) -> tuple[int, ...]:
+    """The ids of the classes in results, by label, of a dataset or of a detector."""
+    return tuple(getattr(owner, "category_ids", ())) or tuple(range(1, len(owner.classes) + 1))
 
 
 def image_name(dataset: Dataset, index: int) -> str:

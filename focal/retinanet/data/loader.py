@@ -19,7 +19,7 @@ from focal.retinanet.data.dataset import Dataset, Example, dataset_name, image_n
 from focal.retinanet.data.images import DataError
 from focal.retinanet.data.transforms import augment, fit, place
 
-__all__ = ["Batch", "eval_batches", "train_batches"]
+__all__ = ["Batch", "collate", "eval_batches", "fitted", "prefetch", "train_batches"]
 
 _T = TypeVar("_T")
 
@@ -85,7 +85,7 @@ def train_batches(
         raise ValueError(f"train_batches: {dataset_name(dataset)} has no images")
     max_boxes, constant = getattr(dataset, "max_boxes", 0), getattr(dataset, "constant", False)
     height, width = map(min, train.crop or config.image_size, config.image_size)
-    fitted = _FittedImages(dataset, config.image_size, cache_bytes if constant else 0)
+    images = _FittedImages(dataset, config.image_size, cache_bytes if constant else 0)
     order = functools.lru_cache(maxsize=2)(
         lambda epoch: np.random.default_rng([train.seed, _ORDER, epoch]).permutation(count)
     )
@@ -95,7 +95,7 @@ def train_batches(
         index = int(order(epoch)[position])
         rng = np.random.default_rng([train.seed, _AUGMENT, step, slot])
         with _naming(dataset, index):
-            example, scale = fitted[index]
+            example, scale = images[index]
             example, zoom = augment(
                 example, (height, width), train.zoom, train.flips, train.jitter, rng
             )
@@ -106,9 +106,9 @@ def train_batches(
 
     def batch(step: int) -> Batch:
         items = [item(step, slot) for slot in slots]
-        return _collate(items, (height, width), max_boxes, config)
+        return collate(items, (height, width), max_boxes, config)
 
-    return _prefetch(batch, itertools.count(start), train.workers)
+    return prefetch(batch, itertools.count(start), train.workers)
 
 
 def eval_batches(
@@ -124,17 +124,16 @@ def eval_batches(
         last = min(index, count - 1)
         with _naming(dataset, last):
             whole = read_example(dataset, last)
-            example, scale = _fit(whole, config.image_size)
+            example, scale = fitted(whole, config.image_size)
         example = example if index < count else example._replace(image_id=-1)
         return example, scale, whole.image.shape[:2]
 
     def batch(first: int) -> Batch:
         items = [item(index) for index in range(first, first + batch_size)]
-        fitted = [(example, scale) for example, scale, _ in items]
-        collated = _collate(fitted, config.image_size, max_boxes, config)
+        collated = collate([item[:2] for item in items], config.image_size, max_boxes, config)
         return collated._replace(image_sizes=np.array([size for _, _, size in items], np.int64))
 
-    return _prefetch(batch, range(0, count, batch_size), workers)
+    return prefetch(batch, range(0, count, batch_size), workers)
 
 
 @contextlib.contextmanager
@@ -167,38 +166,41 @@ class _FittedImages:
         kept = self._kept.get(index)
         if kept is not None:
             return kept
-        fitted = _fit(read_example(self._dataset, index), self._canvas)
+        item = fitted(read_example(self._dataset, index), self._canvas)
         with self._lock:
-            needed = fitted[0].image.nbytes
+            needed = item[0].image.nbytes
             if index not in self._kept and needed <= self._free:
-                self._kept[index] = fitted
+                self._kept[index] = item
                 self._free -= needed
-        return fitted
+        return item
 
 
-def _fit(example: Example, canvas: tuple[int, int]) -> tuple[Example, float]:
+def fitted(example: Example, canvas: tuple[int, int]) -> tuple[Example, float]:
+    """The example scaled to fit the canvas, and the scale."""
     image, boxes, scale = fit(example.image, example.boxes, canvas)
     return example._replace(image=image, boxes=boxes), scale
 
 
-def _collate(
+def collate(
     items: list[tuple[Example, float]],
     canvas: tuple[int, int],
     max_boxes: int,
     config: RetinaNetConfig,
 ) -> Batch:
+    """Examples and their scales as one batch, whose image sizes are those that are shown."""
     rows = max(8, -(-max_boxes // 8) * 8)  # a multiple of 8: fewer shapes to compile
-    most = max(len(example.boxes) for example, _ in items)
+    most = max((len(example.boxes) for example, _ in items), default=0)
     rows = rows if most <= rows else 1 << (most - 1).bit_length()  # a power of two
     boxes = np.zeros((len(items), rows, 4), np.float32)
     labels = np.full((len(items), rows), -1, np.int64)
     for row, (example, _) in enumerate(items):
         boxes[row, : len(example.boxes)] = example.boxes
         labels[row, : len(example.labels)] = example.labels
-    sizes = np.array([example.image.shape[:2] for example, _ in items], np.int64)
+    sizes = np.array([example.image.shape[:2] for example, _ in items], np.int64).reshape(-1, 2)
     scales = np.array([scale for _, scale in items], np.float64)
+    images = [place(example.image, canvas, config.fill) for example, _ in items]
     return Batch(
-        images=np.stack([place(example.image, canvas, config.fill) for example, _ in items]),
+        images=np.array(images, np.uint8).reshape(-1, *canvas, 3),
         boxes=boxes,
         labels=labels,
         sizes=sizes,
@@ -208,10 +210,10 @@ def _collate(
     )
 
 
-def _prefetch(
-    make: Callable[[int], _T], numbers: Iterable[int], workers: int | None
+def prefetch(
+    make: Callable[[int], _T], numbers: Iterable[int], workers: int | None, ahead: int = 2
 ) -> Generator[_T, None, None]:
-    """`map(make, numbers)`, in order, prefetching up to two batches per worker.
+    """`map(make, numbers)`, in order, with up to `ahead` results per worker made in advance.
 
     With 0 workers the calling thread makes them; None is `_default_workers()`.
     """
@@ -224,7 +226,7 @@ def _prefetch(
     try:
         for number in numbers:
             waiting.append(pool.submit(make, number))
-            if len(waiting) > 2 * workers:
+            if len(waiting) > ahead * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -11,14 +11,13 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from focal.retinanet.config import RetinaNetConfig
-from focal.retinanet.exported import description
+from focal.retinanet.exported import check_backend, description, version
 from focal.retinanet.tensorflow.network import RetinaNet
 from focal.retinanet.tensorflow.trainer import detections_of
 
 __all__ = ["export_saved_model"]
 
 FORMAT = "focal.retinanet.saved_model"
-VERSION, CANVAS_VERSION = "2", "1"
 DESCRIPTION = "detector.json"
 
 
@@ -27,31 +26,8 @@ def export_saved_model(
 ) -> None:
     """Write a detector as a TensorFlow SavedModel, from an image of any size to detections.
 
-    Its one signature, `serving_default`, is also the loaded object's `detect`. In: `image`
-    (height, width, 3) uint8, RGB. The graph scales it to fit the canvas, as `predict` does, and
-    fills up the canvas. Out, the best first:
-
-    - `boxes` (n, 4) float32: (x1, y1, x2, y2) in pixels of the image, inside it
-    - `scores` (n,) float32
-    - `labels` (n,) int64: indices into `classes`
-
-    With `canvas=True` it takes batches of images that are on the canvas already. B, the number of
-    images, is any from 1 on; H and W are the config's canvas, D its `max_detections`. In:
-
-    - `images` (B, H, W, 3) uint8: RGB, scaled to fit the canvas, in its top left corner, the rest
-      of the color `fill`
-    - `sizes` (B, 2) int64: the (height, width) in pixels that each image covers of the canvas
-
-    Out, of each image the best first:
-
-    - `boxes` (B, D, 4) float32: (x1, y1, x2, y2) in pixels of the canvas
-    - `scores` (B, D) float32
-    - `labels` (B, D) int64: indices into `classes`
-    - `count` (B,) int64: how many there are; what comes after is padding, boxes and scores of 0
-      and labels of -1
-
-    `assets/detector.json` has `classes`, `category_ids`, `image_size` (height, width) of the
-    canvas, `fill` and the whole `config`; `version` is "2", or "1" with `canvas=True`.
+    Its one signature, `serving_default`, is also the loaded object's `detect`. Inputs, outputs and
+    what is stored with them, in `assets/detector.json`, are those of `focal.retinanet.export`.
 
     Args:
         model: From `build` or `load`, with the backend "tensorflow".
@@ -78,11 +54,7 @@ def export_saved_model(
 
     Source: <https://www.tensorflow.org/guide/saved_model>
     """
-    if not isinstance(model, RetinaNet):
-        raise TypeError(
-            "export_saved_model: model must be a detector of the backend 'tensorflow'; "
-            f"got {getattr(model, 'backend', type(model).__name__)!r}"
-        )
+    check_backend("export_saved_model", model, "tensorflow")
     path = Path(path).resolve()  # what a link leads to is replaced, not the link
     _check_replaceable(path)
     # In the same folder, since a rename across file systems is a copy, which can be cut short.
@@ -126,8 +98,7 @@ def _write(model: RetinaNet, folder: Path, canvas: bool) -> None:
             "labels": labels[0][real],
         }
 
-    version = CANVAS_VERSION if canvas else VERSION
-    texts = {"format": FORMAT, "version": version, **description(model.config)}
+    texts = {"format": FORMAT, "version": version(canvas), **description(model.config)}
     # The asset takes the name of the file, which must be there when the rest is written.
     with TemporaryDirectory() as scratch:
         file = Path(scratch) / DESCRIPTION

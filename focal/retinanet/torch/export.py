@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from focal.files import write_atomically
-from focal.retinanet.exported import description
+from focal.retinanet.exported import check_backend, description, version
 from focal.retinanet.torch import any_size
 from focal.retinanet.torch.network import RetinaNet
 from focal.retinanet.torch.trainer import detections_of
@@ -26,7 +26,6 @@ from focal.retinanet.torch.trainer import detections_of
 __all__ = ["export_onnx", "export_program"]
 
 FORMAT = "focal.retinanet.onnx"
-VERSION, CANVAS_VERSION = "2", "1"
 INPUTS = ("images", "sizes")
 OUTPUTS = ("boxes", "scores", "labels", "count")
 DESCRIPTION = """\
@@ -47,31 +46,8 @@ what comes after is padding, boxes and scores of 0 and labels of -1.
 def export_onnx(model: RetinaNet, path: str | os.PathLike[str], canvas: bool = False) -> None:
     """Write a detector as one ONNX file, from an image of any size to detections.
 
-    In: `image` (height, width, 3) uint8, RGB, as decoders give it. The graph scales it to fit the
-    canvas, as `predict` does, fills up the canvas, and normalizes. Out, the best first:
-
-    - `boxes` (n, 4) float32: (x1, y1, x2, y2) in pixels of the image, inside it
-    - `scores` (n,) float32
-    - `labels` (n,) int64: indices into `classes`
-
-    With `canvas=True` it takes batches of images that are on the canvas already. B, the number of
-    images, is any from 1 on; H and W are the config's canvas, D its `max_detections`. In:
-
-    - `images` (B, H, W, 3) uint8: RGB, scaled to fit the canvas, in its top left corner, the rest
-      of the color `fill`. As decoders give them; the graph normalizes and transposes.
-    - `sizes` (B, 2) int64: the (height, width) in pixels that each image covers of the canvas
-
-    Out, of each image the best first:
-
-    - `boxes` (B, D, 4) float32: (x1, y1, x2, y2) in pixels of the canvas
-    - `scores` (B, D) float32
-    - `labels` (B, D) int64: indices into `classes`
-    - `count` (B,) int64: how many there are; what comes after is padding, boxes and scores of 0
-      and labels of -1
-
-    The metadata has, as JSON, `classes`, `category_ids`, `image_size` (height, width) of the
-    canvas, `fill` and the whole `config`; `version` is "2", or "1" with `canvas=True`. The file
-    uses standard operators only, of opset 18.
+    Inputs, outputs and what is stored with them are those of `focal.retinanet.export`. The metadata
+    has them as JSON. The file uses standard operators only, of opset 18.
 
     Args:
         model: From `build` or `load`, with the backend "torch"; on any device, in any mode.
@@ -103,10 +79,10 @@ def export_onnx(model: RetinaNet, path: str | os.PathLike[str], canvas: bool = F
     import onnx
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    program = _program(model, "export_onnx")
+    check_backend("export_onnx", model, "torch")
     with _quiet():
         graph = torch.onnx.export(
-            program,
+            _program(model),
             input_names=INPUTS,
             output_names=OUTPUTS if canvas else any_size.OUTPUTS,
             dynamic_shapes={"images": {0: "batch"}, "sizes": None},  # only to name the axis
@@ -117,11 +93,9 @@ def export_onnx(model: RetinaNet, path: str | os.PathLike[str], canvas: bool = F
     assert graph is not None  # dynamo=True returns the graph
     ClearMetadataAndDocStringPass()(graph.model)  # each operation's place in the source files
     written = graph.model_proto if canvas else any_size.wrapped(graph.model_proto, model.config)
-    version, written.doc_string = (
-        (CANVAS_VERSION, CANVAS_DESCRIPTION) if canvas else (VERSION, DESCRIPTION)
-    )
+    written.doc_string = CANVAS_DESCRIPTION if canvas else DESCRIPTION
     texts = {key: json.dumps(value) for key, value in description(model.config).items()}
-    onnx.helper.set_model_props(written, {"format": FORMAT, "version": version, **texts})
+    onnx.helper.set_model_props(written, {"format": FORMAT, "version": version(canvas), **texts})
     write_atomically(path, written.SerializeToString())
 
 
@@ -135,7 +109,7 @@ def export_program(model: RetinaNet) -> torch.export.ExportedProgram:
 
     Returns:
         A program of `images` and `sizes`, whose `.module()` gives the tuple (boxes, scores,
-        labels, count), all as `export_onnx` describes them for `canvas=True`.
+        labels, count), all as `focal.retinanet.export` describes them for `canvas=True`.
 
     Raises:
         TypeError: the model is not of PyTorch.
@@ -153,15 +127,11 @@ def export_program(model: RetinaNet) -> torch.export.ExportedProgram:
 
     Source: <https://docs.pytorch.org/docs/stable/export.html>
     """
-    return _program(model, "export_program")
+    check_backend("export_program", model, "torch")
+    return _program(model)
 
 
-def _program(model: RetinaNet, name: str) -> torch.export.ExportedProgram:
-    if not isinstance(model, RetinaNet):
-        raise TypeError(
-            f"{name}: model must be a detector of the backend 'torch'; "
-            f"got {getattr(model, 'backend', type(model).__name__)!r}"
-        )
+def _program(model: RetinaNet) -> torch.export.ExportedProgram:
     # Channels-last weights would be written as they lie, and PyTorch warns of that.
     network = copy.deepcopy(model).cpu()
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]

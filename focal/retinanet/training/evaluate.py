@@ -194,7 +194,7 @@ def evaluate_model(
     own = getattr(dataset, "ground_truth", None)
     with contextlib.closing(batches):
         for batch in bar:
-            results = detect(model, batch.images, batch.sizes, batch.scales, batch.image_sizes)
+            results = detect(model, batch)
             for row, (image_id, result) in enumerate(zip(batch.image_ids, results, strict=True)):
                 if len(found) < len(dataset):  # what follows only fills up the batch
                     found.append({"image_id": int(image_id), **result})

@@ -215,8 +215,8 @@ class _Run:
             self.stop(early, first)
         if 0 < first < train.steps and _every(train.eval_every, first):
             self.measured(first)
+        logged, since = first, time.monotonic()
         with Progress(train.steps, first, shown=self.replicas.rank == 0) as progress:
-            speed = _Speed(train.batch_size, first)
             if self.exhausted(progress):
                 return first
             for done in range(first + 1, train.steps + 1):
@@ -233,7 +233,10 @@ class _Run:
                 if starts:
                     check_first_loss(float(parts["classification"]), batch, self.config)
                 if logs:
-                    self.log(done, parts, rate, speed.since_last(done), progress)
+                    now = time.monotonic()
+                    speed = (done - logged) * train.batch_size / (now - since)
+                    logged, since = done, now
+                    self.log(done, parts, rate, round(speed, 2), progress)
                 if stopping:
                     self.stop(stopping, done)
                 if saves:
@@ -253,7 +256,7 @@ class _Run:
         since = len(found) - 1 - found.index(max(found)) if found else 0
         over = bool(self.replicas.maximum(int(since >= self.train.patience)))
         if over:
-            progress.write(f"stopped: no better AP in {self.train.patience} evaluations")
+            progress.say(f"stopped: no better AP in {self.train.patience} evaluations")
         return over
 
     def stopping(self, reads: bool) -> int:
@@ -278,8 +281,9 @@ class _Run:
         values |= {"learning_rate": rate, "images_per_second": speed, "seconds": self.seconds(2)}
         self.record(step, {"kind": "train", "step": step, **values})
         progress.show(
+            step,
             f"loss {values['loss']:.3f} (class {values['classification']:.3f}, "
-            f"box {values['box']:.3f}), lr {rate:.1e}, {speed:.0f} img/s"
+            f"box {values['box']:.3f}), lr {rate:.1e}, {speed:.0f} img/s",
         )
 
     def record(self, step: int, entry: dict[str, Any]) -> None:
@@ -349,7 +353,7 @@ class _Run:
                     self.record(step, {"kind": "eval", "split": split, "step": step, **metrics})
                     if progress is not None:
                         text = f"step {step}: AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f}"
-                        progress.write(text + ("" if better else f" (best AP {best:.3f})"))
+                        progress.say(text + ("" if better else f" (best AP {best:.3f})"))
             return self.candidate
         except KeyboardInterrupt:
             if not self.signals.received:
@@ -376,16 +380,3 @@ def _first_not_finite(steps: list[tuple[int, Mapping[str, Any], np.ndarray]]) ->
                 f"for the images with the ids {images}; the step was not taken"
             )
     raise AssertionError("every loss and gradient is finite")
-
-
-class _Speed:
-    """Images per second between two calls."""
-
-    def __init__(self, batch_size: int, step: int) -> None:
-        self._batch_size, self._step, self._time = batch_size, step, time.monotonic()
-
-    def since_last(self, step: int) -> float:
-        now = time.monotonic()
-        speed = (step - self._step) * self._batch_size / (now - self._time)
-        self._step, self._time = step, now
-        return round(speed, 2)

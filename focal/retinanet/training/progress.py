@@ -19,7 +19,7 @@ class ProgressBar(tqdm):
     monitor_interval = 0
 
 
-class Progress:
+class Progress(ProgressBar):
     """The progress of a run on stderr.
 
     Args:
@@ -29,36 +29,21 @@ class Progress:
     """
 
     def __init__(self, steps: int, first: int, shown: bool = True) -> None:
-        self._steps, self._done, self._shown = steps, first, shown
-        self._bar = ProgressBar(
-            total=steps,
-            initial=first,
-            unit="step",
-            dynamic_ncols=True,
-            disable=not (shown and sys.stderr.isatty()),
+        silent = not (shown and sys.stderr.isatty())
+        super().__init__(
+            total=steps, initial=first, unit="step", dynamic_ncols=True, disable=silent
         )
-        self._last = -LINE_SECONDS
+        self.shown, self.last = shown, -LINE_SECONDS
 
-    def __enter__(self) -> Progress:
-        return self
+    def show(self, step: int, text: str) -> None:
+        """What was logged of a step: beside the bar, or as a line if the last was long ago."""
+        self.set_postfix_str(text)
+        due = time.monotonic() - self.last >= LINE_SECONDS or step == self.total
+        if self.disable and due:
+            self.last = time.monotonic()
+            self.say(f"step {step} of {self.total}: {text}")
 
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def update(self) -> None:
-        """One more step is done."""
-        self._done += 1
-        self._bar.update()
-
-    def show(self, text: str) -> None:
-        """What was logged of the step: beside the bar, or as a line if the last was long ago."""
-        self._bar.set_postfix_str(text)
-        due = time.monotonic() - self._last >= LINE_SECONDS or self._done == self._steps
-        if self._bar.disable and due:
-            self._last = time.monotonic()
-            self.write(f"step {self._done} of {self._steps}: {text}")
-
-    def write(self, text: str) -> None:
+    def say(self, text: str) -> None:
         """A line of its own."""
-        if self._shown:
-            tqdm.write(text, file=sys.stderr)
+        if self.shown:
+            self.write(text, file=sys.stderr)
