@@ -31,6 +31,8 @@ LONG = (
     "test_benchmarks_gpu",
     "test_trainers",
     "test_cli",
+    "test_run",
+    "retinanet/test_torchvision",
     "torch/test_export",
     "retinanet/test_network",
 )
