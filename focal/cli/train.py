@@ -55,7 +55,7 @@ def add(commands: Commands) -> None:
         "--out", type=Path, help="the run folder (default: a new one, runs/1, runs/2, ...)"
     )
     train.add_argument(
-        "--steps", type=int, help="optimizer steps (default: those of --fit or the preset)"
+        "--steps", type=int, help="optimizer steps (default: of --fit or the preset)"
     )
     train.add_argument("--seed", type=int, help="of weights, order and augmentation (default: 0)")
     train.add_argument(
@@ -144,10 +144,13 @@ def run(options: argparse.Namespace, command: str) -> None:
 
 def _size_of_shapes(options: argparse.Namespace, changes: dict[str, Any]) -> tuple[int, int]:
     """The size of generated images: that of the canvas."""
+    from focal.retinanet.pretrained import read_pretrained
     from focal.retinanet.settings import preset_settings, recorded_settings
 
     if "image_size" in changes:
         return tuple(changes["image_size"])
     if options.resume and options.out and (options.out / "config.json").is_file():
         return recorded_settings(options.out / "config.json", {})[0].detector.image_size
+    if options.weights and (config := read_pretrained(options.weights).config):
+        return config.image_size
     return preset_settings(options.preset or "tiny").detector.image_size

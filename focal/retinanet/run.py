@@ -158,6 +158,8 @@ def run(
             out = Path("runs") / str(replicas.maximum(number))
         if not resume and writes:
             refuse_run(out)
+        if resume and not out.is_dir():
+            raise FileNotFoundError(f"{out}: expected the folder of a run to resume; found none")
         start: dict[str, Any] = {
             "preset": preset,
             "convention": convention,
@@ -220,8 +222,12 @@ def _settings(
         _log.info(pretrained.summary(settings.detector))
     else:
         settings = apply(settings, own)
+        if settings.train.freeze:
+            _log.warning("freeze: without weights to start from, the frozen stages stay random")
     if fit_to_data if fit_to_data is not None else start["preset"] == "tiny" and not pretrained:
-        fitted = fit_config(data, *settings, frozenset(changes))
+        # Trained heads stay with their anchors.
+        kept = {"anchors", "levels"} if pretrained and pretrained.config else set()
+        fitted = fit_config(data, *settings, kept | changes.keys())
         _log.info(fitted.sentence)
         start["fit"] = fitted.sentence
         settings = Preset(fitted.detector, fitted.train)

@@ -214,6 +214,15 @@ def test_the_convention_comes_from_the_weights(tmp_path):
     assert load_weights(tmp_path / "run")[1] == config
 
 
+def test_weights_keep_their_anchors_where_the_canvas_is_fitted(trained, tmp_path):
+    data = Numbers(3, boxes=[(2, 2, 62, 8), (2, 30, 60, 36), (50, 2, 56, 60)], labels=[0, 1, 2])
+    quick = {name: value for name, value in QUICK.items() if name != "image_size"}
+    fit(data, None, tmp_path, weights=trained, fit_to_data=True, steps=1, device="cpu", **quick)
+    before, after = load_weights(trained)[1], load_weights(tmp_path)[1]
+    assert (after.anchors, after.levels) == (before.anchors, before.levels)
+    assert after.image_size != before.image_size
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -397,6 +406,30 @@ def test_resuming_before_the_first_checkpoint_starts_from_the_weights_again(
     found = weights(tmp_path)
     for name, x in expected.items():
         np.testing.assert_array_equal(found[name], x, err_msg=name)
+
+
+def test_shapes_have_the_size_of_the_canvas(trained, tmp_path, monkeypatch):
+    sizes = []
+
+    def opened(options, split, size):
+        sizes.append(size)
+        return ShapesDataset(split, size=size, num_images=2)
+
+    monkeypatch.setattr("focal.cli.train.open_dataset", opened)
+    command = ["train", "--data", "shapes", "--weights", trained, "--out", tmp_path, "--steps", 1]
+    assert main([*map(str, command), *FLAGS[2:]]) == 0
+    assert sizes == [load_weights(trained)[1].image_size] * 2
+
+
+def test_frozen_stages_without_weights(tmp_path, caplog):
+    fit(Numbers(2), None, tmp_path, fit_to_data=False, freeze=1, steps=1, **QUICK)
+    assert "the frozen stages stay random" in caplog.text
+
+
+def test_resuming_what_is_not_there_makes_no_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none: expected the folder of a run to resume"):
+        fit(Numbers(2), None, tmp_path / "none", resume=True, steps=1, **QUICK)
+    assert not (tmp_path / "none").exists()
 
 
 def test_resuming_needs_a_folder(capsys):
