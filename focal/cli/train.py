@@ -118,16 +118,14 @@ def run(options: argparse.Namespace, command: str) -> None:
         data,
         val,
         options.out,
-        preset=options.preset,
-        convention=options.convention,
-        weights=options.weights,
+        {name: vars(options)[name] for name in ("preset", "convention", "weights")},
+        changes,
+        {"command": command, "data": options.data},
         fit_to_data=False if generated and options.fit is None else options.fit,
         tensorboard=options.tensorboard,
         backend=options.backend,
         device=options.device,
         resume=options.resume,
-        changes=changes,
-        notes={"command": command, "data": options.data},
     )
     if not found.writes:
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,39 +110,39 @@ def fit(
     return run(
         data,
         val,
-        None if out is None else Path(out),
-        preset=preset,
-        convention=convention,
-        weights=weights,
+        out,
+        {"preset": preset, "convention": convention, "weights": weights},
+        settings,
+        {"data": dataset_name(data)},
         fit_to_data=fit_to_data,
-        callback=callback,
+        callbacks=[] if callback is None else [callback],
         tensorboard=tensorboard,
         backend=backend,
         device=device,
         resume=resume,
-        changes=settings,
-        notes={"data": dataset_name(data)},
     ).model
 
 
 def run(
     data: Dataset,
     val: Dataset | None,
-    out: Path | None,
+    out: str | os.PathLike[str] | None,
+    start: Mapping[str, Any],
+    changes: dict[str, Any],
+    notes: Mapping[str, Any],
     *,
-    preset: str | None,
-    convention: str | None,
-    weights: str | os.PathLike[str] | None,
     fit_to_data: bool | None,
-    callback: Callback | None = None,
+    callbacks: Sequence[Callback] = (),
     tensorboard: bool,
     backend: str,
     device: str | None,
     resume: bool,
-    changes: dict[str, Any],
-    notes: Mapping[str, Any],
 ) -> Run:
-    """`fit`, with what the command line adds; `changes` are the fields that were set by hand."""
+    """What `fit` and `focal train` do.
+
+    `start` has the preset, convention and weights, `changes` the fields that were set by hand, and
+    `notes` goes into config.json.
+    """
     # From here on: while a framework starts, an interrupt could be lost in its callbacks.
     with Signals() as signals, contextlib.ExitStack() as stack:
         library = backend_module(backend)
@@ -156,27 +156,24 @@ def run(
                 raise ValueError("resume: the run folder, out (--out), must be given")
             number = int(new_folder(Path("runs")).name)
             out = Path("runs") / str(replicas.maximum(number))
+        out, pretrained = Path(out), None
         if not resume and writes:
             refuse_run(out)
         if resume and not out.is_dir():
             raise FileNotFoundError(f"{out}: expected the folder of a run to resume; found none")
-        start: dict[str, Any] = {
-            "preset": preset,
-            "convention": convention,
-            "weights": None if weights is None else os.fspath(weights),
-        }
+        begun = {k: str(v) if isinstance(v, os.PathLike) else v for k, v in start.items()}
         if resume and (out / "config.json").is_file():
-            settings, start = recorded_settings(out / "config.json", start)
-            settings, pretrained = apply(settings, changes), None
-            if start["weights"] is not None and not checkpoints(out):  # it was killed before
-                pretrained = read_pretrained(start["weights"])
+            settings, begun = recorded_settings(out / "config.json", begun)
+            settings = apply(settings, changes)
+            if begun["weights"] is not None and not checkpoints(out):  # it was killed before
+                pretrained = read_pretrained(begun["weights"])
         else:
-            settings, pretrained = _settings(data, start, fit_to_data, changes)
+            settings, pretrained = _settings(data, begun, fit_to_data, changes)
         detector, train_config = settings
         replicas.check(train_config)
-        callbacks = [] if callback is None else [callback]
         if tensorboard and writes:
-            callbacks.append(stack.enter_context(contextlib.closing(TensorBoard(out))))
+            board = stack.enter_context(contextlib.closing(TensorBoard(out)))
+            callbacks = [*callbacks, board]
         model = train(
             detector,
             train_config,
@@ -188,7 +185,7 @@ def run(
             initial=None if pretrained is None else pretrained.tensors,
             fresh=() if pretrained is None else pretrained.fresh(detector.classes),
             resume=resume,
-            notes={**start, **notes},
+            notes={**begun, **notes},
             replicas=replicas,
             callbacks=callbacks,
             signals=signals,
@@ -202,11 +199,9 @@ def _settings(
     data: Dataset, start: dict[str, Any], fit_to_data: bool | None, changes: dict[str, Any]
 ) -> tuple[Preset, Pretrained | None]:
     """The settings of a new run, and the weights to start from; completes `start`."""
-    names, ids = class_names(data), category_ids(data)
-    own = {"classes": names, "category_ids": ids, **changes}
-    if ids == tuple(range(1, len(ids) + 1)):
-        own["category_ids"] = ()
-    pretrained = None
+    names, ids, pretrained = class_names(data), category_ids(data), None
+    usual = ids == tuple(range(1, len(ids) + 1))
+    own = {"classes": names, "category_ids": () if usual else ids, **changes}
     if start["weights"] is not None:
         pretrained = read_pretrained(start["weights"])
         if pretrained.config is not None and start["convention"] is not None:

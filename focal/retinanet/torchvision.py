@@ -131,13 +131,9 @@ def read_torchvision(source: Source, *, norm_eps: float = NORM_EPS) -> dict[str,
     elif not Path(source).is_file():
         raise FileNotFoundError(f"{source}: expected a state dict of torchvision; found no file")
     elif os.fspath(source).endswith(".safetensors"):
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
+        from focal.retinanet.weights import read_safetensors
 
-        try:
-            tensors = load_file(source)
-        except SafetensorError as error:
-            raise ValueError(f"{source}: expected a whole safetensors file; {error}") from error
+        tensors, _ = read_safetensors(source)
     else:
         tensors = _read_pth(source)
     arrays = {name: _array(x) for name, x in tensors.items()}

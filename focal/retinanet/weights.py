@@ -26,6 +26,7 @@ __all__ = [
     "load_weights",
     "part",
     "read_checkpoint",
+    "read_safetensors",
     "read_tensors",
     "save_weights",
     "write_tensors",
@@ -55,9 +56,7 @@ def load_weights(source: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray],
     """Read the weights of a detector: what `save_weights` or a run wrote.
 
     Args:
-        source: A file of `save_weights`; a checkpoint of a run, of which the moving average of the
-            weights is taken where there is one; or a run folder: best.safetensors if it is there,
-            else weights.safetensors, else the newest whole checkpoint.
+        source: As in `focal.retinanet.load`.
 
     Returns:
         The arrays by name, and the config.
@@ -161,12 +160,7 @@ def read_tensors(
     path, formats = Path(path), " or ".join(map(repr, kinds))
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a file of format {formats}; found none")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: expected a whole safetensors file; {error}") from error
+    tensors, metadata = read_safetensors(path)
     found = metadata.get("format"), metadata.get("version")
     if found not in [(kind, VERSION) for kind in kinds]:
         raise ValueError(
@@ -174,6 +168,17 @@ def read_tensors(
             f"found format {found[0]!r}, version {found[1]!r}"
         )
     return tensors, metadata
+
+
+def read_safetensors(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Read any safetensors file: the arrays by name, and the metadata."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected a whole safetensors file; {error}") from error
 
 
 def check_names(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Sequence[int]]) -> None:

@@ -347,6 +347,12 @@ def test_an_own_dataset_trains_and_is_evaluated(tmp_path):
     assert line["split"] == "Numbers" and 0 <= line["AP"] <= 1
 
 
+@pytest.mark.parametrize(("changes", "ids"), [({}, ()), ({"category_ids": (7, 3)}, (7, 3))])
+def test_ids_of_classes_set_by_hand_stay(tmp_path, changes, ids):
+    run = {"steps": 1, "fit_to_data": False, "device": "cpu", **changes, **QUICK}
+    assert fit(Numbers(2), None, tmp_path, **run).config.category_ids == ids
+
+
 def read_lines(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 

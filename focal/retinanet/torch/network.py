@@ -404,18 +404,13 @@ def build_network(config: RetinaNetConfig, seed: int) -> RetinaNet:
 _COUNTER = "num_batches_tracked"
 
 
-def _numpy(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """Contiguous float32 copies, without the counters."""
-    return {
-        name: x.detach().cpu().to(torch.float32, copy=True).contiguous().numpy()
-        for name, x in tensors.items()
-        if not name.endswith(_COUNTER)
-    }
-
-
 def state(model: RetinaNet) -> dict[str, np.ndarray]:
     """A copy of the weights and statistics by name, as `weights.save_weights` takes them."""
-    return _numpy(model.state_dict())
+    return {
+        name: x.detach().cpu().to(torch.float32, copy=True).contiguous().numpy()
+        for name, x in model.state_dict().items()
+        if not name.endswith(_COUNTER)
+    }
 
 
 def load_state(model: RetinaNet, tensors: Mapping[str, np.ndarray]) -> None:

@@ -72,9 +72,7 @@ def coco_metrics(
         category_ids: the ground truth's category id of each label.
 
     Returns:
-        "AP" (mean over IoU 0.50 to 0.95), "AP50", "AP75", "APs", "APm", "APl" (areas up to 32^2,
-        96^2 and beyond), "AR100", and "AP/<name>" for each class. A metric for which the ground
-        truth has no object is NaN.
+        As in `evaluate`.
 
     Raises:
         ValueError: an unknown or repeated image id, a label that is no class, a box or score
