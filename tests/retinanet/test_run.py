@@ -492,17 +492,18 @@ def test_ctrl_c_while_the_framework_starts(coco, tmp_path, backend):
         "from focal.retinanet import run; print('ready', flush=True); "
         "sys.argv = sys.argv[1:]; runpy.run_module('focal', run_name='__main__', alter_sys=True)"
     )
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", code, *map(str, command[2:])],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    assert process.stdout.readline() == "ready\n"
-    time.sleep(1.0)  # the framework is being imported
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=300)
+    ) as process:
+        ready = process.stdout.readline()
+        time.sleep(1.0)  # the framework is being imported
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=300)
+    assert ready == "ready\n", errors
     assert process.returncode == 128 + signal.SIGINT, errors
     assert "focal: stopped by SIGINT after step" in errors.splitlines()[-1], errors
     assert list((tmp_path / "run").glob("checkpoint-*.safetensors"))
