@@ -601,6 +601,7 @@ def test_what_a_killed_process_was_writing_is_removed(tmp_path, resume):
         ({}, CONFIG.replace(classes=("a", "b", "c")), "shapes/train has the classes .*'circle'"),
         ({}, CONFIG.replace(channels=8), "weights are not those of this network"),
         ({"seed": 1}, CONFIG, "another seed; expected 1, found 0"),
+        ({"freeze": 2}, CONFIG, "another freeze; expected 2, found 0"),
     ],
 )
 def test_a_checkpoint_of_another_run(tmp_path, change, config, message):

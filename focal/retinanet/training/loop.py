@@ -113,6 +113,7 @@ def train(
             "classes": json.dumps(config.classes),
             "optimizer": train_config.optimizer,
             "ema": "on" if train_config.ema else "off",
+            "freeze": str(train_config.freeze),  # the optimizer's state is of the others
             "seed": str(train_config.seed),  # of the order of the data, which is all that is random
         },
         {"config": config.to_json()},

@@ -120,10 +120,10 @@ class RunFolder:
             return None
         path, tensors, found = read_checkpoint(self.path)
         for name, value in self._facts.items():
-            if found.get(name) != value:
+            own = found.get(name, "0" if name == "freeze" else None)  # which older ones lack
+            if own != value:
                 raise ValueError(
-                    f"{path}: is of a run with another {name}; "
-                    f"expected {value}, found {found.get(name)}"
+                    f"{path}: is of a run with another {name}; expected {value}, found {own}"
                 )
         steps = int(found["step"])
         if steps > until:
