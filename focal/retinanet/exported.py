@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 from focal.retinanet.config import RetinaNetConfig
-from focal.retinanet.data.dataset import category_ids
 
 __all__ = ["check_backend", "description", "version"]
 
@@ -15,7 +14,7 @@ def description(config: RetinaNetConfig) -> dict[str, Any]:
     """What is needed to prepare images and to read the labels, as JSON can hold it."""
     return {
         "classes": config.classes,
-        "category_ids": category_ids(config),
+        "category_ids": config.category_ids or tuple(range(1, config.num_classes + 1)),
         "image_size": config.image_size,
         "fill": config.fill,
         "config": json.loads(config.to_json()),
