@@ -94,7 +94,9 @@ def assignments(options: argparse.Namespace) -> dict[str, Any]:
     }
     found = {field: value for field, value in own.items() if value is not None}
     if (stages := getattr(options, "freeze", None)) is not None:
-        found["freeze"] = 5 if stages == "backbone" else _value(stages)
+        if stages != "backbone" and not stages.isdecimal():
+            raise ValueError(f"--freeze must be a number of stages or backbone; got {stages!r}")
+        found["freeze"] = 5 if stages == "backbone" else int(stages)
     if options.image_size is not None:
         found["image_size"] = _size(options.image_size)
     for assignment in getattr(options, "set", ()):

@@ -212,6 +212,8 @@ def _settings(
     small = pretrained is None or pretrained.backbone == "tiny"
     start["preset"] = start["preset"] or ("tiny" if small else "r50")
     settings = preset_settings(start["preset"], start["convention"] or "paper")
+    if pretrained is None or pretrained.config is None:
+        start["convention"] = start["convention"] or "paper"
     if pretrained is not None:
         settings = pretrained.settings(settings, own)
         _log.info(pretrained.summary(settings.detector))

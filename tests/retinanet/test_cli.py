@@ -406,6 +406,8 @@ def fails(capsys, *arguments):
         (("--device", "abacus"), "device 'abacus' cannot be used"),
         (("--set", "prior=2"), "pi must lie inside (0, 1); got 2"),
         (("--set", "levels=[3,4]"), "config.levels must be 3 to 5, 6 or 7; got (3, 4)"),
+        (("--freeze", "neck"), "--freeze must be a number of stages or backbone; got 'neck'"),
+        (("--freeze", "6"), "freeze must be in [0, 5]; got 6"),
         (("--weights", "none.safetensors"), "none.safetensors: expected weights to start from"),
         (("--set", "levels=[3,-4]"), "levels must be >= 0; got -4"),
         (("--set", "levels=[]"), "anchors.strides must be those of levels (), ()"),

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -207,7 +208,10 @@ def test_a_model_on_a_dataset(model):
     np.testing.assert_equal(evaluate(model, SHAPES, batch_size=5), metrics)
 
 
-def test_the_progress_bar_is_asked_for(model, capsys):
+def test_the_progress_bar_is_asked_for_on_a_terminal(model, capsys, monkeypatch):
+    evaluate(model, SHAPES, progress=True)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     evaluate(model, SHAPES)
     assert capsys.readouterr() == ("", "")
     evaluate(model, SHAPES, progress=True)

@@ -395,7 +395,10 @@ def test_resuming_keeps_the_recorded_settings(coco, tmp_path, capsys):
     assert main([*command[:-1], "r50", "--resume"]) == 2
     assert "the run has preset tiny, and resumes with it; got r50" in capsys.readouterr().err
     assert main([*command, "--convention", "detectron2", "--resume"]) == 2
-    assert "the run has convention None" in capsys.readouterr().err
+    assert (
+        "the run has convention paper, and resumes with it; got detectron2"
+        in capsys.readouterr().err
+    )
 
 
 def test_resuming_before_the_first_checkpoint_starts_from_the_weights_again(

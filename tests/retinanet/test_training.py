@@ -377,11 +377,11 @@ def test_patience(tmp_path, monkeypatch, capsys):
     fit(tmp_path, run, validation=shapes("val", 2))
     assert [x["step"] for x in lines(tmp_path) if x["kind"] == "eval"] == [1, 2, 3, 4]
     assert checkpoints(tmp_path) == [3, 4]
-    assert "stopped: no better AP in 2 evaluations" in capsys.readouterr().err
+    assert "stopped: no better AP in the last 2 steps" in capsys.readouterr().err
     before = lines(tmp_path)
     fit(tmp_path, run, validation=shapes("val", 2), resume=True)  # and it stays so
     assert lines(tmp_path) == before
-    assert "stopped: no better AP in 2 evaluations" in capsys.readouterr().err
+    assert "stopped: no better AP in the last 2 steps" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -257,7 +257,8 @@ class _Run:
         since = len(found) - 1 - found.index(max(found)) if found else 0
         over = bool(self.replicas.maximum(int(since >= self.train.patience)))
         if over:
-            progress.say(f"stopped: no better AP in {self.train.patience} evaluations")
+            steps = self.train.patience * self.train.eval_every
+            progress.say(f"stopped: no better AP in the last {steps} steps")
         return over
 
     def stopping(self, reads: bool) -> int:
