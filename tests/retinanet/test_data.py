@@ -34,7 +34,7 @@ from focal.retinanet.data import (
 from focal.retinanet.data import transforms as T
 from focal.retinanet.data.coco import find_splits
 from focal.retinanet.data.dataset import category_ids, dataset_name, read_example
-from focal.retinanet.data.images import exif_turns
+from focal.retinanet.data.images import exif_turns, printable
 from focal.retinanet.data.shapes import _mask
 
 # ---------------------------------------------------------------- images
@@ -783,7 +783,7 @@ def test_no_layout_reads_outside_of_the_folder(tmp_path, layout):
     def fault(file_name, root):
         with pytest.raises(DataError) as caught:
             CocoDataset(root, "train", hold_out=0)
-        assert f"image id 1 ({file_name}): " in str(caught.value)
+        assert f"image id 1 ({printable(file_name)}): " in str(caught.value)
         return str(caught.value).partition("): ")[2]
 
     for name in ("../" * 4 + "outside/1.png", str(secret / "1.png"), "..\\1.png"):
