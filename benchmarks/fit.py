@@ -104,6 +104,7 @@ def table(found: dict[str, Any]) -> str:
         most = line["sizes"][-1] * 2 ** (2 / 3)
         sizes = f"{line['sizes'][0]:.0f} to {most:.0f}"
         minutes = f"{line['seconds'] / 60:.1f}" + ("" if line["quiet"] else " (shared machine)")
+        minutes = "stopped and resumed" if line["resumed"] else minutes
         scores = line["val"]["AP50"], line["test"]["AP50"], line["test"]["AP"]
         figures = [f"{score:.3f}" for score in scores]
         rows.append((f"`{name}`", canvas, sizes, crop, f"{line['steps']:,}", minutes, *figures))
