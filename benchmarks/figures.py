@@ -359,7 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = dataset = None
     if options.weights is not None:
         model = load(options.weights, options.backend, options.device)
-        dataset = open_dataset(options, options.split, model.config.image_size)
+        dataset = open_dataset(options.data, options.split, model.config.image_size)
     for name in write_figures(options.out, model, dataset):
         print(options.out / name)
     print(options.out / "figures.md")

@@ -43,7 +43,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     from focal.retinanet.training.run_folder import plain_json
 
     model = load(options.weights, options.backend, options.device, **inference(options))
-    dataset = open_dataset(options, options.split, model.config.image_size)
+    dataset = open_dataset(options.data, options.split, model.config.image_size, options.hold_out)
     for file in (options.out, options.results):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)

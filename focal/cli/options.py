@@ -111,13 +111,15 @@ def assignments(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def open_dataset(options: argparse.Namespace, split: str, size: tuple[int, int]) -> Dataset:
+def open_dataset(
+    data: str, split: str, size: tuple[int, int] | None, hold_out: float = 0.1
+) -> Dataset:
     """A split of the data, or of the generated shapes in images of this (height, width)."""
     from focal.retinanet.data import CocoDataset, ShapesDataset
 
-    if options.data == "shapes":
-        return ShapesDataset(split, size=size)
-    return CocoDataset(options.data, split, options.hold_out)
+    if data == "shapes":
+        return ShapesDataset(split) if size is None else ShapesDataset(split, size)
+    return CocoDataset(data, split, hold_out)
 
 
 def print_metrics(title: str, metrics: dict[str, Any]) -> None:

@@ -109,11 +109,11 @@ def run(options: argparse.Namespace, command: str) -> None:
 
     changes = assignments(options)
     generated = options.data == "shapes"
-    size = _size_of_shapes(options, changes)
-    data = open_dataset(options, "train", size)
+    size = _size_of_shapes(options, changes) if generated else None
+    data = open_dataset(options.data, "train", size, options.hold_out)
     val = None
     if options.hold_out > 0 or generated or "val" in find_splits(Path(options.data)):
-        val = open_dataset(options, "val", size)
+        val = open_dataset(options.data, "val", size, options.hold_out)
     found = run(
         data,
         val,

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from folders import ROOT
+from folders import BCCD, ROOT
 
 pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
@@ -77,10 +77,11 @@ def test_every_logit_of_an_anchor_in_use_is_counted_once():
     assert positives.mean() == pytest.approx(untrained, abs=0.5)
 
 
-def test_the_command_draws_them_all(tmp_path, capsys):
+@pytest.mark.parametrize("data", ["shapes", str(BCCD)], ids=["shapes", "files"])
+def test_the_command_draws_them_all(tmp_path, capsys, data):
     save(build(CONFIG, device="cpu"), tmp_path / "w.safetensors")
     out = tmp_path / "new" / "figures"
-    weights = ["--weights", str(tmp_path / "w.safetensors"), "--data", "shapes"]
+    weights = ["--weights", str(tmp_path / "w.safetensors"), "--data", data]
     main(["--out", str(out), *weights, "--device", "cpu"])
     names = [f"{name}.png" for name in (*FIGURES, "cumulative_loss")]
     assert sorted(p.name for p in out.iterdir()) == sorted([*names, "figures.md"])

@@ -25,8 +25,8 @@ STEP = TESTS / "helpers" / "trainers_step.py"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page's files."""
     for package in ("torch", "lightning", "transformers", "accelerate"):
-        # Not `importorskip`: they warn when they are imported, which is an error here. In `make test`
-        # this skip is a failure.
+        # Not `importorskip`: they warn when they are imported, which is an error here.
+        # In `make test` this skip is a failure.
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     folder = tmp_path_factory.mktemp("trainers")
