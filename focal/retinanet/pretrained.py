@@ -43,15 +43,14 @@ class Pretrained(NamedTuple):
         Raises:
             ValueError: a change does not fit the weights.
         """
-        own = default.detector.replace(backbone=self.backbone)
-        base = own if self.config is None else self.config
+        base = self.config or default.detector.replace(backbone=self.backbone)
         chosen = apply(Preset(base, default.train), changes)
         detector = chosen.detector
         fields = ("backbone",) if self.config is None else _NETWORK
         for field in fields:
-            own, wanted = getattr(base, field), getattr(detector, field)
-            if own != wanted:
-                raise ValueError(f"{self.source}: its weights are of {field} {own}; got {wanted}")
+            given, wanted = getattr(base, field), getattr(detector, field)
+            if given != wanted:
+                raise ValueError(f"{self.source}: its weights are of {field} {given}; got {wanted}")
         if self.config and base.anchors.per_cell != detector.anchors.per_cell:
             raise ValueError(
                 f"{self.source}: its weights are of {base.anchors.per_cell} anchors in a cell; "
