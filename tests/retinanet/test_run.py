@@ -420,7 +420,7 @@ def test_resuming_before_the_first_checkpoint_starts_from_the_weights_again(
 def test_shapes_have_the_size_of_the_canvas(trained, tmp_path, monkeypatch):
     sizes = []
 
-    def opened(options, split, size):
+    def opened(data, split, size, hold_out):
         sizes.append(size)
         return ShapesDataset(split, size=size, num_images=2)
 
