@@ -35,6 +35,8 @@ def is_number(value: Any) -> bool:
 
 def split(formula: Formula) -> tuple[Formula, tuple[Array, ...]]:
     """The formula with a placeholder for each array, and the arrays."""
+    if all(value is None or is_number(value) for value in formula):
+        return formula, ()
     arrays: list[Array] = []
 
     def without_arrays(value: Any) -> Any:

@@ -31,6 +31,8 @@ __all__ = ["Kernels"]
 
 Hard = SigmoidFocal | Sparse | Positive
 
+FEW = 1 << 12
+"""The number of logits up to which the calls take longer than the arithmetic."""
 BLOCK = 3 << 17
 """Logits per block: larger blocks do not fit the cache, smaller ones spend time in Python."""
 STRIP = 128
@@ -53,6 +55,27 @@ class Kernels:
 
     def __init__(self, xp: Namespace) -> None:
         self.xp = xp
+
+    def few(
+        self, formula: Hard, x: Tensor, t: Tensor | float, with_slope: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """FL and dFL/dx in a wide type and in as few calls as possible: for up to FEW logits."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x = x if x.dtype == wide else x.to(wide)
+        if isinstance(formula, Sparse) and isinstance(t, Tensor):
+            value, slope = self.few(formula.formula, x, _one_hot(t, x), with_slope)
+            ignored = (t < -1)[..., None]
+            for values in (value, slope):
+                if values is not None:
+                    values.masked_fill_(ignored, 0)
+            return value, slope
+        if isinstance(formula, SigmoidFocal) and isinstance(t, Tensor):
+            t = t if t.dtype == wide else t.to(wide)
+            if formula.smoothing == 0 and torch.equal(t * t, t):
+                return _few_calls(formula, x, _Masked.of(t), with_slope)
+        if with_slope:
+            return formula.value_and_grad(self.xp, x, t)
+        return formula.value(self.xp, x, t), None
 
     def value(
         self, formula: Hard, x: Tensor, t: Tensor | float, out: Tensor | None = None
@@ -139,7 +162,9 @@ class Kernels:
             elif listed is not None:
                 positives = listed.within(here)
             else:
-                positives = _masked(tb.to(wide), m, scratch)
+                hard = tb.to(wide)
+                is_hard = torch.equal(torch.mul(hard, hard, out=m), hard)
+                positives = _Masked.of(hard, next(scratch)) if is_hard else None
             if positives is not None:
                 _margin_pass(loss, xb, positives, v, s, m, ce)
             else:
@@ -195,6 +220,11 @@ class _Masked(NamedTuple):
     y: Tensor
     sign: Tensor
 
+    @classmethod
+    def of(cls, y: Tensor, sign: Tensor | None = None) -> _Masked:
+        """Those of targets y, with 1 - 2 y in the memory of `sign` where there is one."""
+        return cls(y, torch.sub(_scalar(1, y), y, alpha=2, out=sign))
+
     def flip(self, values: Tensor) -> None:
         """Change the sign of the positives' values."""
         values.mul_(self.sign)
@@ -206,9 +236,9 @@ class _Masked(NamedTuple):
             return
         alpha, rest = _shares(loss)
         if alpha < 0.25:  # starting from the value that does not cancel
-            share = torch.add(m.new_tensor(alpha), 1 - self.y, alpha=rest - alpha)
+            share = torch.add(_scalar(alpha, m), 1 - self.y, alpha=rest - alpha)
         else:
-            share = torch.add(m.new_tensor(rest), self.y, alpha=alpha - rest)
+            share = torch.add(_scalar(rest, m), self.y, alpha=alpha - rest)
         m.mul_(share)
 
 
@@ -246,13 +276,6 @@ def _rare(y: Tensor) -> _Listed | None:
     return _Listed(at) if len(at) <= RARE * len(y) and bool((y[at] == 1).all()) else None
 
 
-def _masked(y: Tensor, spare: Tensor, scratch: Iterator[Tensor]) -> _Masked | None:
-    """The targets of 1, if all others are 0."""
-    sign = torch.add(y.new_ones(()), y, alpha=-2, out=next(scratch))
-    least, greatest = torch.abs(sign, out=spare).aminmax()
-    return _Masked(y, sign) if least == greatest == 1 else None
-
-
 def _margin_pass(
     loss: SigmoidFocal,
     x: Tensor,
@@ -279,13 +302,40 @@ def _margin_pass(
         # softplus(w) - e w = (1 - e) max(w, 0) + e max(-w, 0) - log(1 - min(p, p_t))
         torch.nn.functional.leaky_relu_(w, -e / (1 - e)).mul_(1 - e).sub_(ce)
         bend = p_t.mul_(m)
-        p, m = m, torch.add(m.new_tensor(e), m, alpha=1 - 2 * e, out=ce)
+        p, m = m, torch.add(_scalar(e, m), m, alpha=1 - 2 * e, out=ce)
         bend.div_(m).mul_(w)
         torch.add(p.sub_(e), bend, alpha=loss.gamma * (1 - 2 * e), out=slope)
     positives.weighted_power(loss, m)
     value.mul_(m)
     slope.mul_(m)
     positives.flip(slope)
+
+
+def _one_hot(labels: Tensor, like: Tensor) -> Tensor:
+    """Dense targets of labels; a row without a class has none."""
+    positive = (labels >= 0).to(like.dtype)[..., None]
+    return torch.zeros_like(like).scatter_(-1, labels.clamp(min=0)[..., None], positive)
+
+
+def _few_calls(
+    loss: SigmoidFocal, x: Tensor, positives: _Masked, with_slope: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`_margin_pass` of unsmoothed targets, in new memory: fewer calls, but more arithmetic."""
+    largest = torch.finfo(x.dtype).max
+    w = torch.clamp(x, -largest, largest)
+    positives.flip(w)
+    m = torch.sigmoid(w)
+    ce = torch.nn.functional.logsigmoid(w.neg_()).neg_()
+    slope = torch.addcmul(m, w.sigmoid_(), ce, value=loss.gamma) if with_slope else None
+    positives.weighted_power(loss, m)
+    if slope is not None:
+        positives.flip(slope.mul_(m))
+    return m.mul_(ce), slope  # in this order, since logsigmoid drops the order of the axes
+
+
+def _scalar(value: float, like: Tensor) -> Tensor:
+    """A number as a tensor, in less time than `new_tensor` takes."""
+    return torch.scalar_tensor(value, dtype=like.dtype)
 
 
 def _shares(loss: SigmoidFocal) -> tuple[float, float]:

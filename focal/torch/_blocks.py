@@ -79,13 +79,17 @@ def by_block(
 
     Without `output` the function is only called, and the result is empty.
     """
-    if not is_plain(x, t, *more, *numbers) or any(n.ndim for n in numbers):
+    size = CPU_BLOCK if x.device.type == "cpu" else DEVICE_BLOCK
+    if (
+        x.numel() <= size
+        or not is_plain(x, t, *more, *numbers)
+        or any(n.ndim for n in numbers)
+    ):
         result = function(*wide_pair(x, t), *more, *numbers)
         return x.new_empty(0) if result is None else narrow(result, x)
     layout = Layout(x, t)
     result = layout.new() if output else x.new_empty(0)
     flat = layout.flat(x)
-    size = CPU_BLOCK if x.device.type == "cpu" else DEVICE_BLOCK
     rows = max(1, size // max(1, math.prod(flat.shape[1:])))
     blocks = [layout.flat(a).split(rows) if isinstance(a, Tensor) else None for a in (t, *more)]
     target = layout.flat(result).split(rows) if output else None
@@ -108,11 +112,12 @@ class Layout:
     def __init__(self, x: Tensor, t: Targets) -> None:
         self.x = x
         self.by_row = isinstance(t, Tensor) and t.shape != x.shape
-        self.order = sorted(range(x.ndim), key=x.stride, reverse=True)
+        contiguous = x.is_contiguous()
+        self.order = None if contiguous else sorted(range(x.ndim), key=x.stride, reverse=True)
 
     def new(self) -> Tensor:
         """An empty tensor like x. It is not a view, so that users may change it in place."""
-        if self.by_row:
+        if self.by_row or self.order is None:
             return torch.empty_like(self.x, memory_format=torch.contiguous_format)
         strides, step = [1] * self.x.ndim, 1
         for axis in reversed(self.order):
@@ -128,7 +133,7 @@ class Layout:
         if not isinstance(a, Tensor):
             return a
         if not self.by_row:
-            return a.permute(self.order).reshape(-1)
+            return (a if self.order is None else a.permute(self.order)).reshape(-1)
         return a.reshape(-1, a.shape[-1]) if a.ndim == self.x.ndim else a.reshape(-1)
 
 

@@ -6,10 +6,13 @@ count as plain: the results stay the same, without the faster paths.
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.nn import Parameter
 
 try:
@@ -21,12 +24,16 @@ except ImportError:
         return True
 
 
-WRAPPED: tuple[Any, ...] | None
+def _keys(*names: str) -> int:
+    """A set of dispatch keys as bits."""
+    keys = map(torch._C._dispatch_key_parse, names)
+    return functools.reduce(operator.or_, (torch._C.DispatchKeySet(k).raw_repr() for k in keys))
+
+
+WRAPPED: int | None
 try:
-    WRAPPED = tuple(
-        map(torch._C._dispatch_key_parse, ("Batched", "FuncTorchBatched", "FuncTorchGradWrapper"))
-    )
-except (AttributeError, RuntimeError):
+    WRAPPED = _keys("Batched", "FuncTorchBatched", "FuncTorchGradWrapper")
+except (AttributeError, RuntimeError, TypeError):
     WRAPPED = None
 
 try:
@@ -34,7 +41,31 @@ try:
 except ImportError:
     get_interpreter_stack = None  # type: ignore[assignment]
 
-__all__ = ["is_plain", "is_wrapped", "nests_forward_mode"]
+__all__ = ["apply", "is_plain", "is_wrapped", "nests_forward_mode"]
+
+
+def apply(operation: type[Function], *operands: Any) -> Any:
+    """`operation.apply`, a few times as fast where `torch.func` does not run.
+
+    A function with `setup_context`, which `torch.func` needs, binds its arguments to a signature
+    in Python at every call.
+    """
+    if get_interpreter_stack is None or get_interpreter_stack():
+        return operation.apply(*operands)
+    return _in_one(operation).apply(*operands)
+
+
+@functools.cache
+def _in_one(operation: type[Function]) -> type[Function]:
+    """The operation with `forward` and `setup_context` in one."""
+
+    def forward(ctx: Any, *operands: Any) -> Any:
+        output = operation.forward(*operands)
+        operation.setup_context(ctx, operands, output)
+        return output
+
+    own = {"forward": staticmethod(forward), "setup_context": Function.setup_context}
+    return type(operation.__name__, (operation,), own)
 
 
 def is_wrapped(a: Any) -> bool:
@@ -45,10 +76,7 @@ def is_wrapped(a: Any) -> bool:
     """
     if not isinstance(a, Tensor):
         return False
-    if WRAPPED is None:
-        return True
-    keys = torch._C._dispatch_keys(a)
-    return any(keys.has(key) for key in WRAPPED)
+    return WRAPPED is None or torch._C._dispatch_keys(a).raw_repr() & WRAPPED != 0
 
 
 def is_plain(*operands: Any) -> bool:
@@ -56,15 +84,16 @@ def is_plain(*operands: Any) -> bool:
 
     Otherwise they are traced or computed elsewhere, and the formula itself must be used.
     """
-    return not (
+    if (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or is_in_torch_dispatch_mode()
-        or any(
-            isinstance(a, Tensor) and (type(a) not in (Tensor, Parameter) or is_wrapped(a))
-            for a in operands
-        )
-    )
+    ):
+        return False
+    for a in operands:  # called several times by every loss: a loop is faster than a generator
+        if isinstance(a, Tensor) and (type(a) not in (Tensor, Parameter) or is_wrapped(a)):
+            return False
+    return True
 
 
 def nests_forward_mode() -> bool:

@@ -41,7 +41,7 @@ from focal.torch._blocks import (
     wide,
     wide_pair,
 )
-from focal.torch._dispatch import is_plain, is_wrapped, nests_forward_mode
+from focal.torch._dispatch import apply, is_plain, is_wrapped, nests_forward_mode
 
 __all__ = ["pointwise", "pointwise_sum"]
 
@@ -65,7 +65,7 @@ def pointwise(formula: Formula, x: Tensor, t: Targets) -> Tensor:
     formula, numbers = parameters.split(formula)
     if nests_forward_mode():
         return _value(formula)(x, t, *numbers)
-    return _Value.apply(x, t, formula, *numbers)
+    return cast(Tensor, apply(_Value, x, t, formula, *numbers))
 
 
 def pointwise_sum(formula: Formula, x: Tensor, t: Targets) -> Tensor:
@@ -78,7 +78,7 @@ def pointwise_sum(formula: Formula, x: Tensor, t: Targets) -> Tensor:
     # The slope of half-precision logits would be rounded before it is scaled, so recompute it.
     with_slope = torch.is_grad_enabled() and x.requires_grad and wide(x) is x and not numbers
     with_slope = with_slope and _kernels(formula, x, t) in (None, CPU_KERNELS)
-    return _Sum.apply(x, t, formula, with_slope, *numbers)[0]
+    return cast(Tensor, apply(_Sum, x, t, formula, with_slope, *numbers)[0])
 
 
 # ---------------------------------------------------------------- the three operations
@@ -90,6 +90,8 @@ class _Value(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, t: Targets, formula: Formula, *numbers: Tensor) -> Tensor:
         if (kernels := _kernels(formula, x, t, *numbers)) is not None:
+            if _are_few(kernels, x):
+                return narrow(kernels.few(formula, x, t, with_slope=False)[0], x)
             layout = Layout(x, t)
             out = layout.new()
             kernels.value(formula, *map(layout.flat, (x, t)), out=layout.flat(out))
@@ -106,7 +108,7 @@ class _Value(torch.autograd.Function):
         x, t, *numbers = _saved(ctx)
         by_x = None
         if ctx.needs_input_grad[0]:
-            by_x = _Slope.apply(x, t, grad, ctx.formula, *numbers)
+            by_x = apply(_Slope, x, t, grad, ctx.formula, *numbers)
         needed = (ctx.needs_input_grad[1], *ctx.needs_input_grad[3:])
         by_t, *by_numbers = _pull(_value(ctx.formula), x, (t, *numbers), needed, grad)
         return by_x, by_t, None, *by_numbers
@@ -119,7 +121,7 @@ class _Value(torch.autograd.Function):
     def jvp(ctx: Any, dx: Any, dt: Any, _: Any, *dnumbers: Any) -> Tensor:
         x, t, *numbers = _saved(ctx)
         result = _push(_value(ctx.formula), x, (t, *numbers), (dt, *dnumbers))
-        return result if dx is None else result + _Slope.apply(x, t, dx, ctx.formula, *numbers)
+        return result if dx is None else result + apply(_Slope, x, t, dx, ctx.formula, *numbers)
 
 
 class _Slope(torch.autograd.Function):
@@ -131,6 +133,8 @@ class _Slope(torch.autograd.Function):
         if is_wrapped(scale):
             return slope(x, t, *numbers) * scale
         if (kernels := _kernels(formula, x, t, scale, *numbers)) is not None:
+            if _are_few(kernels, x):
+                return narrow(kernels.few(formula, x, t)[1] * scale, x)
             layout = Layout(x, t)
             out = layout.new()
             by = layout.flat(scale) if scale.ndim else scale
@@ -155,7 +159,7 @@ class _Slope(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             by_x = (wide(grad) * wide(scale) * _hess(ctx.formula)(x, t, *numbers)).to(x.dtype)
         if ctx.needs_input_grad[2]:
-            by_scale = _Slope.apply(x, t, grad, ctx.formula, *numbers)
+            by_scale = apply(_Slope, x, t, grad, ctx.formula, *numbers)
             by_scale = (by_scale if scale.ndim else by_scale.sum()).to(scale.dtype)
         needed = (ctx.needs_input_grad[1], *ctx.needs_input_grad[4:])
         by_t, *by_numbers = _pull(_slope(ctx.formula), x, (t, *numbers), needed, grad * scale)
@@ -174,7 +178,7 @@ class _Slope(torch.autograd.Function):
             bend = wide(dx) * wide(scale) * _hess(ctx.formula)(x, t, *numbers)
             result = result + bend.to(x.dtype)
         if dscale is not None:
-            result = result + _Slope.apply(x, t, dscale, ctx.formula, *numbers)
+            result = result + apply(_Slope, x, t, dscale, ctx.formula, *numbers)
         return result
 
 
@@ -186,6 +190,9 @@ class _Sum(torch.autograd.Function):
         x: Tensor, t: Targets, formula: Formula, with_slope: bool, *numbers: Tensor
     ) -> tuple[Tensor, Tensor]:
         kernels = _kernels(formula, x, t, *numbers)
+        if _are_few(kernels, x):
+            value, slope = kernels.few(formula, x, t, with_slope)
+            return value.sum(), slope if with_slope else x.new_empty(0)
         layout = Layout(x, t)
         if kernels is not None and not with_slope:
             return kernels.total(formula, *map(layout.flat, (x, t))), x.new_empty(0)
@@ -206,7 +213,7 @@ class _Sum(torch.autograd.Function):
             return slope
 
         slope = by_block(block, numbers, x, t, output=with_slope)
-        return torch.stack(sums).sum(), slope
+        return sums[0] if len(sums) == 1 else torch.stack(sums).sum(), slope
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -226,7 +233,7 @@ class _Sum(torch.autograd.Function):
             slope, ctx.slope = ctx.slope, None
             if slope is None or torch.is_grad_enabled() or is_wrapped(grad):
                 # A second backward pass, or one that is itself differentiated.
-                by_x = _Slope.apply(x, t, grad, ctx.formula, *numbers)
+                by_x = apply(_Slope, x, t, grad, ctx.formula, *numbers)
             else:
                 # On a CPU it is cheap to look whether there is anything to scale.
                 is_one = grad.device.type == "cpu" and is_plain(grad) and bool(grad == 1)
@@ -246,7 +253,7 @@ class _Sum(torch.autograd.Function):
         x, t, *numbers = _saved(ctx)
         result = _push(_value(ctx.formula), wide(x), (t, *numbers), (dt, *dnumbers))
         if dx is not None:
-            result = result + wide(_Slope.apply(x, t, dx, ctx.formula, *numbers))
+            result = result + wide(apply(_Slope, x, t, dx, ctx.formula, *numbers))
         return result.sum(), None
 
 
@@ -393,7 +400,7 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
 
 def _kernels(formula: Formula, x: Tensor, t: Targets, *more: Tensor) -> Any:
     """`focal.kernels.torch_triton` or its like for a CPU, where one takes these operands."""
-    loss = formula.formula if isinstance(formula, Sparse | Positive) else formula
+    loss = formula.formula if isinstance(formula, (Sparse, Positive)) else formula
     if not (
         isinstance(loss, SigmoidFocal)
         and all(n is None or parameters.is_number(n) for n in loss)
@@ -407,6 +414,11 @@ def _kernels(formula: Formula, x: Tensor, t: Targets, *more: Tensor) -> Any:
         if kernels and kernels.takes(x, t, *more):
             return kernels
     return CPU_KERNELS if x.device.type == "cpu" else None
+
+
+def _are_few(kernels: Any, x: Tensor) -> bool:
+    """Whether calls take longer than arithmetic, so that the layout does not matter."""
+    return kernels is CPU_KERNELS and x.numel() <= torch_cpu.FEW
 
 
 @functools.cache

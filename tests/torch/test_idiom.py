@@ -216,6 +216,7 @@ def test_many_blocks_equal_one_row_at_a_time(monkeypatch):
     x, y = logits(40, 7), soft(40, 7)
     labels = torch.randint(-2, 7, (40,), generator=torch.Generator().manual_seed(4))
     expected = [F.sigmoid_focal_loss(x, y), F.sparse_sigmoid_focal_loss(x, labels)]
+    monkeypatch.setattr(torch_cpu, "FEW", 0)
     for block in (1, 7, 50):
         monkeypatch.setattr(torch_cpu, "BLOCK", block)
         torch.testing.assert_close(F.sigmoid_focal_loss(x, y), expected[0], rtol=1e-6, atol=0)
@@ -232,7 +233,7 @@ def test_many_blocks_equal_one_row_at_a_time(monkeypatch):
 @pytest.mark.parametrize("alpha", [None, 0.25, 1.0])
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.7])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
-def test_the_pass_on_a_cpu_equals_the_formula(gamma, alpha, targets, smoothing):
+def test_the_passes_on_a_cpu_equal_the_formula(gamma, alpha, targets, smoothing):
     formula = formulas.SigmoidFocal(alpha, gamma, smoothing)
     extremes = [0.0, 1e-30, 0.3, 20.0, 88.0, 100.0, 1000.0, math.inf]
     x = torch.tensor([s * e for e in extremes for s in (1, -1)], dtype=torch.float64)
@@ -250,7 +251,12 @@ def test_the_pass_on_a_cpu_equals_the_formula(gamma, alpha, targets, smoothing):
     slope = kernels.slope(formula, x, t, torch.ones((), dtype=x.dtype))
     torch.testing.assert_close(kernels.value(formula, x, t), expected[0], rtol=1e-14, atol=0)
     # Smoothed, the slope is 0 at some logit, and next to it a difference of numbers near s / 2.
-    torch.testing.assert_close(slope, expected[1], rtol=1e-14, atol=1e-16 if smoothing else 0)
+    close = {"rtol": 1e-14, "atol": 1e-16 if smoothing else 0}
+    torch.testing.assert_close(slope, expected[1], **close)
+    value, slope = kernels.few(formula, x, t)
+    torch.testing.assert_close(value, expected[0], rtol=1e-14, atol=0)
+    torch.testing.assert_close(slope, expected[1], **close)
+    assert torch.equal(kernels.few(formula, x, t, with_slope=False)[0], value)
 
 
 @pytest.mark.parametrize("size", [1, 1000, 50_001])
@@ -436,11 +442,9 @@ def test_a_graph_of_loss_and_gradient_has_the_registered_derivative(gamma):
 
     x, t = torch.tensor(EXTREMES)[:, None].requires_grad_(), torch.tensor([-1, 0, -2] * 3)
     expected = slope(x, t)
-    assert torch.equal(make_fx(slope)(x, t)(x, t), expected)
     ahead = aot_function(loss, fw_compiler=nop, bw_compiler=nop)
-    torch.testing.assert_close(
-        torch.autograd.grad(ahead(x, t), x)[0], expected, rtol=1e-6, atol=1e-38
-    )
+    for got in (make_fx(slope)(x, t)(x, t), torch.autograd.grad(ahead(x, t), x)[0]):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-38)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
