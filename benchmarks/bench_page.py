@@ -29,6 +29,7 @@ def main() -> None:
     tables = {name: losses_table(found[name]["losses"]) for name in FRAMEWORKS}
     tables |= {
         "provenance": provenance(found),
+        "small": calls_table(found["torch"]["small_calls"]),
         "memory": memory_table(found["torch"]["losses"]["both"]),
         "targets": times_table(found["targets"]["times"]),
         "step": step_table(found["torch"]["training_step"]),
@@ -72,6 +73,15 @@ def times_table(cases: Cases) -> str:
     for name, case in cases.items():
         ours, other = sides_of(case)
         rows.append((name, _cell(ours), _cell(other), f"{case['ratio_of_medians']:.2f}"))
+    return markdown(rows)
+
+
+def calls_table(cases: Cases) -> str:
+    """As `times_table`, in microseconds."""
+    rows = [("case", "focal, µs", "other, µs", "ratio")]
+    for name, case in cases.items():
+        cells = (f"{1e3 * side['median_ms']:.0f}" for side in sides_of(case))
+        rows.append((name, *cells, f"{case['ratio_of_medians']:.2f}"))
     return markdown(rows)
 
 

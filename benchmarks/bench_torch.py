@@ -14,11 +14,11 @@ from torch.nn import functional
 from benchmarks.bench_step import training_steps
 from benchmarks.common import (
     ALPHA,
-    CLASSES,
     GAMMA,
     SETTING,
     Case,
     Staged,
+    compare_calls,
     compare_cases,
     example,
     losses_in_fresh_processes,
@@ -26,6 +26,7 @@ from benchmarks.common import (
     record,
     summary,
     table,
+    times_table,
 )
 from focal.torch import sigmoid_focal_loss, sparse_sigmoid_focal_loss
 
@@ -44,7 +45,7 @@ def textbook(x: Tensor, y: Tensor) -> Tensor:
 
 def textbook_sparse(x: Tensor, labels: Tensor) -> Tensor:
     """The same from labels (-1 is background), with the one-hot targets it needs."""
-    return textbook(x, functional.one_hot(labels + 1, CLASSES + 1)[:, 1:].to(x.dtype))
+    return textbook(x, functional.one_hot(labels + 1, x.shape[1] + 1)[:, 1:].to(x.dtype))
 
 
 def ours(x: Tensor, y: Tensor) -> Tensor:
@@ -111,6 +112,25 @@ def compare_losses() -> dict[str, Any]:
     )
 
 
+def small_calls() -> dict[str, Any]:
+    """Calls with few logits, whose time is that of Python and PyTorch, not of arithmetic."""
+    found = {}
+    for shape in ((100,), (32, 10)):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(shape, generator=generator)
+        y = (torch.rand(shape, generator=generator) < 0.1).float()
+        size = " x ".join(map(str, shape))
+        for phase, timed in (("forward", forward), ("both", forward_backward)):
+            for name, own in (("none().sum()", ours_each), ("sum", ours)):
+                sides = {"focal": timed(own, x, y), "textbook": timed(textbook, x, y)}
+                found[f"{size}, {name}; {phase}"] = compare_calls(sides)
+    labels = torch.arange(32) % 11 - 1
+    own = forward_backward(ours_sparse, x, labels)
+    other = forward_backward(textbook_sparse, x, labels)
+    found["32 x 10, sparse, sum; both"] = compare_calls({"focal": own, "textbook": other})
+    return found
+
+
 def peak_memory(run: Case) -> int:
     """Greatest number of bytes that PyTorch held at once beyond what it held before.
 
@@ -162,9 +182,11 @@ def main() -> None:
         setting=SETTING,
         threads=torch.get_num_threads(),
         import_focal=import_time(),
+        small_calls=small_calls(),
         losses=losses_in_fresh_processes("benchmarks.bench_torch"),
         training_step=training_steps(),
     )
+    print(f"PyTorch, small calls, in ms\n\n{times_table(report['small_calls'])}\n")
     print_losses("PyTorch", report["losses"])
     memory = [("peak memory in logits", "focal", "textbook")]
     for name, case in report["losses"]["both"].items():

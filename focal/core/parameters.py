@@ -7,7 +7,7 @@ must be operands of the registered derivative, so that they can be traced and di
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from focal.core import checks
 from focal.core.namespace import Array, Formula, Namespace
@@ -35,7 +35,7 @@ def is_number(value: Any) -> bool:
 
 def split(formula: Formula) -> tuple[Formula, tuple[Array, ...]]:
     """The formula with a placeholder for each array, and the arrays."""
-    if all(value is None or is_number(value) for value in formula):
+    if all(value is None or is_number(value) for value in cast(tuple[Any, ...], formula)):
         return formula, ()
     arrays: list[Array] = []
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from focal.core.formulas import Positive, SigmoidFocal, Sparse
-from focal.core.namespace import Namespace
+from focal.core.namespace import Formula, Namespace
 
 __all__ = ["Kernels"]
 
@@ -73,9 +73,10 @@ class Kernels:
             t = t if t.dtype == wide else t.to(wide)
             if formula.smoothing == 0 and torch.equal(t * t, t):
                 return _few_calls(formula, x, _Masked.of(t), with_slope)
+        loss: Formula = formula
         if with_slope:
-            return formula.value_and_grad(self.xp, x, t)
-        return formula.value(self.xp, x, t), None
+            return loss.value_and_grad(self.xp, x, t)
+        return loss.value(self.xp, x, t), None
 
     def value(
         self, formula: Hard, x: Tensor, t: Tensor | float, out: Tensor | None = None

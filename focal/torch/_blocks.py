@@ -80,11 +80,9 @@ def by_block(
     Without `output` the function is only called, and the result is empty.
     """
     size = CPU_BLOCK if x.device.type == "cpu" else DEVICE_BLOCK
-    if (
-        x.numel() <= size
-        or not is_plain(x, t, *more, *numbers)
-        or any(n.ndim for n in numbers)
-    ):
+    operands = [a for a in (x, t, *more) if isinstance(a, Tensor)]
+    one_block = x.numel() <= size and all(a.is_contiguous() for a in operands)
+    if one_block or not is_plain(*operands, *numbers) or any(n.ndim for n in numbers):
         result = function(*wide_pair(x, t), *more, *numbers)
         return x.new_empty(0) if result is None else narrow(result, x)
     layout = Layout(x, t)
