@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, cast
 
 import numpy as np
@@ -40,6 +41,7 @@ from numpy.typing import ArrayLike, NDArray
 from focal.core import softmax
 from focal.core.namespace import Array, Formula, Framework, Namespace
 from focal.core.parameters import wide_operands
+from focal.kernels import numpy_boxes
 
 input_type, array_type = ArrayLike, np.ndarray
 xp = cast(Framework[ArrayLike, NDArray[Any]], sys.modules[__name__])
@@ -183,8 +185,9 @@ def boxes_at_once(boxes: Array) -> int:
     return 1
 
 
-def box_kernels(boxes: Array, others: Array | None) -> None:
-    """There are none."""
+def box_kernels(boxes: Array, others: Array | None) -> ModuleType | None:
+    """Those of NumPy, where there are boxes."""
+    return numpy_boxes if boxes.size and (others is None or others.size) else None
 
 
 sweep = None

@@ -1,0 +1,191 @@
+"""Matching and suppression of boxes on a CPU, in NumPy: only boxes near each other are compared.
+
+The IoU is that of `focal.core.boxes`, in the type of the boxes, so results are equal to the last
+bit: boxes that are not near each other share no area, and their IoU is exactly 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from focal.core.boxes import solid, solid_iou
+from focal.core.targets import decided
+
+__all__ = ["match", "suppress"]
+
+Array = np.ndarray
+xp: Any = np
+"""All that areas and overlaps need of a namespace."""
+
+TILE = 128
+"""Anchors that are compared with a box or passed over together; neighbors lie close."""
+BLOCK = 512
+"""Boxes resolved at once: the best that are left."""
+STRIP = 32
+"""Neighbors among the kept boxes that are compared at once with the others near them."""
+
+
+# ---------------------------------------------------------------- matching
+
+
+def match(
+    anchors: Array, boxes: Array, foreground: float, background: float, floor: float | None
+) -> Array:
+    """`match_anchors` of anchors (N, 4) and boxes (..., M, 4): (..., N).
+
+    Each round compares every tile of anchors with the next of the boxes near it. Tiles with many
+    such boxes come first, so that a round works on the first rows of all arrays.
+
+    Args:
+        anchors: Of the type of the boxes.
+        boxes: Float32 or float64.
+        foreground: Least IoU of a match.
+        background: IoU below which an anchor is background.
+        floor: Least IoU of a low-quality match, or None for no such matches.
+    """
+    *lead, m, _ = boxes.shape
+    n = len(anchors)
+    padding = np.zeros((-n % TILE, 4), anchors.dtype)
+    corners, areas = solid(xp, np.concatenate([anchors, padding]))
+    tiles = [row.reshape(-1, TILE) for row in (*corners, areas)]
+    columns = [row.reshape(-1, 1) for row in _flat(*solid(xp, boxes))]
+    near = _near(tiles, [row.reshape(-1, 1, m) for row in columns[:4]]).reshape(-1, m)
+
+    count = near.sum(axis=1)
+    rows = np.argsort(-count, kind="stable")[: np.count_nonzero(count)]
+    image, tile = np.divmod(rows, max(1, len(tiles[0])))
+    tiles = [row[tile] for row in tiles]
+    nearest = np.nonzero(near)[1]
+    start, count = (np.cumsum(count) - count)[rows], count[rows]
+
+    def overlap(rows: Any, own: Array) -> Array:
+        a, b = [row[rows] for row in tiles], [column[own] for column in columns]
+        return np.asarray(solid_iou(xp, a[:4], a[4], b[:4], b[4]))
+
+    best = np.zeros(tiles[0].shape, anchors.dtype)
+    index = np.zeros(best.shape, np.int64)
+    top = np.zeros(len(columns[0]), anchors.dtype)
+    rounds = []
+    for k in range(count[0] if len(rows) else 0):
+        r = int(np.searchsorted(-count, -k))  # rows with more than k boxes
+        box = nearest[start[:r] + k]
+        own = image[:r] * m + box
+        found = overlap(slice(r), own)
+        np.copyto(index[:r], box[:, None], where=found > best[:r])
+        np.maximum(best[:r], found, out=best[:r])
+        if floor is not None:
+            highest = found.max(axis=1)
+            np.maximum.at(top, own, highest)
+            rounds.append((own, highest))
+    flags = np.zeros(best.shape, bool)
+    for own, highest in rounds:
+        at = np.flatnonzero((highest > 0) & (highest >= floor) & (highest >= top[own]))
+        flags[at] |= overlap(at, own[at]) >= top[own[at], None]
+
+    labels = np.full((len(near), TILE), -1)
+    labels[rows] = decided(xp, best, index, [flags], foreground, background)
+    return labels.reshape(*lead, -1)[..., :n]
+
+
+def _flat(corners: Sequence[Array], areas: Array) -> Iterator[Array]:
+    return (row.reshape(-1) for row in (*corners, areas))
+
+
+def _near(tiles: Sequence[Array], boxes: Sequence[Array]) -> Array:
+    """Whether box (images, 1, M) reaches into the hull of each tile: (images, tiles, M)."""
+    (x1, y1), (x2, y2) = (
+        [hull(row, axis=1)[:, None] for row in pair]
+        for hull, pair in ((np.min, tiles[:2]), (np.max, tiles[2:4]))
+    )
+    a, b, c, d = boxes
+    return np.asarray((x1 < c) & (a < x2) & (y1 < d) & (b < y2))
+
+
+# ---------------------------------------------------------------- suppression
+
+
+def suppress(boxes: Array, classes: Array | None, threshold: float) -> Array:
+    """`focal.core.nms.suppress` of boxes (..., N, 4) and classes (..., N).
+
+    The best boxes that are left are resolved among themselves, and what they suppress is removed.
+    """
+    keep = ~np.isnan(boxes).any(axis=-1)
+    corners, areas = solid(xp, boxes)
+    there = corners[2] > corners[0]  # the others overlap nothing
+    group = _groups(there.shape, classes)
+    rows = _by_place([row[there] for row in (*corners, areas, *group)])
+    stay = np.zeros(len(rows[0]), bool)
+    while (left := len(rows[0])) > 0:
+        last = min(BLOCK, left) - 1
+        best = rows[0] <= np.partition(rows[0], last)[last]
+        block, rows = [row[best] for row in rows], [row[~best] for row in rows]
+        settled = _settled(block, threshold)
+        block = [row[settled] for row in block]
+        stay[block[0]] = True
+        dropped = np.zeros(len(rows[0]), bool)
+        for _, others, found in _overlaps(block, rows, threshold):
+            dropped[others] |= found.any(axis=0)
+        rows = [row[~dropped] for row in rows]
+    keep[there] = stay
+    return keep
+
+
+def _groups(shape: tuple[int, ...], classes: Array | None) -> list[Array]:
+    """A number for each list and class, where there are several."""
+    lists = np.arange(math.prod(shape[:-1])).reshape(*shape[:-1], 1)
+    if classes is not None:
+        names, place = np.unique(classes, return_inverse=True)
+        lists = lists * len(names) + place.reshape(shape)
+    elif lists.size == 1:
+        return []
+    return [np.broadcast_to(lists, shape).astype(np.float64)]
+
+
+def _by_place(rows: list[Array]) -> list[Array]:
+    """Rank, low, high and the rows, sorted by low: along the axis with fewer pairs to compare.
+
+    Low and high are coordinates. With groups they are complex numbers, which NumPy sorts by the
+    real part, the group, first.
+    """
+    plans = []
+    for low, high in ((rows[0], rows[2]), (rows[1], rows[3])):
+        low, high = (rows[5] + 1j * row if rows[5:] else row for row in (low, high))
+        order = np.argsort(low, kind="stable")
+        plans.append((np.searchsorted(low[order], high).sum(), order, low, high))
+    _, order, low, high = min(plans, key=lambda plan: int(plan[0]))
+    return [order, *(row[order] for row in (low, high, *rows))]
+
+
+def _settled(block: Sequence[Array], threshold: float) -> Array:
+    """Which of the boxes stay: those that no better one that stays overlaps, a fixed point."""
+    rank = block[0]
+    hits = np.zeros((len(rank), len(rank)), bool)
+    for some, others, found in _overlaps(block, block, threshold):
+        hits[some, others] = found & (rank[some, None] < rank[others])
+    keep, following = ~hits.any(axis=0), np.ones(len(rank), bool)
+    while not np.array_equal(keep, following):
+        keep, following = ~hits[keep].any(axis=0), keep
+    return keep
+
+
+def _overlaps(
+    rows: Sequence[Array], others: Sequence[Array], threshold: float
+) -> Iterator[tuple[slice, slice, Array]]:
+    """Strips of the rows, the others near each, and which pairs overlap more than the threshold."""
+    if not len(rows[0]) or not len(others[0]):
+        return
+    starts = np.arange(0, len(rows[0]), STRIP)
+    reach = np.maximum.accumulate(others[2])
+    first = np.searchsorted(reach, rows[1][starts], side="right")
+    last = np.maximum.reduceat(np.searchsorted(others[1], rows[2]), starts)
+    for start, *ends in zip(*(at.tolist() for at in (starts, first, last)), strict=True):
+        strip, near = slice(start, start + STRIP), slice(*ends)
+        a, b = [row[strip, None] for row in rows[3:]], [row[near] for row in others[3:]]
+        found = solid_iou(xp, a[:4], a[4], b[:4], b[4]) > threshold
+        for own, other in zip(a[5:], b[5:], strict=True):
+            found &= own == other
+        yield strip, near, found
