@@ -6,7 +6,6 @@ bit: boxes that are not near each other share no area, and their IoU is exactly 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,9 +28,18 @@ STRIP = 32
 """Neighbors among the kept boxes that are compared at once with the others near them."""
 
 
+def _iou(a: Sequence[Array], b: Sequence[Array]) -> Array:
+    """Of rows x1, y1, x2, y2, area that are `solid`."""
+    ax1, ay1, ax2, ay2, a_area, *_ = a
+    bx1, by1, bx2, by2, b_area, *_ = b
+    found = solid_iou(xp, (ax1, ay1, ax2, ay2), a_area, (bx1, by1, bx2, by2), b_area)
+    return np.asarray(found)
+
+
 # ---------------------------------------------------------------- matching
 
 
+@np.errstate(all="ignore")  # infinite coordinates and areas are allowed
 def match(
     anchors: Array, boxes: Array, foreground: float, background: float, floor: float | None
 ) -> Array:
@@ -64,7 +72,7 @@ def match(
 
     def overlap(rows: Any, own: Array) -> Array:
         a, b = [row[rows] for row in tiles], [column[own] for column in columns]
-        return np.asarray(solid_iou(xp, a[:4], a[4], b[:4], b[4]))
+        return _iou(a, b)
 
     best = np.zeros(tiles[0].shape, anchors.dtype)
     index = np.zeros(best.shape, np.int64)
@@ -108,16 +116,19 @@ def _near(tiles: Sequence[Array], boxes: Sequence[Array]) -> Array:
 # ---------------------------------------------------------------- suppression
 
 
+@np.errstate(all="ignore")  # infinite coordinates and areas are allowed
 def suppress(boxes: Array, classes: Array | None, threshold: float) -> Array:
-    """`focal.core.nms.suppress` of boxes (..., N, 4) and classes (..., N).
+    """`focal.core.nms.suppress` of boxes (N, 4) and classes (N,).
 
     The best boxes that are left are resolved among themselves, and what they suppress is removed.
     """
     keep = ~np.isnan(boxes).any(axis=-1)
     corners, areas = solid(xp, boxes)
     there = corners[2] > corners[0]  # the others overlap nothing
-    group = _groups(there.shape, classes)
-    rows = _by_place([row[there] for row in (*corners, areas, *group)])
+    rows = [row[there] for row in (*corners, areas)]
+    if classes is not None:  # as numbers that are exact in float64
+        rows.append(np.unique(classes[there], return_inverse=True)[1].astype(np.float64))
+    rows = _by_place(rows)
     stay = np.zeros(len(rows[0]), bool)
     while (left := len(rows[0])) > 0:
         last = min(BLOCK, left) - 1
@@ -134,22 +145,11 @@ def suppress(boxes: Array, classes: Array | None, threshold: float) -> Array:
     return keep
 
 
-def _groups(shape: tuple[int, ...], classes: Array | None) -> list[Array]:
-    """A number for each list and class, where there are several."""
-    lists = np.arange(math.prod(shape[:-1])).reshape(*shape[:-1], 1)
-    if classes is not None:
-        names, place = np.unique(classes, return_inverse=True)
-        lists = lists * len(names) + place.reshape(shape)
-    elif lists.size == 1:
-        return []
-    return [np.broadcast_to(lists, shape).astype(np.float64)]
-
-
 def _by_place(rows: list[Array]) -> list[Array]:
-    """Rank, low, high and the rows, sorted by low: along the axis with fewer pairs to compare.
+    """Rank, low, high and the rows, sorted by low, along the axis with fewer pairs to compare.
 
-    Low and high are coordinates. With groups they are complex numbers, which NumPy sorts by the
-    real part, the group, first.
+    Low and high are coordinates. With classes they are complex numbers, which NumPy orders by the
+    real part, the class, first.
     """
     plans = []
     for low, high in ((rows[0], rows[2]), (rows[1], rows[3])):
@@ -166,10 +166,12 @@ def _settled(block: Sequence[Array], threshold: float) -> Array:
     hits = np.zeros((len(rank), len(rank)), bool)
     for some, others, found in _overlaps(block, block, threshold):
         hits[some, others] = found & (rank[some, None] < rank[others])
-    keep, following = ~hits.any(axis=0), np.ones(len(rank), bool)
-    while not np.array_equal(keep, following):
-        keep, following = ~hits[keep].any(axis=0), keep
-    return keep
+    keep = np.ones(len(rank), bool)
+    while True:
+        following = ~np.any(hits[keep], axis=0)
+        if np.array_equal(following, keep):
+            return following
+        keep = following
 
 
 def _overlaps(
@@ -185,7 +187,7 @@ def _overlaps(
     for start, *ends in zip(*(at.tolist() for at in (starts, first, last)), strict=True):
         strip, near = slice(start, start + STRIP), slice(*ends)
         a, b = [row[strip, None] for row in rows[3:]], [row[near] for row in others[3:]]
-        found = solid_iou(xp, a[:4], a[4], b[:4], b[4]) > threshold
-        for own, other in zip(a[5:], b[5:], strict=True):
-            found &= own == other
+        found = _iou(a, b) > threshold
+        if a[5:]:
+            found &= a[5] == b[5]
         yield strip, near, found

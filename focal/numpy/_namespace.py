@@ -186,16 +186,17 @@ def boxes_at_once(boxes: Array) -> int:
 
 
 def box_kernels(boxes: Array, others: Array | None) -> ModuleType | None:
-    """Those of NumPy, where there are boxes."""
-    return numpy_boxes if boxes.size and (others is None or others.size) else None
+    """Those of NumPy; a batch is faster in large steps."""
+    there = boxes.size and (others is None or others.size)
+    return numpy_boxes if there and boxes.ndim == 2 else None
 
 
 sweep = None
 
 
 def compress(rows: Sequence[Array], keep: Array) -> Sequence[Array]:
-    """The kept ones; a batch must stay rectangular."""
-    return [row[keep] for row in rows] if keep.ndim == 1 else rows
+    """A batch must stay rectangular, and one list has a kernel."""
+    return rows
 
 
 def compiled(function: Callable[..., Any], xp: Namespace, *arrays: Any) -> Any:
