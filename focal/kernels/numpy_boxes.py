@@ -75,7 +75,7 @@ def match(
         return _iou(a, b)
 
     best = np.zeros(tiles[0].shape, anchors.dtype)
-    index = np.zeros(best.shape, np.int64)
+    index = np.zeros(best.shape, np.int32)
     top = np.zeros(len(columns[0]), anchors.dtype)
     rounds = []
     for k in range(count[0] if len(rows) else 0):
@@ -83,7 +83,7 @@ def match(
         box = nearest[start[:r] + k]
         own = image[:r] * m + box
         found = overlap(slice(r), own)
-        np.copyto(index[:r], box[:, None], where=found > best[:r])
+        np.copyto(index[:r], box[:, None], "same_kind", where=found > best[:r])
         np.maximum(best[:r], found, out=best[:r])
         if floor is not None:
             highest = found.max(axis=1)
@@ -96,7 +96,7 @@ def match(
 
     labels = np.full((len(near), TILE), -1)
     labels[rows] = decided(xp, best, index, [flags], foreground, background)
-    return labels.reshape(*lead, -1)[..., :n]
+    return np.ascontiguousarray(labels.reshape(*lead, -1)[..., :n])
 
 
 def _flat(corners: Sequence[Array], areas: Array) -> Iterator[Array]:
