@@ -264,7 +264,8 @@ class Trainer:
             last = first + rows == len(images)
             with contextlib.nullcontext() if last else self.no_sync():
                 with _autocast(self.device, self.precision):
-                    logits, deltas = self.network(_normalized(self.model, images[piece]))
+                    inputs = _normalized(self.model, images[piece], self.precision)
+                    logits, deltas = self.network(inputs)
                 part = Targets(target.labels[piece], target.deltas[piece])
                 loss = losses(F, logits, deltas, anchors, part, self.model.config, divisor)
                 # Normalized by the positives of all replicas, the gradients are to be added up;
@@ -350,14 +351,22 @@ def _moved(x: np.ndarray, device: torch.device) -> Tensor:
     return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
-def _normalized(model: RetinaNet, images: np.ndarray | Tensor) -> Tensor:
-    """(B, H, W, 3) uint8 to (B, 3, H, W) float32, channels-last in memory as it came."""
+def _normalized(
+    model: RetinaNet, images: np.ndarray | Tensor, precision: str = "float32"
+) -> Tensor:
+    """(B, H, W, 3) uint8 to (B, 3, H, W), channels-last in memory as it came."""
     if not isinstance(images, Tensor):
         images = _moved(images, _device(model))
     batch, height, width, channels = images.shape
     # Rows of width x 3 values: an innermost axis of 3 is too short to vectorize over.
-    rows = images.view(batch, height, width * channels).float()
-    normalized = torch.addcmul(model.shift.repeat(width), rows, model.scale.repeat(width))
+    rows = images.view(batch, height, width * channels)
+    shift, scale = model.shift.repeat(width), model.scale.repeat(width)
+    if precision == "float32" or rows.device.type != "cpu":
+        normalized = torch.addcmul(shift, rows.float(), scale)
+    else:  # what autocast would make of it, image by image in the cache
+        normalized = torch.empty_like(rows, dtype=getattr(torch, precision))
+        for out, row in zip(normalized, rows, strict=True):
+            out.copy_(torch.addcmul(shift, row.float(), scale))
     return normalized.view(images.shape).permute(0, 3, 1, 2)
 
 
