@@ -102,18 +102,14 @@ def _match(xp: Namespace, anchors: Array, boxes: Array, thresholds: Thresholds) 
     state = xp.fori_loop(count, compare, (zeros, zeros) if floor is None else (zeros, zeros, zeros))
     best, match, *low_quality = _of_all_groups(xp, count, *state) if grouped else state
     match = xp.astype(match, xp.index_type)
-    return decided(xp, best, match, low_quality, foreground, background)
+    return decided(xp, best, match, low_quality, (foreground, background))
 
 
 def decided(
-    xp: Namespace,
-    best: Array,
-    match: Array,
-    low_quality: Sequence[Array],
-    foreground: float,
-    background: float,
+    xp: Namespace, best: Array, match: Array, low_quality: Sequence[Array], at: tuple[float, float]
 ) -> Array:
-    """The label of each anchor from its best IoU, its best box, and whether it was flagged."""
+    """The label of each anchor from its best IoU, its best box, its flags and both thresholds."""
+    foreground, background = at
     matched = (best >= foreground) & (best > 0)
     for flags in low_quality:
         matched = matched | (flags > 0)

@@ -28,15 +28,15 @@ STRIP = 32
 """Neighbors among the kept boxes that are compared at once with the others near them."""
 
 
+def _rows(boxes: Array) -> list[Array]:
+    """x1, y1, x2, y2, area of boxes (..., 4) as `solid` has them."""
+    corners, areas = solid(xp, boxes)
+    return [*corners, areas]
+
+
 def _iou(a: Sequence[Array], b: Sequence[Array]) -> Array:
-    """Of rows x1, y1, x2, y2, area that are `solid`."""
-    ax1, ay1, ax2, ay2, a_area, *_ = a
-    bx1, by1, bx2, by2, b_area, *_ = b
-    found = solid_iou(xp, (ax1, ay1, ax2, ay2), a_area, (bx1, by1, bx2, by2), b_area)
-    return np.asarray(found)
-
-
-# ---------------------------------------------------------------- matching
+    """Of the rows of both."""
+    return np.asarray(solid_iou(xp, (a[0], a[1], a[2], a[3]), a[4], (b[0], b[1], b[2], b[3]), b[4]))
 
 
 @np.errstate(all="ignore")  # infinite coordinates and areas are allowed
@@ -45,23 +45,21 @@ def match(
 ) -> Array:
     """`match_anchors` of anchors (N, 4) and boxes (..., M, 4): (..., N).
 
-    Each round compares every tile of anchors with the next of the boxes near it. Tiles with many
-    such boxes come first, so that a round works on the first rows of all arrays.
-
-    Args:
-        anchors: Of the type of the boxes.
-        boxes: Float32 or float64.
-        foreground: Least IoU of a match.
-        background: IoU below which an anchor is background.
-        floor: Least IoU of a low-quality match, or None for no such matches.
+    The thresholds are those of `focal.kernels.torch_boxes.match`. Each round compares every tile of
+    anchors with the next of the boxes near it. Tiles with many such boxes come first, so that a
+    round works on the first rows of all arrays.
     """
     *lead, m, _ = boxes.shape
     n = len(anchors)
     padding = np.zeros((-n % TILE, 4), anchors.dtype)
-    corners, areas = solid(xp, np.concatenate([anchors, padding]))
-    tiles = [row.reshape(-1, TILE) for row in (*corners, areas)]
-    columns = [row.reshape(-1, 1) for row in _flat(*solid(xp, boxes))]
-    near = _near(tiles, [row.reshape(-1, 1, m) for row in columns[:4]]).reshape(-1, m)
+    tiles = [row.reshape(-1, TILE) for row in _rows(np.concatenate([anchors, padding]))]
+    columns = [row.reshape(-1, 1) for row in _rows(boxes)]
+    low, high = ([row.reshape(-1, 1, m) for row in pair] for pair in (columns[:2], columns[2:4]))
+    near: Array = np.ones((1, 1, 1), bool)
+    for i in (0, 1):
+        near = near & (tiles[i].min(axis=1)[:, None] < high[i])
+        near = near & (low[i] < tiles[i + 2].max(axis=1)[:, None])
+    near = near.reshape(-1, m)
 
     count = near.sum(axis=1)
     rows = np.argsort(-count, kind="stable")[: np.count_nonzero(count)]
@@ -71,8 +69,7 @@ def match(
     start, count = (np.cumsum(count) - count)[rows], count[rows]
 
     def overlap(rows: Any, own: Array) -> Array:
-        a, b = [row[rows] for row in tiles], [column[own] for column in columns]
-        return _iou(a, b)
+        return _iou([row[rows] for row in tiles], [column[own] for column in columns])
 
     best = np.zeros(tiles[0].shape, anchors.dtype)
     index = np.zeros(best.shape, np.int32)
@@ -95,25 +92,8 @@ def match(
         flags[at] |= overlap(at, own[at]) >= top[own[at], None]
 
     labels = np.full((len(near), TILE), -1)
-    labels[rows] = decided(xp, best, index, [flags], foreground, background)
+    labels[rows] = decided(xp, best, index, [flags], (foreground, background))
     return np.ascontiguousarray(labels.reshape(*lead, -1)[..., :n])
-
-
-def _flat(corners: Sequence[Array], areas: Array) -> Iterator[Array]:
-    return (row.reshape(-1) for row in (*corners, areas))
-
-
-def _near(tiles: Sequence[Array], boxes: Sequence[Array]) -> Array:
-    """Whether box (images, 1, M) reaches into the hull of each tile: (images, tiles, M)."""
-    (x1, y1), (x2, y2) = (
-        [hull(row, axis=1)[:, None] for row in pair]
-        for hull, pair in ((np.min, tiles[:2]), (np.max, tiles[2:4]))
-    )
-    a, b, c, d = boxes
-    return np.asarray((x1 < c) & (a < x2) & (y1 < d) & (b < y2))
-
-
-# ---------------------------------------------------------------- suppression
 
 
 @np.errstate(all="ignore")  # infinite coordinates and areas are allowed
@@ -123,9 +103,9 @@ def suppress(boxes: Array, classes: Array | None, threshold: float) -> Array:
     The best boxes that are left are resolved among themselves, and what they suppress is removed.
     """
     keep = ~np.isnan(boxes).any(axis=-1)
-    corners, areas = solid(xp, boxes)
-    there = corners[2] > corners[0]  # the others overlap nothing
-    rows = [row[there] for row in (*corners, areas)]
+    rows = _rows(boxes)
+    there = rows[2] > rows[0]  # the others overlap nothing
+    rows = [row[there] for row in rows]
     if classes is not None:  # as numbers that are exact in float64
         rows.append(np.unique(classes[there], return_inverse=True)[1].astype(np.float64))
     rows = _by_place(rows)
