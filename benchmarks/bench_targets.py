@@ -1,7 +1,8 @@
 """Matching and NMS in every framework against the plain way to write them there.
 
-Matching: 100,000 anchors with 100 boxes, against the whole matrix of IoUs. NMS: 5 images of 1,000
-candidates over 80 classes, against a loop over the candidates (TensorFlow: its own operation).
+Matching: 100,000 random boxes as anchors with 100 boxes, and the anchors of a large image with 300,
+against the whole matrix of IoUs. NMS: 5 images of 1,000 candidates over 80 classes, against a loop
+over the candidates (TensorFlow: its own operation), and single images with up to 20,000 candidates.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ from focal.torch._namespace import xp as torch_xp
 
 ANCHORS, BOXES = 100_000, 100
 IMAGES, CANDIDATES, CLASSES, THRESHOLD = 5, 1000, 80, 0.5
+LARGE, MANY = (1024, 1024), 300
+"""A canvas with 196,416 anchors, and the boxes on it."""
+SLOW = 3
+"""Repetitions where the other side takes seconds."""
 OFFSET = 10_000.0
 """Moves the classes apart, so that boxes of different classes never overlap."""
 
@@ -90,11 +95,29 @@ def matching() -> tuple[dict[str, Any], dict[str, float]]:
     for name, (own, other) in sides.items():
         np.testing.assert_array_equal(np.asarray(own()), np.asarray(other()))
         times[f"matching, {name}"] = compare({"focal": own, "other": other})
+    large = focal.numpy.anchors(LARGE).astype(np.float32), boxes_on_large(rng)
+    tensors = tuple(map(torch.from_numpy, large))
+    sides = {
+        "numpy": (lambda: ours(*large), lambda: plain_match(np, *large)),
+        "torch": (
+            lambda: focal.torch.match_anchors(*tensors),
+            lambda: plain_match(torch, *tensors),
+        ),
+    }
+    for name, (own, other) in sides.items():
+        np.testing.assert_array_equal(np.asarray(own()), np.asarray(other()))
+        case = f"matching {len(large[0]):,} x {MANY}, {name}"
+        times[case] = compare({"focal": own, "other": other}, SLOW)
     memory = {
         "focal": peak_of(lambda: ours(*wide)),
+        f"focal, {len(large[0]):,} x {MANY}": peak_of(lambda: ours(*large)),
         "matrix": peak_of(lambda: plain_match(np, *wide)),
     }
     return times, memory
+
+
+def boxes_on_large(rng: np.random.Generator) -> np.ndarray:
+    return some_boxes(rng, MANY, extent=LARGE[0] - 200.0).astype(np.float32)
 
 
 def peak_of(run: Case) -> float:
@@ -131,6 +154,25 @@ def plain_nms_torch(boxes: torch.Tensor, scores: torch.Tensor, classes: torch.Te
         if kept[i]:
             kept[i + 1 :] &= iou[i, i + 1 :] <= THRESHOLD
     return torch.zeros_like(kept).index_put_((order,), kept)
+
+
+def loop_nms(boxes: torch.Tensor, scores: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """Class by class, without the matrix: one box at a time against those that are left."""
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    kept = []
+    for label in classes.unique():
+        own = torch.nonzero(classes == label)[:, 0]
+        left = own[torch.argsort(scores[own], descending=True, stable=True)]
+        while len(left):
+            first, left = left[0], left[1:]
+            kept.append(first)
+            others = boxes[left]
+            low = torch.maximum(boxes[first, :2], others[:, :2])
+            side = (torch.minimum(boxes[first, 2:], others[:, 2:]) - low).clamp(min=0)
+            common = side[:, 0] * side[:, 1]
+            left = left[common / (area[first] + area[left] - common) <= THRESHOLD]
+    found = torch.stack(kept)
+    return found[torch.argsort(scores[found], descending=True, stable=True)]
 
 
 @jax.jit
@@ -206,19 +248,65 @@ def suppression() -> dict[str, Any]:
     return times
 
 
+def single_images() -> tuple[dict[str, Any], dict[str, float]]:
+    """Times of `nms` and `batched_nms` of one image in PyTorch, and peak memory in NumPy."""
+    rng = np.random.default_rng(2)
+    times, memory = {}, {}
+    for name, count, classes in (
+        ("1,000", 1000, 1),
+        ("5,000", 5000, 1),
+        ("20,000", 20_000, 1),
+        ("20,000, all stay", 20_000, 1),
+        (f"20,000 over {CLASSES} classes", 20_000, CLASSES),
+    ):
+        boxes = some_boxes(rng, count).astype(np.float32)
+        if "stay" in name:
+            places = rng.permutation(count)
+            corner = 10.0 * np.stack([places % 150, places // 150], -1)
+            boxes = np.concatenate([corner, corner + 12], -1).astype(np.float32)
+        scores = rng.permutation(count).astype(np.float32)
+        labels = rng.integers(0, classes, count)
+        tensors = [torch.from_numpy(a) for a in (boxes, scores, labels)]
+
+        def own(tensors: list[torch.Tensor] = tensors, classes: int = classes) -> torch.Tensor:
+            if classes == 1:
+                return focal.torch.nms(*tensors[:2], THRESHOLD)
+            return focal.torch.batched_nms(*tensors, THRESHOLD)
+
+        def other(tensors: list[torch.Tensor] = tensors) -> torch.Tensor:
+            return loop_nms(*tensors)
+
+        np.testing.assert_array_equal(own().numpy(), other().numpy())
+        sides = {"focal": own, "other": other}
+        times[f"NMS of {name}, torch"] = compare(sides, SLOW if count > 1000 else 41)
+        memory[name] = peak_of(own)
+    return times, memory
+
+
 def main() -> None:
     """Measure, write, print."""
     times, memory = matching()
     times |= suppression()
+    single, nms_memory = single_images()
+    times |= single
     setting = (
         f"float32; matching {ANCHORS} anchors with {BOXES} boxes; NMS of {IMAGES} x {CANDIDATES} "
         f"candidates over {CLASSES} classes"
     )
-    record("targets_cpu", "python -m benchmarks", setting=setting, times=times, matching_mib=memory)
+    record(
+        "targets_cpu",
+        "python -m benchmarks",
+        setting=setting,
+        times=times,
+        matching_mib=memory,
+        nms_mib=nms_memory,
+    )
     print(f"{setting}; median (least) in ms\n")
     print(times_table(times))
     print("\nPeak memory of matching in NumPy and float64, in MiB\n")
     print(table([("", *memory), ("", *map(str, memory.values()))]))
+    print("\nPeak memory of NMS in MiB\n")
+    print(table([("", *nms_memory), ("", *map(str, nms_memory.values()))]))
 
 
 if __name__ == "__main__":

@@ -57,9 +57,9 @@ def example() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return x, labels, (labels[:, None] == np.arange(CLASSES)).astype(np.float32)
 
 
-def compare(sides: Mapping[str, Case]) -> dict[str, Any]:
+def compare(sides: Mapping[str, Case], repetitions: int = 41) -> dict[str, Any]:
     """Times of all sides, ours first, and the ratio of the second to ours."""
-    times = interleaved(sides)
+    times = interleaved(sides, repetitions, warm_up=min(4, repetitions // 2))
     ours, other, *_ = times.values()
     return {**times, "ratio_of_medians": round(other["median_ms"] / ours["median_ms"], 2)}
 

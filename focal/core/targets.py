@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -101,6 +102,14 @@ def _match(xp: Namespace, anchors: Array, boxes: Array, thresholds: Thresholds) 
     state = xp.fori_loop(count, compare, (zeros, zeros) if floor is None else (zeros, zeros, zeros))
     best, match, *low_quality = _of_all_groups(xp, count, *state) if grouped else state
     match = xp.astype(match, xp.index_type)
+    return decided(xp, best, match, low_quality, (foreground, background))
+
+
+def decided(
+    xp: Namespace, best: Array, match: Array, low_quality: Sequence[Array], at: tuple[float, float]
+) -> Array:
+    """The label of each anchor from its best IoU, its best box, its flags and both thresholds."""
+    foreground, background = at
     matched = (best >= foreground) & (best > 0)
     for flags in low_quality:
         matched = matched | (flags > 0)
@@ -197,13 +206,32 @@ def assign_targets(
     weights = checks.check_weights(name, weights)
     thresholds = _thresholds(name, foreground, background, allow_low_quality)
     match = _match(xp, anchors, boxes, thresholds)
+    # The matches where the host may look at them and shapes may depend on them.
+    values = None if xp.box_kernels(anchors, boxes) is None else xp.to_numpy(match)
     if not boxes.shape[-2]:  # no boxes, or a number not known while tracing: there must be one
         boxes, labels = _with_an_empty_box(xp, boxes, labels)
     at = xp.maximum(match, 0)
     matched = match >= 0
     assigned = xp.where(matched, xp.take_along_axis(labels, at, axis=-1), match)
+    if values is not None:
+        return assigned, _deltas_of_matched(xp, anchors, boxes, values, weights)
     deltas = encoded(xp, xp.take_rows(boxes, at), anchors, weights)
     return assigned, xp.where(~matched[..., None], 0.0, deltas)
+
+
+def _deltas_of_matched(
+    xp: Namespace, anchors: Array, boxes: Array, match: np.ndarray, weights: Weights
+) -> Array:
+    """The deltas, computed only where there is a box."""
+    rows = np.flatnonzero(match >= 0)
+    image, anchor = np.divmod(rows, match.shape[-1])
+    box = image * boxes.shape[-2] + match.reshape(-1)[rows]
+    anchors = xp.take(anchors, xp.constant(anchor, anchors), axis=0)
+    boxes = xp.take(xp.reshape(boxes, (-1, 4)), xp.constant(box, boxes), axis=0)
+    deltas = xp.reshape(encoded(xp, boxes, anchors, weights), (1, -1))
+    zeros = xp.astype(xp.constant(np.zeros((1, match.size * 4), bool), boxes), deltas.dtype)
+    at = xp.constant((4 * rows[:, None] + np.arange(4)).reshape(1, -1), boxes)
+    return xp.reshape(xp.put_along_axis(zeros, at, deltas), (*match.shape, 4))
 
 
 def subsample(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, cast
 
 import numpy as np
@@ -40,6 +41,7 @@ from numpy.typing import ArrayLike, NDArray
 from focal.core import softmax
 from focal.core.namespace import Array, Formula, Framework, Namespace
 from focal.core.parameters import wide_operands
+from focal.kernels import numpy_boxes
 
 input_type, array_type = ArrayLike, np.ndarray
 xp = cast(Framework[ArrayLike, NDArray[Any]], sys.modules[__name__])
@@ -183,16 +185,18 @@ def boxes_at_once(boxes: Array) -> int:
     return 1
 
 
-def box_kernels(boxes: Array, others: Array | None) -> None:
-    """There are none."""
+def box_kernels(boxes: Array, others: Array | None) -> ModuleType | None:
+    """Those of NumPy; a batch is faster in large steps."""
+    there = boxes.size and (others is None or others.size)
+    return numpy_boxes if there and boxes.ndim == 2 else None
 
 
 sweep = None
 
 
 def compress(rows: Sequence[Array], keep: Array) -> Sequence[Array]:
-    """The kept ones; a batch must stay rectangular."""
-    return [row[keep] for row in rows] if keep.ndim == 1 else rows
+    """A batch must stay rectangular, and one list has a kernel."""
+    return rows
 
 
 def compiled(function: Callable[..., Any], xp: Namespace, *arrays: Any) -> Any:

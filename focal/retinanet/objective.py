@@ -8,6 +8,8 @@ from __future__ import annotations
 from types import ModuleType
 from typing import NamedTuple
 
+import numpy as np
+
 from focal.core.namespace import Array
 from focal.retinanet.classification import classification_loss
 from focal.retinanet.config import RetinaNetConfig
@@ -101,10 +103,17 @@ def losses(
         positive = positive * weight
         weight = weight[..., None]
     classification = classification_loss(F, logits, anchors, target.labels, config, weight)
+    wanted, values = target.deltas, xp.to_numpy(target.labels)
+    if values is not None:  # where the host may look at them, the rows of objects are enough
+        image, anchor = np.nonzero(values >= 0)
+        rows = xp.constant(image * len(anchors) + anchor, deltas)
+        anchors = xp.take(anchors, xp.constant(anchor, deltas), axis=0)
+        deltas, wanted = (xp.take(xp.reshape(x, (-1, 4)), rows, axis=0) for x in (deltas, wanted))
+        positive = xp.take(xp.reshape(positive, (-1,)), rows, axis=0)
     if config.box_loss == "giou":
         boxes = F.decode_boxes(deltas, anchors)
-        box = F.giou_loss(boxes, F.decode_boxes(target.deltas, anchors))
+        box = F.giou_loss(boxes, F.decode_boxes(wanted, anchors))
     else:
-        box = xp.sum(F.smooth_l1_loss(deltas, target.deltas, config.box_beta), axis=-1)
+        box = xp.sum(F.smooth_l1_loss(deltas, wanted, config.box_beta), axis=-1)
     box = xp.sum(box * positive) * config.box_weight
     return Losses(classification / divisor, box / divisor)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import tracemalloc
 from typing import Any
 
 import numpy as np
 import pytest
-from backends import Backend, load, namespace
+from backends import Backend, load, namespace, without_box_kernels
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
@@ -15,6 +16,7 @@ from strategies import boxes as box_lists
 
 import focal.numpy as reference
 from focal.core.nms import BLOCK, CHUNK, best, suppress
+from focal.kernels import numpy_boxes
 
 TAIL = 40
 """Boxes beyond the last whole block."""
@@ -92,6 +94,7 @@ def test_rounds_between_two_looks_change_nothing(monkeypatch: pytest.MonkeyPatch
     """On a device PyTorch takes several rounds at once, although most need fewer."""
     boxes, scores = crowd(BLOCK + TAIL)
     backend = load("torch")
+    without_box_kernels(backend, monkeypatch)
     operations = importlib.import_module("focal.torch._ops")
     monkeypatch.setattr(operations, "_rounds", lambda x: operations.DEVICE_ROUNDS)
     assert_array_equal(backend("nms", boxes, scores, 0.3), greedy(boxes, scores, 0.3))
@@ -119,6 +122,49 @@ def test_many_boxes(backend: Backend) -> None:
     kept = greedy(boxes, scores, 0.5)
     assert len(kept) > CHUNK + BLOCK
     assert_array_equal(backend("nms", boxes, scores, 0.5), kept)
+
+
+def spread(kind: str, n: int) -> np.ndarray:
+    """Boxes that overlap few others, or many, along one axis or both."""
+    random = np.random.default_rng(4)
+    line, zero = 10.0 * np.arange(n), np.zeros(n)
+    column = np.stack([zero, line, zero + 400, line + 14], axis=1)
+    square = np.stack([line % 300, 10 * (line // 300), line % 300 + 14, 10 * (line // 300) + 14], 1)
+    heaps = square[random.integers(0, 20, n)] + random.normal(0, 1, (n, 4))
+    crossed = np.where(random.random((n, 1)) < 0.5, column, column[:, [1, 0, 3, 2]])
+    return {"column": column, "squares": square, "heaps": heaps, "crossed": crossed}[kind]
+
+
+@pytest.mark.parametrize("kind", ["column", "squares", "heaps", "crossed"])
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_only_neighbors_are_compared(name: str, kind: str) -> None:
+    """On a CPU: boxes of several blocks, by the axis along which they are spread, and by class."""
+    backend, n = load(name), 2 * numpy_boxes.BLOCK + TAIL
+    random = np.random.default_rng(5)
+    boxes = random.permutation(spread(kind, n)).astype("float32")
+    boxes[::50, random.integers(0, 4)] = np.nan
+    boxes[7::50] = boxes[7::50, [2, 1, 0, 3]]
+    boxes[11::50, 2] = np.inf
+    scores, classes = random.integers(0, n // 3, n) / n, random.integers(-2, 3, n)
+    valid = np.flatnonzero(~np.isnan(boxes).any(axis=1))
+    for threshold in (0.0, 0.1, 0.5):
+        with np.errstate(invalid="ignore"):  # infinite boxes
+            kept = valid[greedy(boxes[valid], scores[valid], threshold)]
+            of_classes = valid[per_class(boxes[valid], scores[valid], classes[valid], threshold)]
+        assert_array_equal(backend("nms", boxes, scores, threshold), kept)
+        assert_array_equal(backend("batched_nms", boxes, scores, classes, threshold), of_classes)
+
+
+@pytest.mark.parametrize("kind", ["column", "heaps", "crossed"])
+def test_memory_is_not_quadratic(kind: str) -> None:
+    peaks = []
+    for n in (4000, 16_000):
+        boxes = spread(kind, n).astype("float32")
+        tracemalloc.start()
+        reference.nms(boxes, np.arange(n, dtype="float32"), 0.5)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 5 * peaks[0]
 
 
 def test_inverted_and_empty_boxes_suppress_nothing(backend: Backend) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from backends import Backend, load, namespace
+from backends import Backend, load, namespace, without_box_kernels
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -187,6 +187,7 @@ def test_groups_of_boxes_match_as_single_ones(
     for image in range(2):
         expected = matched(anchors, truth[image], low_quality=low_quality)
         assert_array_equal(one_by_one[image], expected)
+    without_box_kernels(backend, monkeypatch)
     monkeypatch.setattr(namespace(backend), "boxes_at_once", lambda boxes: AT_ONCE)
     assert_array_equal(backend(MATCH, anchors, truth, **options), one_by_one)
     assert_array_equal(backend(MATCH, anchors, truth[0], **options), one_by_one[0])
@@ -198,6 +199,7 @@ def test_the_first_of_equal_boxes_wins_across_groups(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     anchors = np.array([[0.0, 0.0, 4.0, 4.0], [20.0, 0.0, 24.0, 4.0]])
+    without_box_kernels(backend, monkeypatch)
     monkeypatch.setattr(namespace(backend), "boxes_at_once", lambda boxes: AT_ONCE)
     for first in range(12):
         truth = np.tile(anchors[0], (13, 1))
@@ -206,6 +208,34 @@ def test_the_first_of_equal_boxes_wins_across_groups(
         for low_quality in (False, True):
             got = backend(MATCH, anchors, truth, allow_low_quality=low_quality)
             assert_array_equal(got, [first + 1, first])
+
+
+@pytest.mark.parametrize("low_quality", [False, True, 0.45])
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_tiles_near_a_box_give_what_all_anchors_give(
+    name: str, monkeypatch: pytest.MonkeyPatch, low_quality: bool | float
+) -> None:
+    """On a CPU: a grid of anchors, whose tiles are passed over, and the same in random order."""
+    backend, random = load(name), np.random.default_rng(6)
+    grid = reference.anchors((100, 130), AnchorConfig(strides=(8, 32), sizes=(16.0, 96.0)))
+    mixed = random.permutation(np.concatenate([grid, crowded(random, 60)]))
+    truth = crowded(random, 3, 30) + np.append(random.uniform(-20, 90, 2), [0, 0])[[0, 1, 0, 1]]
+    truth[1, :10] = truth[1, 10:20]  # the first of equals wins
+    truth[2] = 0
+    labels = random.integers(0, 9, truth.shape[:2])
+    cases = [
+        (anchors, boxes, own)
+        for anchors in (grid, mixed)
+        for boxes, own in ((truth, labels), (truth[0], labels[0]), (truth[2:], labels[2:]))
+    ]
+    found = [backend("assign_targets", *case, allow_low_quality=low_quality) for case in cases]
+    without_box_kernels(backend, monkeypatch)
+    for case, both in zip(cases, found, strict=True):
+        with np.errstate(all="ignore"):  # deltas of anchors without area, which match nothing
+            expected = backend("assign_targets", *case, allow_low_quality=low_quality)
+        assert_array_equal(both[0], expected[0])
+        assert_array_equal(both[1], expected[1])
+    assert (found[0][0] >= 0).any() and (found[-1][0] == -1).all()
 
 
 # ---------------------------------------------------------------- assignment

@@ -181,6 +181,11 @@ def namespace(backend: Backend) -> Any:
     return importlib.import_module(f"focal.{backend.name}._namespace")
 
 
+def without_box_kernels(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matching and suppression by the core, where a framework has kernels for them."""
+    monkeypatch.setattr(namespace(backend), "box_kernels", lambda boxes, others: None)
+
+
 def left_out(name: object) -> bool:
     """Whether it is the name of a backend that FOCAL_BACKENDS does not have."""
     return bool(ONLY) and isinstance(name, str) and name in BACKENDS and name not in ONLY

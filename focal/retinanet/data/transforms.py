@@ -57,7 +57,8 @@ def place(image: np.ndarray, canvas: tuple[int, int], fill: ArrayLike) -> np.nda
     """A (height, width, 3) canvas of color `fill` with `image` at its top-left corner."""
     out = np.empty((*canvas, 3), np.uint8)
     height, width = image.shape[:2]
-    out[:height, :width] = image
+    for channel in range(3):  # faster than pixels of 3 bytes where the image is turned
+        out[:height, :width, channel] = image[..., channel]
     out[height:] = fill
     out[:height, width:] = fill
     return out

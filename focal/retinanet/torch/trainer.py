@@ -220,14 +220,20 @@ class Trainer:
             torch._foreach_copy_(self.before, self.statistics)
         height, width = batch.images.shape[1:3]
         anchors = model.anchors((height, width))
-        with torch.no_grad():
-            target = targets(F, anchors, *self._boxes(batch), config)
+        boxes, labels = self._boxes(batch)
+
+        @torch.no_grad()
+        def aim() -> tuple[Targets, Tensor, Tensor | int, Tensor]:
+            target = targets(F, anchors, boxes, labels, config)
             positives = F.num_positives(target.labels)
             images = len(batch.images) * self.replicas.count
-            divisor, mean_positives = normalizer(config, images, positives, self.mean_positives)
+            divisor, mean = normalizer(config, images, positives, self.mean_positives)
+            return target, positives, divisor, mean
 
         self.optimizer.zero_grad(set_to_none=True)
-        classification, box = self._backward(batch.images, anchors, target, divisor)
+        (classification, box), positives, mean_positives = self._backward(
+            batch.images, anchors, aim
+        )
         loss = classification + box
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
@@ -254,9 +260,12 @@ class Trainer:
         }
 
     def _backward(
-        self, images: np.ndarray, anchors: Tensor, target: Targets, divisor: Tensor | int
-    ) -> Tensor:
-        """Forward and backward pass of each gradient-accumulation step; both losses."""
+        self, images: np.ndarray, anchors: Tensor, aim: Callable[[], tuple[Any, ...]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Forward and backward pass of each gradient-accumulation step.
+
+        Returns both losses, the number of positives, and its running mean.
+        """
         found = torch.zeros(2, device=self.device)
         rows = len(images) // self.train.accumulate
         for first in range(0, len(images), rows):
@@ -264,7 +273,10 @@ class Trainer:
             last = first + rows == len(images)
             with contextlib.nullcontext() if last else self.no_sync():
                 with _autocast(self.device, self.precision):
-                    logits, deltas = self.network(_normalized(self.model, images[piece]))
+                    inputs = _normalized(self.model, images[piece], self.precision)
+                    logits, deltas = self.network(inputs)
+                if first == 0:  # now, as the loader's thread, busy after each batch, hinders it
+                    target, positives, divisor, mean = aim()
                 part = Targets(target.labels[piece], target.deltas[piece])
                 loss = losses(F, logits, deltas, anchors, part, self.model.config, divisor)
                 # Normalized by the positives of all replicas, the gradients are to be added up;
@@ -274,7 +286,7 @@ class Trainer:
             found += torch.stack(loss).detach()
         if self.replicas.count > 1:
             distributed.all_reduce(found)
-        return found
+        return found, positives, mean
 
     def _boxes(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Boxes and labels, without the padding that no image of this batch needs."""
@@ -350,14 +362,22 @@ def _moved(x: np.ndarray, device: torch.device) -> Tensor:
     return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
-def _normalized(model: RetinaNet, images: np.ndarray | Tensor) -> Tensor:
-    """(B, H, W, 3) uint8 to (B, 3, H, W) float32, channels-last in memory as it came."""
+def _normalized(
+    model: RetinaNet, images: np.ndarray | Tensor, precision: str = "float32"
+) -> Tensor:
+    """(B, H, W, 3) uint8 to (B, 3, H, W), channels-last in memory as it came."""
     if not isinstance(images, Tensor):
         images = _moved(images, _device(model))
     batch, height, width, channels = images.shape
     # Rows of width x 3 values: an innermost axis of 3 is too short to vectorize over.
-    rows = images.view(batch, height, width * channels).float()
-    normalized = torch.addcmul(model.shift.repeat(width), rows, model.scale.repeat(width))
+    rows = images.view(batch, height, width * channels)
+    shift, scale = model.shift.repeat(width), model.scale.repeat(width)
+    if precision == "float32" or rows.device.type != "cpu":
+        normalized = torch.addcmul(shift, rows.float(), scale)
+    else:  # what autocast would make of it, image by image in the cache
+        normalized = torch.empty_like(rows, dtype=getattr(torch, precision))
+        for out, row in zip(normalized, rows, strict=True):
+            out.copy_(torch.addcmul(shift, row.float(), scale))
     return normalized.view(images.shape).permute(0, 3, 1, 2)
 
 
