@@ -142,6 +142,12 @@ class Namespace(Protocol):
     def class_margins(self, x: Array, valid: Array) -> Array:
         """The first result of `focal.core.softmax.all_margins`, differentiable."""
 
+    class_mixture: Callable[..., Array] | None
+    """class_mixture(plain, gamma, smoothing, x, at, valid): the numbers of plain(x, at, valid),
+
+    the smoothed softmax focal loss without alphas, in one pass where there is one; else None.
+    """
+
     # Loops that may be traced
     def fori_loop(self, n: Any, body: Callable[[Any, Any], Any], state: Any) -> Any:
         """State = body(i, state) for i in 0 .. n - 1; i computes with the type of the state."""

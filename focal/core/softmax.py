@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -87,15 +88,35 @@ def softmax_focal_loss(
         z = xp.label_margin(x, at, valid)
         losses = _times_alphas(xp, xp.pointwise(formula, z, 1.0), alphas, at)
     else:
-        each = xp.pointwise(formula, xp.class_margins(x, valid), 1.0)
-        if alphas is not None:
-            each = each * (alphas if is_number(alphas) else along_last_axis(xp, alphas, x))
-        own = xp.take_along_axis(each, at[..., None], axis=-1)[..., 0]
-        share = smoothing / checks.as_factor(xp, xp.shape(x)[-1], x.dtype)
-        losses = (1 - smoothing) * own + share * xp.sum(each, axis=-1)
+        mixture = functools.partial(_mixture, xp, formula, smoothing)
+        fits = is_number(formula.formula.gamma) and is_number(smoothing)
+        if xp.class_mixture is None or checks.is_sequence(alphas) or not fits:
+            losses = mixture(alphas, x, at, valid)
+        else:
+            plain = functools.partial(mixture, None)
+            losses = xp.class_mixture(plain, formula.formula.gamma, smoothing, x, at, valid)
+            losses = _times_alphas(xp, losses, alphas, at)
     losses = xp.where(~valid, 0.0, losses)
     count = count_true(xp, valid, losses.dtype) if reduction == "mean" else None
     return reduce(xp, losses, reduction, inputs.dtype, count)
+
+
+def _mixture(
+    xp: Namespace,
+    formula: Positive,
+    smoothing: Array | float,
+    alphas: Array | float | None,
+    x: Array,
+    at: Array,
+    valid: Array,
+) -> Array:
+    """(1 - s) times the loss of the label and s / K times that of each class, if it were it."""
+    each = xp.pointwise(formula, xp.class_margins(x, valid), 1.0)
+    if alphas is not None:
+        each = each * (alphas if is_number(alphas) else along_last_axis(xp, alphas, x))
+    own = xp.take_along_axis(each, at[..., None], axis=-1)[..., 0]
+    share = smoothing / checks.as_factor(xp, xp.shape(x)[-1], x.dtype)
+    return (1 - smoothing) * own + share * xp.sum(each, axis=-1)
 
 
 def softmax_focal_loss_grad(

@@ -75,7 +75,9 @@ def _hard(
     factor = power(xp, m, loss.gamma)
     if loss.alpha is not None:
         alpha: Any = loss.alpha
-        factor = factor * (1 - alpha if positive is None else torch.where(positive, alpha, 1 - alpha))
+        factor = factor * (
+            1 - alpha if positive is None else torch.where(positive, alpha, 1 - alpha)
+        )
     slope = factor * (loss.gamma * rest * ce + m)
     return factor * ce, slope if positive is None else torch.where(positive, -slope, slope)
 

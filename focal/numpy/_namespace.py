@@ -188,6 +188,7 @@ def box_kernels(boxes: Array, others: Array | None) -> None:
 
 
 sweep = None
+class_mixture = None
 
 
 def compress(rows: Sequence[Array], keep: Array) -> Sequence[Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -9,13 +10,17 @@ from torch import Tensor
 
 from focal.core import softmax
 from focal.core.namespace import Namespace
+from focal.kernels import torch_softmax
 from focal.torch import _ops
 from focal.torch._blocks import batch_first, by_rows, pushforward
 from focal.torch._dispatch import is_plain, nests_forward_mode
 
-__all__ = ["class_margins", "label_margin"]
+__all__ = ["class_margins", "class_mixture", "label_margin"]
 
 xp = cast(Namespace, _ops)
+Plain = Callable[[Tensor, Tensor, Tensor], Tensor]
+OWN_CODE = (0.0, 0.5, 1.0, 2.0)
+"""Exponents that are compiled as numbers."""
 
 
 def label_margin(x: Tensor, at: Tensor, valid: Tensor) -> Tensor:
@@ -33,6 +38,21 @@ def class_margins(x: Tensor, valid: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or nests_forward_mode():
         return softmax.all_margins(xp, x, valid)[0]
     return _AllMargins.apply(x, valid)
+
+
+def class_mixture(
+    plain: Plain, gamma: float, smoothing: float, x: Tensor, at: Tensor, valid: Tensor
+) -> Tensor:
+    """`plain(x, at, valid)`, by `focal.kernels.torch_softmax` where nothing else is traced."""
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting() or gamma not in OWN_CODE:
+            return plain(x, at, valid)
+        # As a tensor, a smoothing that changes does not compile anew.
+        return _CompiledMixture.apply(x, at, valid, x.new_ones(()) * smoothing, gamma)
+    if x.device.type != "cpu" or nests_forward_mode() or not is_plain(x, at, valid):
+        return plain(x, at, valid)
+    with_slope = torch.is_grad_enabled() and x.requires_grad
+    return _Mixture.apply(x, at, valid, plain, gamma, smoothing, with_slope)[0]
 
 
 class _Margin(torch.autograd.Function):
@@ -136,3 +156,87 @@ class _AllMargins(torch.autograd.Function):
     def jvp(ctx: Any, dx: Any, *_: Any) -> Tensor:
         x, valid = ctx.saved_tensors
         return pushforward(lambda x: softmax.all_margins(xp, x, valid)[0], [x], [dx])
+
+
+class _Mixture(torch.autograd.Function):
+    """The smoothed loss of each row, and its derivative for the first backward pass.
+
+    What is differentiated again or forward is the plain formula.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        at: Tensor,
+        valid: Tensor,
+        plain: Plain,
+        gamma: float,
+        smoothing: float,
+        with_slope: bool,
+    ) -> tuple[Tensor, Tensor]:
+        return _mixed(x, at, valid, gamma, smoothing, with_slope)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, at, valid, *ctx.options, with_slope = inputs
+        ctx.save_for_backward(x, at, valid)
+        ctx.save_for_forward(x, at, valid)
+        ctx.slope = output[1].detach() if with_slope else None
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        x, at, valid = ctx.saved_tensors
+        plain, gamma, smoothing = ctx.options
+        rest = (None,) * 6
+        if grad is None:
+            return None, *rest
+        slope, ctx.slope = ctx.slope, None
+        if torch.is_grad_enabled():
+            return torch.func.vjp(lambda x: plain(x, at, valid), x)[1](grad)[0], *rest
+        if slope is None:
+            slope = _mixed(x, at, valid, gamma, smoothing, True)[1]
+        by_row = grad[..., None]
+        return slope.mul_(by_row) if is_plain(grad) else slope * by_row, *rest
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Any, *_: Any) -> tuple[Tensor, None]:
+        x, at, valid = ctx.saved_tensors
+        return pushforward(lambda x: ctx.options[0](x, at, valid), [x], [dx]), None
+
+
+def _mixed(
+    x: Tensor, at: Tensor, valid: Tensor, gamma: float, smoothing: float, with_slope: bool
+) -> tuple[Tensor, Tensor]:
+    """The loss of each row and its derivative, which is empty if it is not asked for."""
+    slope = torch.empty_like(x, memory_format=torch.contiguous_format) if with_slope else x
+    buffers: list[Tensor] = []
+
+    def block(x: Tensor, at: Tensor, valid: Tensor, slope: Tensor) -> Tensor:
+        if not buffers:
+            buffers.extend(torch.empty_like(x) for _ in range(torch_softmax.BUFFERS - with_slope))
+        memory = [b[: len(x)] for b in buffers] + [slope] * with_slope
+        operands = (xp, x, at, valid, gamma, smoothing)
+        return torch_softmax.smoothed(*operands, memory, with_slope)[0]
+
+    value = by_rows(block, x, at, valid, slope)
+    return value, slope if with_slope else x.new_empty(0)
+
+
+class _CompiledMixture(torch.autograd.Function):
+    """The same for `torch.compile`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, at: Tensor, valid: Tensor, smoothing: Tensor, gamma: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, at, valid, smoothing)
+        ctx.gamma = gamma
+        return torch_softmax.smoothed(xp, x, at, valid, gamma, smoothing, with_slope=False)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, at, valid, smoothing = ctx.saved_tensors
+        slope = torch_softmax.smoothed(xp, x, at, valid, ctx.gamma, smoothing)[1]
+        return cast(Tensor, slope) * grad[..., None], None, None, None, None
