@@ -139,13 +139,10 @@ class Namespace(Protocol):
     def label_margin(self, x: Array, at: Array, valid: Array) -> Array:
         """The first result of `focal.core.softmax.margin`, differentiable."""
 
-    def class_margins(self, x: Array, valid: Array) -> Array:
-        """The first result of `focal.core.softmax.all_margins`, differentiable."""
-
     class_mixture: Callable[..., Array] | None
-    """class_mixture(plain, gamma, smoothing, x, at, valid): the numbers of plain(x, at, valid),
+    """plain(x, at, valid) in one pass, from plain, gamma, smoothing, x, at and valid; or None.
 
-    the smoothed softmax focal loss without alphas, in one pass where there is one; else None.
+    `plain` is the smoothed softmax focal loss without alphas.
     """
 
     # Loops that may be traced

@@ -33,53 +33,45 @@ SERIES = (
 
 
 def takes(formula: Any, x: Tensor) -> bool:
-    """Whether these are a formula and logits for `value_and_grad`."""
-    known = isinstance(formula, SigmoidFocal | Sparse | Positive)
-    return known and x.device.type == "cpu" and x.dtype != torch.float64
+    """Whether these are a formula and logits for `value_and_grad`.
+
+    An exported program is differentiated operation by operation, which would be wrong at 0.
+    """
+    fits = isinstance(formula, SigmoidFocal | Sparse | Positive) and x.dtype != torch.float64
+    return fits and x.device.type == "cpu" and not torch.compiler.is_exporting()
 
 
 def value_and_grad(
     xp: Namespace, formula: Focal, x: Tensor, t: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    """FL and dFL/dx of logits in float32.
-
-    Args:
-        xp: The array namespace of PyTorch.
-        formula: The formula. Its parameters may be tensors without axes.
-        x: Logits.
-        t: Targets like the logits of any type, labels for `Sparse`, or 1 for `Positive`.
-    """
+    """FL and dFL/dx of logits in float32; the targets are those of the formula, of any type."""
     if isinstance(formula, Positive):
-        value, slope = _hard(xp, formula.formula, -x, None)
+        value, slope = _hard(xp, formula.formula, -x, torch.zeros((), dtype=torch.bool))
         return value, -slope
-    if isinstance(formula, Sparse):
-        labels = cast(Tensor, t).to(torch.int32)[..., None]
-        y = labels == torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
-        keep = labels >= -1
-        value, slope = value_and_grad(xp, formula.formula, x, y)
-        return torch.where(keep, value, 0.0), torch.where(keep, slope, 0.0)
     y = cast(Tensor, t)
+    if isinstance(formula, Sparse):
+        labels = y.to(torch.int32)[..., None]
+        y = labels == torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
+        both = value_and_grad(xp, formula.formula, x, y)
+        value, slope = (torch.where(labels >= -1, a, 0.0) for a in both)
+        return value, slope
     if y.dtype.is_floating_point or not (is_number(formula.smoothing) and formula.smoothing == 0):
         return _soft(xp, formula, x, y.to(x.dtype))
     return _hard(xp, formula, x, y != 0)
 
 
-def _hard(
-    xp: Namespace, loss: SigmoidFocal, x: Tensor, positive: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """For targets of 0 and 1; None: all are 0."""
+def _hard(xp: Namespace, loss: SigmoidFocal, x: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+    """For targets of 0 and 1."""
     size, e, larger = _shared(x)
-    wrong = x > 0 if positive is None else (x > 0) != positive
+    wrong = (x > 0) != positive
     m, rest = torch.where(wrong, larger, e * larger), torch.where(wrong, e * larger, larger)
     ce = torch.where(wrong, size, 0.0) + _log1p(e)
     factor = power(xp, m, loss.gamma)
     if loss.alpha is not None:
         alpha: Any = loss.alpha
-        factor = factor * (
-            1 - alpha if positive is None else torch.where(positive, alpha, 1 - alpha)
-        )
-    slope = factor * (loss.gamma * rest * ce + m)
-    return factor * ce, slope if positive is None else torch.where(positive, -slope, slope)
+        factor = factor * torch.where(positive, alpha, 1 - alpha)
+    slope = factor * (cast(Any, loss.gamma) * rest * ce + m)
+    return factor * ce, torch.where(positive, -slope, slope)
 
 
 def _soft(xp: Namespace, loss: SigmoidFocal, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,7 +92,7 @@ def _soft(xp: Namespace, loss: SigmoidFocal, x: Tensor, y: Tensor) -> tuple[Tens
         factor, value = power(xp, m, gamma), ce
         slope = (w - s) - s * larger / m * (gamma * away) * ce
     if loss.alpha is not None:
-        factor = factor * alpha_factor(xp, loss.alpha, y)
+        factor = factor * cast(Any, alpha_factor(xp, loss.alpha, y))
     slope = factor * slope
     return factor * value, torch.where(right, slope, -slope)
 

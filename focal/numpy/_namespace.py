@@ -143,11 +143,6 @@ def label_margin(x: Array, at: Array, valid: Array) -> Array:
     return softmax.margin(xp, x, at, valid)[0]
 
 
-def class_margins(x: Array, valid: Array) -> Array:
-    """NumPy has no autodiff: the value itself."""
-    return softmax.all_margins(xp, x, valid)[0]
-
-
 def fori_loop(n: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
     """A plain loop."""
     for i in range(n):

@@ -15,7 +15,7 @@ from focal.torch import _ops
 from focal.torch._blocks import batch_first, by_rows, pushforward
 from focal.torch._dispatch import is_plain, nests_forward_mode
 
-__all__ = ["class_margins", "class_mixture", "label_margin"]
+__all__ = ["class_mixture", "label_margin"]
 
 xp = cast(Namespace, _ops)
 Plain = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -33,26 +33,16 @@ def label_margin(x: Tensor, at: Tensor, valid: Tensor) -> Tensor:
     return _Margin.apply(x, at, valid, with_slope)[0]
 
 
-def class_margins(x: Tensor, valid: Tensor) -> Tensor:
-    """`focal.core.softmax.all_margins`, in blocks of rows that fit the cache."""
-    if torch.compiler.is_compiling() or nests_forward_mode():
-        return softmax.all_margins(xp, x, valid)[0]
-    return _AllMargins.apply(x, valid)
-
-
 def class_mixture(
     plain: Plain, gamma: float, smoothing: float, x: Tensor, at: Tensor, valid: Tensor
 ) -> Tensor:
-    """`plain(x, at, valid)`, by `focal.kernels.torch_softmax` where nothing else is traced."""
-    if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting() or gamma not in OWN_CODE:
-            return plain(x, at, valid)
+    """`plain(x, at, valid)`, by `focal.kernels.torch_softmax` where it is not traced."""
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and gamma in OWN_CODE:
         # As a tensor, a smoothing that changes does not compile anew.
         return _CompiledMixture.apply(x, at, valid, x.new_ones(()) * smoothing, gamma)
-    if x.device.type != "cpu" or nests_forward_mode() or not is_plain(x, at, valid):
+    if nests_forward_mode() or not is_plain(x, at, valid):
         return plain(x, at, valid)
-    with_slope = torch.is_grad_enabled() and x.requires_grad
-    return _Mixture.apply(x, at, valid, plain, gamma, smoothing, with_slope)[0]
+    return _Mixture.apply(x, at, valid, plain, gamma, smoothing)[0]
 
 
 class _Margin(torch.autograd.Function):
@@ -127,101 +117,51 @@ class _CompiledMargin(torch.autograd.Function):
         return softmax.margin_grad(xp, odds, at, grad), None, None
 
 
-class _AllMargins(torch.autograd.Function):
-    """`focal.core.softmax.all_margins` of logits (..., K)."""
-
-    @staticmethod
-    def forward(x: Tensor, valid: Tensor) -> Tensor:
-        return by_rows(lambda *rows: softmax.all_margins(xp, *rows)[0], x, valid)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, valid = ctx.saved_tensors
-
-        def slope(x: Tensor, valid: Tensor, grad: Tensor) -> Tensor:
-            return softmax.all_margins_grad(xp, softmax.all_margins(xp, x, valid)[1], grad)
-
-        return by_rows(slope, x, valid, grad), None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[Tensor, int]:
-        return _AllMargins.apply(*batch_first(info.batch_size, in_dims, operands)), 0
-
-    @staticmethod
-    def jvp(ctx: Any, dx: Any, *_: Any) -> Tensor:
-        x, valid = ctx.saved_tensors
-        return pushforward(lambda x: softmax.all_margins(xp, x, valid)[0], [x], [dx])
-
-
 class _Mixture(torch.autograd.Function):
     """The smoothed loss of each row, and its derivative for the first backward pass.
 
-    What is differentiated again or forward is the plain formula.
+    What is differentiated again, or forward, is the plain formula.
     """
 
     @staticmethod
     def forward(
-        x: Tensor,
-        at: Tensor,
-        valid: Tensor,
-        plain: Plain,
-        gamma: float,
-        smoothing: float,
-        with_slope: bool,
+        x: Tensor, at: Tensor, valid: Tensor, plain: Plain, gamma: float, smoothing: float
     ) -> tuple[Tensor, Tensor]:
-        return _mixed(x, at, valid, gamma, smoothing, with_slope)
+        buffers: list[Tensor] = []
+
+        def block(x: Tensor, at: Tensor, valid: Tensor, slope: Tensor) -> Tensor:
+            buffers.extend(torch.empty_like(x) for _ in range(3 - len(buffers)))
+            memory = [*(b[: len(x)] for b in buffers), slope]
+            return torch_softmax.smoothed(xp, x, at, valid, gamma, smoothing, memory)[0]
+
+        slope = torch.empty_like(x, memory_format=torch.contiguous_format)
+        return by_rows(block, x, at, valid, slope), slope
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, at, valid, *ctx.options, with_slope = inputs
-        ctx.save_for_backward(x, at, valid)
-        ctx.save_for_forward(x, at, valid)
-        ctx.slope = output[1].detach() if with_slope else None
+        *operands, ctx.plain, _, _ = inputs
+        ctx.save_for_backward(*operands)
+        ctx.save_for_forward(*operands)
+        ctx.slope = output[1].detach()
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         x, at, valid = ctx.saved_tensors
-        plain, gamma, smoothing = ctx.options
-        rest = (None,) * 6
-        if grad is None:
-            return None, *rest
         slope, ctx.slope = ctx.slope, None
-        if torch.is_grad_enabled():
-            return torch.func.vjp(lambda x: plain(x, at, valid), x)[1](grad)[0], *rest
-        if slope is None:
-            slope = _mixed(x, at, valid, gamma, smoothing, True)[1]
-        by_row = grad[..., None]
-        return slope.mul_(by_row) if is_plain(grad) else slope * by_row, *rest
+        by_x = None
+        if grad is not None and slope is not None and not torch.is_grad_enabled():
+            by_x = slope.mul_(grad[..., None]) if is_plain(grad) else slope * grad[..., None]
+        elif grad is not None:
+            # A second backward pass, or one that is itself differentiated.
+            by_x = torch.func.vjp(lambda x: ctx.plain(x, at, valid), x)[1](grad)[0]
+        return by_x, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: Any, *_: Any) -> tuple[Tensor, None]:
         x, at, valid = ctx.saved_tensors
-        return pushforward(lambda x: ctx.options[0](x, at, valid), [x], [dx]), None
-
-
-def _mixed(
-    x: Tensor, at: Tensor, valid: Tensor, gamma: float, smoothing: float, with_slope: bool
-) -> tuple[Tensor, Tensor]:
-    """The loss of each row and its derivative, which is empty if it is not asked for."""
-    slope = torch.empty_like(x, memory_format=torch.contiguous_format) if with_slope else x
-    buffers: list[Tensor] = []
-
-    def block(x: Tensor, at: Tensor, valid: Tensor, slope: Tensor) -> Tensor:
-        if not buffers:
-            buffers.extend(torch.empty_like(x) for _ in range(torch_softmax.BUFFERS - with_slope))
-        memory = [b[: len(x)] for b in buffers] + [slope] * with_slope
-        operands = (xp, x, at, valid, gamma, smoothing)
-        return torch_softmax.smoothed(*operands, memory, with_slope)[0]
-
-    value = by_rows(block, x, at, valid, slope)
-    return value, slope if with_slope else x.new_empty(0)
+        return pushforward(lambda x: ctx.plain(x, at, valid), [x], [dx]), None
 
 
 class _CompiledMixture(torch.autograd.Function):
@@ -233,10 +173,11 @@ class _CompiledMixture(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, at, valid, smoothing)
         ctx.gamma = gamma
-        return torch_softmax.smoothed(xp, x, at, valid, gamma, smoothing, with_slope=False)[0]
+        return torch_softmax.smoothed(xp, x, at, valid, gamma, smoothing, torch_softmax.NEW)[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, at, valid, smoothing = ctx.saved_tensors
-        slope = torch_softmax.smoothed(xp, x, at, valid, ctx.gamma, smoothing)[1]
-        return cast(Tensor, slope) * grad[..., None], None, None, None, None
+        operands = (xp, x, at, valid, ctx.gamma, smoothing, torch_softmax.NEW)
+        slope = torch_softmax.smoothed(*operands)[1]
+        return slope * grad[..., None], None, None, None, None

@@ -256,7 +256,7 @@ class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, t: Targets, formula: Formula, *numbers: Tensor) -> Tensor:
         _save(ctx, formula, x, t, *numbers)
-        if _has_loop(formula, x):
+        if torch_inductor.takes(formula, x):
             loss = cast(Any, parameters.fill(formula, numbers))
             return narrow(torch_inductor.value_and_grad(xp, loss, wide(x), t)[0], x)
         return _value(formula)(x, t, *numbers)
@@ -265,16 +265,11 @@ class _Compiled(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, t, *numbers = _saved(ctx)
         loss = parameters.fill(ctx.formula, numbers)
-        if _has_loop(ctx.formula, x):
+        if torch_inductor.takes(ctx.formula, x):
             slope = torch_inductor.value_and_grad(xp, cast(Any, loss), wide(x), t)[1]
         else:
             slope = loss.value_and_grad(xp, *wide_pair(x, t))[1]
         return narrow(slope * grad, x), None, None, *(None for _ in numbers)
-
-
-def _has_loop(formula: Formula, x: Tensor) -> bool:
-    """Whether `torch_inductor` is for these; an export must be differentiable by operation."""
-    return torch_inductor.takes(formula, x) and not torch.compiler.is_exporting()
 
 
 def _compiled(formula: Formula, x: Tensor, t: Targets) -> Tensor:

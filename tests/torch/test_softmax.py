@@ -1,4 +1,4 @@
-"""Softmax focal loss with label smoothing in one pass, against its definition and its derivatives."""
+"""Softmax focal loss with label smoothing in one pass: definition and derivatives."""
 
 from itertools import product
 
