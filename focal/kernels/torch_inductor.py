@@ -62,10 +62,10 @@ def value_and_grad(
 
 def _hard(xp: Namespace, loss: SigmoidFocal, x: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
     """For targets of 0 and 1."""
-    size, e, larger = _shared(x)
+    size, e, larger, log = _shared(x)
     wrong = (x > 0) != positive
     m, rest = torch.where(wrong, larger, e * larger), torch.where(wrong, e * larger, larger)
-    ce = torch.where(wrong, size, 0.0) + _log1p(e)
+    ce = torch.where(wrong, size, 0.0) + log
     factor = power(xp, m, loss.gamma)
     if loss.alpha is not None:
         alpha: Any = loss.alpha
@@ -76,11 +76,11 @@ def _hard(xp: Namespace, loss: SigmoidFocal, x: Tensor, positive: Tensor) -> tup
 
 def _soft(xp: Namespace, loss: SigmoidFocal, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """For targets between 0 and 1."""
-    size, e, larger = _shared(x)
+    size, e, larger, log = _shared(x)
     y = loss.smoothed(y)
     right = x >= 0
     s, w = e * larger, torch.where(right, 1 - y, y)
-    ce = w * size + _log1p(e)
+    ce = w * size + log
     away = 1 - 2 * w
     m = w + s * away
     gamma: Any = loss.gamma
@@ -97,16 +97,11 @@ def _soft(xp: Namespace, loss: SigmoidFocal, x: Tensor, y: Tensor) -> tuple[Tens
     return factor * value, torch.where(right, slope, -slope)
 
 
-def _shared(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """|x|, finite so that 0 times it is 0, e = exp(-|x|) and 1 / (1 + e)."""
+def _shared(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """|x|, finite so that 0 times it is 0, e = exp(-|x|), 1 / (1 + e) and log(1 + e)."""
     size = torch.clamp(torch.abs(x), max=LIMITS.max)
     e = torch.exp(-size)
-    return size, e, 1 / (1 + e)
-
-
-def _log1p(e: Tensor) -> Tensor:
-    """log(1 + e) for e in [0, 1]."""
     series = e * SERIES[0] + SERIES[1]
     for coefficient in SERIES[2:]:
         series = series * e + coefficient
-    return e * e * series + e
+    return size, e, 1 / (1 + e), e * e * series + e

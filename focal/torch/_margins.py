@@ -14,13 +14,12 @@ from focal.kernels import torch_softmax
 from focal.torch import _ops
 from focal.torch._blocks import batch_first, by_rows, pushforward
 from focal.torch._dispatch import is_plain, nests_forward_mode
+from focal.torch._pointwise import OWN_CODE
 
 __all__ = ["class_mixture", "label_margin"]
 
 xp = cast(Namespace, _ops)
 Plain = Callable[[Tensor, Tensor, Tensor], Tensor]
-OWN_CODE = (0.0, 0.5, 1.0, 2.0)
-"""Exponents that are compiled as numbers."""
 
 
 def label_margin(x: Tensor, at: Tensor, valid: Tensor) -> Tensor:
@@ -139,9 +138,9 @@ class _Mixture(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *operands, ctx.plain, _, _ = inputs
-        ctx.save_for_backward(*operands)
-        ctx.save_for_forward(*operands)
+        ctx.save_for_backward(*inputs[:3])
+        ctx.save_for_forward(*inputs[:3])
+        ctx.rest = inputs[3:]
         ctx.slope = output[1].detach()
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
@@ -151,17 +150,18 @@ class _Mixture(torch.autograd.Function):
         x, at, valid = ctx.saved_tensors
         slope, ctx.slope = ctx.slope, None
         by_x = None
-        if grad is not None and slope is not None and not torch.is_grad_enabled():
-            by_x = slope.mul_(grad[..., None]) if is_plain(grad) else slope * grad[..., None]
+        if grad is not None and torch.is_grad_enabled():
+            by_x = torch.func.vjp(lambda x: ctx.rest[0](x, at, valid), x)[1](grad)[0]
         elif grad is not None:
-            # A second backward pass, or one that is itself differentiated.
-            by_x = torch.func.vjp(lambda x: ctx.plain(x, at, valid), x)[1](grad)[0]
+            if slope is None:  # a second backward pass
+                slope = _Mixture.forward(x, at, valid, *ctx.rest)[1]
+            by_x = slope.mul_(grad[..., None]) if is_plain(grad) else slope * grad[..., None]
         return by_x, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: Any, *_: Any) -> tuple[Tensor, None]:
         x, at, valid = ctx.saved_tensors
-        return pushforward(lambda x: ctx.plain(x, at, valid), [x], [dx]), None
+        return pushforward(lambda x: ctx.rest[0](x, at, valid), [x], [dx]), None
 
 
 class _CompiledMixture(torch.autograd.Function):
