@@ -30,6 +30,7 @@ def main() -> None:
     tables |= {
         "provenance": provenance(found),
         "memory": memory_table(found["torch"]["losses"]["both"]),
+        "softmax": times_table(found["torch"]["softmax"]),
         "targets": times_table(found["targets"]["times"]),
         "step": step_table(found["torch"]["training_step"]),
     }

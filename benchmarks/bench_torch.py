@@ -19,6 +19,7 @@ from benchmarks.common import (
     SETTING,
     Case,
     Staged,
+    compare,
     compare_cases,
     example,
     losses_in_fresh_processes,
@@ -26,10 +27,13 @@ from benchmarks.common import (
     record,
     summary,
     table,
+    times_table,
 )
-from focal.torch import sigmoid_focal_loss, sparse_sigmoid_focal_loss
+from focal.torch import sigmoid_focal_loss, softmax_focal_loss, sparse_sigmoid_focal_loss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+SMOOTHING = 0.1
+SOFTMAX_SHAPES = ((20_000, 80), (4_096, 1_000))
 FRAMEWORKS = ("torch", "jax", "tensorflow", "keras", "flax")
 
 
@@ -57,6 +61,22 @@ def ours_each(x: Tensor, y: Tensor) -> Tensor:
 
 def ours_sparse(x: Tensor, labels: Tensor) -> Tensor:
     return sparse_sigmoid_focal_loss(x, labels, ALPHA, GAMMA, "sum")
+
+
+def ours_softmax(x: Tensor, labels: Tensor) -> Tensor:
+    return softmax_focal_loss(x, labels, None, GAMMA, "sum")
+
+
+def ours_smoothed(x: Tensor, labels: Tensor) -> Tensor:
+    return softmax_focal_loss(x, labels, None, GAMMA, "sum", label_smoothing=SMOOTHING)
+
+
+def cross_entropy(x: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(x, labels, reduction="sum")
+
+
+def cross_entropy_smoothed(x: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(x, labels, reduction="sum", label_smoothing=SMOOTHING)
 
 
 def one_pass(x: Tensor, t: Tensor) -> Tensor:
@@ -111,6 +131,27 @@ def compare_losses() -> dict[str, Any]:
     )
 
 
+def compare_softmax() -> dict[str, Any]:
+    """The softmax focal loss beside cross entropy, forward and backward."""
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for rows, classes in SOFTMAX_SHAPES:
+        x = torch.randn(rows, classes, generator=generator)
+        labels = torch.randint(classes, (rows,), generator=generator)
+        for how in ("", ", compiled"):
+            losses = (ours_softmax, ours_smoothed, cross_entropy, cross_entropy_smoothed)
+            runs = [
+                forward_backward(torch.compile(loss) if how else loss, x, labels) for loss in losses
+            ]
+            for name, own, other in (
+                ("softmax and cross entropy", runs[0], runs[2]),
+                ("the same, both smoothed", runs[1], runs[3]),
+                ("smoothed and not, both focal", runs[1], runs[0]),
+            ):
+                found[f"{name}, {rows} x {classes}{how}"] = compare({"focal": own, "other": other})
+    return found
+
+
 def peak_memory(run: Case) -> int:
     """Greatest number of bytes that PyTorch held at once beyond what it held before.
 
@@ -163,9 +204,11 @@ def main() -> None:
         threads=torch.get_num_threads(),
         import_focal=import_time(),
         losses=losses_in_fresh_processes("benchmarks.bench_torch"),
+        softmax=compare_softmax(),
         training_step=training_steps(),
     )
     print_losses("PyTorch", report["losses"])
+    print(times_table(report["softmax"]))
     memory = [("peak memory in logits", "focal", "textbook")]
     for name, case in report["losses"]["both"].items():
         both = list(case["peak_memory_in_logits"].values())[:2]
