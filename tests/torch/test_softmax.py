@@ -106,3 +106,9 @@ def test_masked_classes_and_half_types():
         loss.sum().backward()
         assert leaf.grad.isfinite().all()
     assert loss[1].isfinite()
+
+
+def test_second_derivatives_are_finite_where_one_class_is_far_ahead():
+    x, labels = torch.tensor([[0.0, 20.0, 100.0], [0.0, -300.0, 300.0]]), torch.tensor([0, 1])
+    bend = torch.func.hessian(lambda x: smoothed(x, labels, reduction="sum"))(x)
+    assert bend.isfinite().all() and bend[0, 1, 0, 1] != 0
