@@ -31,6 +31,7 @@ def main() -> None:
         "provenance": provenance(found),
         "small": calls_table(found["torch"]["small_calls"]),
         "memory": memory_table(found["torch"]["losses"]["both"]),
+        "softmax": times_table(found["torch"]["softmax"]),
         "targets": times_table(found["targets"]["times"]),
         "step": step_table(found["torch"]["training_step"]),
     }

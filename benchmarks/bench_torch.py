@@ -18,6 +18,7 @@ from benchmarks.common import (
     SETTING,
     Case,
     Staged,
+    compare,
     compare_calls,
     compare_cases,
     example,
@@ -28,9 +29,11 @@ from benchmarks.common import (
     table,
     times_table,
 )
-from focal.torch import sigmoid_focal_loss, sparse_sigmoid_focal_loss
+from focal.torch import sigmoid_focal_loss, softmax_focal_loss, sparse_sigmoid_focal_loss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+SMOOTHING = 0.1
+SOFTMAX_SHAPES = ((20_000, 80), (4_096, 1_000))
 FRAMEWORKS = ("torch", "jax", "tensorflow", "keras", "flax")
 
 
@@ -58,6 +61,22 @@ def ours_each(x: Tensor, y: Tensor) -> Tensor:
 
 def ours_sparse(x: Tensor, labels: Tensor) -> Tensor:
     return sparse_sigmoid_focal_loss(x, labels, ALPHA, GAMMA, "sum")
+
+
+def ours_softmax(x: Tensor, labels: Tensor) -> Tensor:
+    return softmax_focal_loss(x, labels, None, GAMMA, "sum")
+
+
+def ours_smoothed(x: Tensor, labels: Tensor) -> Tensor:
+    return softmax_focal_loss(x, labels, None, GAMMA, "sum", label_smoothing=SMOOTHING)
+
+
+def cross_entropy(x: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(x, labels, reduction="sum")
+
+
+def cross_entropy_smoothed(x: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(x, labels, reduction="sum", label_smoothing=SMOOTHING)
 
 
 def one_pass(x: Tensor, t: Tensor) -> Tensor:
@@ -124,10 +143,37 @@ def small_calls() -> dict[str, Any]:
             for name, own in (("none().sum()", ours_each), ("sum", ours)):
                 sides = {"focal": timed(own, x, y), "textbook": timed(textbook, x, y)}
                 found[f"{size}, {name}; {phase}"] = compare_calls(sides)
-    labels = torch.arange(32) % 11 - 1
-    own = forward_backward(ours_sparse, x, labels)
-    other = forward_backward(textbook_sparse, x, labels)
-    found["32 x 10, sparse, sum; both"] = compare_calls({"focal": own, "textbook": other})
+    labels = torch.arange(32) % 10
+    for name, own, other in (
+        ("sparse", ours_sparse, textbook_sparse),
+        ("softmax and cross entropy", ours_softmax, cross_entropy),
+    ):
+        sides = {
+            "focal": forward_backward(own, x, labels),
+            "other": forward_backward(other, x, labels),
+        }
+        found[f"{size}, {name}, sum; both"] = compare_calls(sides)
+    return found
+
+
+def compare_softmax() -> dict[str, Any]:
+    """The softmax focal loss beside cross entropy, forward and backward."""
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for rows, classes in SOFTMAX_SHAPES:
+        x = torch.randn(rows, classes, generator=generator)
+        labels = torch.randint(classes, (rows,), generator=generator)
+        for how in ("", ", compiled"):
+            losses = (ours_softmax, ours_smoothed, cross_entropy, cross_entropy_smoothed)
+            runs = [
+                forward_backward(torch.compile(loss) if how else loss, x, labels) for loss in losses
+            ]
+            for name, own, other in (
+                ("softmax and cross entropy", runs[0], runs[2]),
+                ("the same, both smoothed", runs[1], runs[3]),
+                ("smoothed and not, both focal", runs[1], runs[0]),
+            ):
+                found[f"{name}, {rows} x {classes}{how}"] = compare({"focal": own, "other": other})
     return found
 
 
@@ -184,10 +230,12 @@ def main() -> None:
         import_focal=import_time(),
         small_calls=small_calls(),
         losses=losses_in_fresh_processes("benchmarks.bench_torch"),
+        softmax=compare_softmax(),
         training_step=training_steps(),
     )
     print(f"PyTorch, small calls, in ms\n\n{times_table(report['small_calls'])}\n")
     print_losses("PyTorch", report["losses"])
+    print(times_table(report["softmax"]))
     memory = [("peak memory in logits", "focal", "textbook")]
     for name, case in report["losses"]["both"].items():
         both = list(case["peak_memory_in_logits"].values())[:2]

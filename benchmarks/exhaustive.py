@@ -122,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gamma", type=float, nargs="+", default=[2.0], help="one or more")
     parser.add_argument("--alpha", type=float, default=None, help="weight of positives")
     parser.add_argument("--stride", type=int, default=1, help="take every n-th bit pattern")
+    parser.add_argument("--compile", action="store_true", help="torch.compile (torch only)")
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
     parser.add_argument(
         "--out", type=Path, help="JSON record; a run that was killed resumes from FILE.part"
@@ -134,12 +135,15 @@ def _settings(options: argparse.Namespace) -> Settings:
         raise ValueError(
             f"{NAME}: dtype must be one that {options.backend} has; got {options.dtype!r}"
         )
+    if options.compile and options.backend != "torch":
+        raise ValueError(f"{NAME}: compile is for torch only; got backend {options.backend!r}")
     return Settings(
         backend=options.backend,
         dtype=options.dtype,
         gammas=tuple(checks.check_gamma(NAME, gamma) for gamma in options.gamma),
         alpha=checks.check_alpha(NAME, options.alpha),
         stride=checks.check_integer(NAME, "stride", options.stride, low=1),
+        compiled=options.compile,
     )
 
 
@@ -226,6 +230,7 @@ def _record(settings: Settings, state: _State, jobs: int, command: str) -> dict[
         "dtype": settings.dtype,
         "alpha": settings.alpha,
         "stride": settings.stride,
+        "compiled": settings.compiled,
         "logits": patterns(settings),
         "jobs": jobs,
         "seconds": round(state.seconds, 1),

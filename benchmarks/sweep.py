@@ -40,6 +40,8 @@ class Settings(NamedTuple):
     gammas: tuple[float, ...]
     alpha: float | None
     stride: int
+    compiled: bool = False
+    """By `torch.compile`; the other frameworks compile in any case."""
 
 
 @dataclass
@@ -90,7 +92,9 @@ def patterns(settings: Settings) -> int:
 def sweep(settings: Settings, first: int, last: int) -> list[tuple[Tally, Tally]]:
     """Loss and gradient, for each gamma, at the patterns first to last - 1 of a sweep."""
     framework = FRAMEWORKS[settings.backend]()
-    own = [own_loss(framework, settings.alpha, gamma) for gamma in settings.gammas]
+    own = [
+        own_loss(framework, settings.alpha, gamma, settings.compiled) for gamma in settings.gammas
+    ]
     tallies = [(Tally(), Tally()) for _ in own]
     chunk = CHUNK.get(settings.backend, 1 << 17)
     for begin in range(first, last, chunk):
@@ -109,7 +113,9 @@ def sweep(settings: Settings, first: int, last: int) -> list[tuple[Tally, Tally]
     return tallies
 
 
-def own_loss(framework: Framework, alpha: float | None, gamma: float) -> Both:
+def own_loss(
+    framework: Framework, alpha: float | None, gamma: float, compiled: bool = False
+) -> Both:
     """The library's sigmoid focal loss and its gradient, as its users compile them."""
     focal: Any = importlib.import_module(f"focal.{framework.name}")
 
@@ -118,6 +124,9 @@ def own_loss(framework: Framework, alpha: float | None, gamma: float) -> Both:
 
     if framework.name == "numpy":
         return lambda x, y: (loss(x, y), focal.sigmoid_focal_loss_grad(x, y, alpha, gamma))
+    if compiled:
+        torch: Any = importlib.import_module("torch")
+        loss = torch.compile(loss, fullgraph=True)
     both = functools.partial(framework.value_and_gradient, loss)
     if framework.name == "tensorflow":
         tf: Any = importlib.import_module("tensorflow")

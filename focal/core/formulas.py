@@ -138,13 +138,13 @@ class SigmoidFocalStar(NamedTuple):
     def value(self, xp: Namespace, x: Array, y: Array) -> Array:
         """FL*."""
         ce = y * self._negative(xp, -x) + (1 - y) * self._negative(xp, x)
-        return _times(_alpha_factor(xp, self.alpha, y), ce)
+        return _times(alpha_factor(xp, self.alpha, y), ce)
 
     def value_and_grad(self, xp: Namespace, x: Array, y: Array) -> tuple[Array, Array]:
         """FL* and dFL*/dx = a ((1 - y) sigmoid(gamma x - beta) - y sigmoid(-gamma x - beta))."""
         positive, negative = self._margins(x)
         slope = (1 - y) * xp.sigmoid(-negative) - y * xp.sigmoid(-positive)
-        return self.value(xp, x, y), _times(_alpha_factor(xp, self.alpha, y), slope)
+        return self.value(xp, x, y), _times(alpha_factor(xp, self.alpha, y), slope)
 
     def hess(self, xp: Namespace, x: Array, y: Array) -> Array:
         """d2FL*/dx2."""
@@ -152,7 +152,7 @@ class SigmoidFocalStar(NamedTuple):
         bend_positive = xp.sigmoid(positive) * xp.sigmoid(-positive)
         bend_negative = xp.sigmoid(negative) * xp.sigmoid(-negative)
         bend = y * bend_positive + (1 - y) * bend_negative
-        return _times(_alpha_factor(xp, self.alpha, y), self.gamma * bend)
+        return _times(alpha_factor(xp, self.alpha, y), self.gamma * bend)
 
     def _margins(self, x: Array) -> tuple[Array, Array]:
         """Gamma x_t + beta of a positive and of a negative."""
@@ -267,10 +267,10 @@ def _at_least_tiny(xp: Namespace, m: Array) -> Array:
 
 def _weighted_power(xp: Namespace, loss: SigmoidFocal, m: Array, y: Array) -> Array:
     """The factor a m^gamma."""
-    return _times(_alpha_factor(xp, loss.alpha, y), power(xp, m, loss.gamma))
+    return _times(alpha_factor(xp, loss.alpha, y), power(xp, m, loss.gamma))
 
 
-def _alpha_factor(xp: Namespace, alpha: Parameter | None, y: Array) -> Array | None:
+def alpha_factor(xp: Namespace, alpha: Parameter | None, y: Array) -> Array | None:
     """The factor a: alpha for y = 1, 1 - alpha for y = 0, linear between; None if it is off."""
     if alpha is None:
         return None

@@ -139,8 +139,11 @@ class Namespace(Protocol):
     def label_margin(self, x: Array, at: Array, valid: Array) -> Array:
         """The first result of `focal.core.softmax.margin`, differentiable."""
 
-    def class_margins(self, x: Array, valid: Array) -> Array:
-        """The first result of `focal.core.softmax.all_margins`, differentiable."""
+    class_mixture: Callable[..., Array] | None
+    """plain(x, at, valid) in one pass, from plain, gamma, smoothing, x, at and valid; or None.
+
+    `plain` is the smoothed softmax focal loss without alphas.
+    """
 
     # Loops that may be traced
     def fori_loop(self, n: Any, body: Callable[[Any, Any], Any], state: Any) -> Any:

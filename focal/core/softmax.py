@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 from focal.core import checks
 from focal.core.formulas import Positive, SigmoidFocal
@@ -14,7 +15,6 @@ from focal.core.parameters import is_number
 
 __all__ = [
     "all_margins",
-    "all_margins_grad",
     "margin",
     "margin_grad",
     "softmax_focal_loss",
@@ -87,15 +87,29 @@ def softmax_focal_loss(
         z = xp.label_margin(x, at, valid)
         losses = _times_alphas(xp, xp.pointwise(formula, z, 1.0), alphas, at)
     else:
-        each = xp.pointwise(formula, xp.class_margins(x, valid), 1.0)
-        if alphas is not None:
-            each = each * (alphas if is_number(alphas) else along_last_axis(xp, alphas, x))
-        own = xp.take_along_axis(each, at[..., None], axis=-1)[..., 0]
-        share = smoothing / checks.as_factor(xp, xp.shape(x)[-1], x.dtype)
-        losses = (1 - smoothing) * own + share * xp.sum(each, axis=-1)
+        mixture, focusing = partial(_mixture, xp, formula, smoothing), formula.formula.gamma
+        numbers = is_number(focusing) and is_number(smoothing) and not checks.is_sequence(alphas)
+        if xp.class_mixture is not None and numbers:
+            plain = partial(mixture, None)
+            losses = xp.class_mixture(plain, focusing, smoothing, x, at, valid)
+            losses = _times_alphas(xp, losses, alphas, at)
+        else:
+            losses = mixture(alphas, x, at, valid)
     losses = xp.where(~valid, 0.0, losses)
     count = count_true(xp, valid, losses.dtype) if reduction == "mean" else None
     return reduce(xp, losses, reduction, inputs.dtype, count)
+
+
+def _mixture(
+    xp: Namespace, formula: Positive, s: Any, alphas: Any, x: Array, at: Array, valid: Array
+) -> Array:
+    """(1 - s) times the loss of the label and s / K times that of each class, if it were it."""
+    each = xp.pointwise(formula, all_margins(xp, x, valid), 1.0)
+    if alphas is not None:
+        each = each * (alphas if is_number(alphas) else along_last_axis(xp, alphas, x))
+    own = xp.take_along_axis(each, at[..., None], axis=-1)[..., 0]
+    share = s / checks.as_factor(xp, xp.shape(x)[-1], x.dtype)
+    return (1 - s) * own + share * xp.sum(each, axis=-1)
 
 
 def softmax_focal_loss_grad(
@@ -179,46 +193,23 @@ def margin_grad(xp: Namespace, odds: Array, at: Array, upstream: Array) -> Array
     return xp.put_along_axis(grad, at[..., None], upstream)
 
 
-class Margins(NamedTuple):
-    """Terms shared by the margins of all classes of a row, relative to its top (greatest) logit."""
+def all_margins(xp: Namespace, x: Array, valid: Array) -> Array:
+    """The margin of every class, as if it were the label: x_k - log(sum_{j != k} exp(x_j)).
 
-    top: Array
-    one: Array
-    """exp(x_top - x_top), with a derivative."""
-    odds: Array
-    """exp(x_j - x_top), with 0 for the top itself."""
-    total: Array
-    """The sum of the odds: of all classes but the top."""
-    rest: Array
-    """1 + the sum of the odds less a class's own: of all classes but that, if it is not the top."""
-
-
-def all_margins(xp: Namespace, x: Array, valid: Array) -> tuple[Array, Margins]:
-    """The margin of every class, as if it were the label: x_k - log(sum_{j != k} exp(x_j))."""
+    That of the greatest logit is relative to the second: its derivatives have no exp that is 0.
+    """
     limits = xp.finfo(x.dtype)
     x = xp.keep_rows(xp.clip(x, -limits.max / 4, limits.max / 4), valid)
     _, top = xp.top_k(x, 1)
     x = x - xp.stop_gradient(xp.take_along_axis(x, top, axis=-1))
     x_top = xp.take_along_axis(x, top, axis=-1)  # 0, with a derivative
-    odds = xp.put_along_axis(xp.exp(x), top, xp.zeros_like(x_top))
-    total = xp.maximum(xp.sum(odds, axis=-1, keepdims=True), limits.smallest_normal)
-    one = xp.exp(x_top)
-    rest = one + (total - odds)
-    z = xp.put_along_axis(x - xp.log(rest), top, x_top - xp.log(total))
-    return z, Margins(top, one, odds, total, rest)
-
-
-def all_margins_grad(xp: Namespace, margins: Margins, upstream: Array) -> Array:
-    """The sum over k of upstream_k dz_k/dx_j, with dz_k/dx_j = -exp(x_j) / sum_{i != k} exp(x_i).
-
-    And 1 for j = k. No large, nearly equal numbers are subtracted.
-    """
-    top, one, odds, total, rest = margins
-    of_top = xp.take_along_axis(upstream, top, axis=-1)
-    shares = xp.put_along_axis(upstream / rest, top, xp.zeros_like(of_top))
-    all_shares = xp.sum(shares, axis=-1, keepdims=True)
-    grad = upstream - odds * ((all_shares - shares) + of_top / total)
-    return xp.put_along_axis(grad, top, of_top - one * all_shares)
+    zero = xp.zeros_like(x_top)
+    odds = xp.put_along_axis(xp.exp(x), top, zero)
+    z = x - xp.log(xp.exp(x_top) + (xp.sum(odds, axis=-1, keepdims=True) - odds))
+    others = xp.put_along_axis(x, top, zero + limits.min)
+    second = xp.stop_gradient(xp.max(others, axis=-1, keepdims=True))
+    log_sum = xp.log(xp.sum(xp.exp(others - second), axis=-1, keepdims=True))
+    return xp.put_along_axis(z, top, (x_top - second) - log_sum)
 
 
 def _softmax_arguments(

@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 
 from focal.core.namespace import Framework
 from focal.jax._ops import *  # noqa: F403
-from focal.jax._pointwise import class_margins, label_margin, pointwise, pointwise_sum  # noqa: F401
+from focal.jax._pointwise import label_margin, pointwise, pointwise_sum  # noqa: F401
 
 input_type, array_type = ArrayLike, Array
 xp = cast(Framework[ArrayLike, Array], sys.modules[__name__])

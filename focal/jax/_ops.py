@@ -199,6 +199,9 @@ def box_kernels(boxes: Array, others: Array | None) -> None:
     """There are none."""
 
 
+class_mixture = None
+
+
 def sweep(
     drop: Callable[[Sequence[Array], Sequence[Array]], Array],
     settle: Callable[[Sequence[Array]], Array],

@@ -20,7 +20,7 @@ from focal.core import parameters, softmax
 from focal.core.namespace import Formula, Namespace
 from focal.jax import _ops
 
-__all__ = ["class_margins", "label_margin", "pointwise", "pointwise_sum"]
+__all__ = ["label_margin", "pointwise", "pointwise_sum"]
 
 xp = cast(Namespace, _ops)
 Targets = Array | float
@@ -51,11 +51,6 @@ def _label_margin_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tu
     z, odds = softmax.margin(xp, *primals)
     slopes = softmax.margin_grad(xp, odds, primals[1], jnp.ones_like(z))
     return z, jnp.sum(slopes * tangents[0], axis=-1)
-
-
-def class_margins(x: Array, valid: Array) -> Array:
-    """`focal.core.softmax.all_margins`."""
-    return softmax.all_margins(xp, x, valid)[0]
 
 
 # Compiled, so that outside of `jit` too a loss is one pass over the logits.

@@ -145,11 +145,6 @@ def label_margin(x: Array, at: Array, valid: Array) -> Array:
     return softmax.margin(xp, x, at, valid)[0]
 
 
-def class_margins(x: Array, valid: Array) -> Array:
-    """NumPy has no autodiff: the value itself."""
-    return softmax.all_margins(xp, x, valid)[0]
-
-
 def fori_loop(n: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
     """A plain loop."""
     for i in range(n):
@@ -192,6 +187,7 @@ def box_kernels(boxes: Array, others: Array | None) -> ModuleType | None:
 
 
 sweep = None
+class_mixture = None
 
 
 def compress(rows: Sequence[Array], keep: Array) -> Sequence[Array]:

@@ -8,7 +8,7 @@ from tensorflow.types.experimental import TensorLike
 
 from focal.core.namespace import Framework
 from focal.tensorflow._ops import *  # noqa: F403
-from focal.tensorflow._pointwise import class_margins, label_margin, pointwise, pointwise_sum  # noqa: F401
+from focal.tensorflow._pointwise import label_margin, pointwise, pointwise_sum  # noqa: F401
 
 input_type, array_type = TensorLike, Tensor
 xp = cast(Framework[TensorLike, Tensor], sys.modules[__name__])

@@ -17,7 +17,7 @@ from focal.core import parameters, softmax
 from focal.core.namespace import Formula, Namespace
 from focal.tensorflow import _ops
 
-__all__ = ["class_margins", "label_margin", "pointwise", "pointwise_sum"]
+__all__ = ["label_margin", "pointwise", "pointwise_sum"]
 
 xp = cast(Namespace, _ops)
 Targets: TypeAlias = Tensor | float
@@ -45,11 +45,6 @@ def label_margin(x: Tensor, at: Tensor, valid: Tensor) -> Tensor:
         return softmax.margin(xp, x, at, valid)[0], grad
 
     return of_logits(x)
-
-
-def class_margins(x: Tensor, valid: Tensor) -> Tensor:
-    """`focal.core.softmax.all_margins`."""
-    return softmax.all_margins(xp, x, valid)[0]
 
 
 def _value(formula: Formula, x: Tensor, t: Targets) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -9,13 +10,16 @@ from torch import Tensor
 
 from focal.core import softmax
 from focal.core.namespace import Namespace
+from focal.kernels import torch_softmax
 from focal.torch import _ops
 from focal.torch._blocks import batch_first, by_rows, pushforward
 from focal.torch._dispatch import is_plain, nests_forward_mode
+from focal.torch._pointwise import OWN_CODE
 
-__all__ = ["class_margins", "label_margin"]
+__all__ = ["class_mixture", "label_margin"]
 
 xp = cast(Namespace, _ops)
+Plain = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def label_margin(x: Tensor, at: Tensor, valid: Tensor) -> Tensor:
@@ -28,11 +32,16 @@ def label_margin(x: Tensor, at: Tensor, valid: Tensor) -> Tensor:
     return _Margin.apply(x, at, valid, with_slope)[0]
 
 
-def class_margins(x: Tensor, valid: Tensor) -> Tensor:
-    """`focal.core.softmax.all_margins`, in blocks of rows that fit the cache."""
-    if torch.compiler.is_compiling() or nests_forward_mode():
-        return softmax.all_margins(xp, x, valid)[0]
-    return _AllMargins.apply(x, valid)
+def class_mixture(
+    plain: Plain, gamma: float, smoothing: float, x: Tensor, at: Tensor, valid: Tensor
+) -> Tensor:
+    """`plain(x, at, valid)`, by `focal.kernels.torch_softmax` where it is not traced."""
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and gamma in OWN_CODE:
+        # As a tensor, a smoothing that changes does not compile anew.
+        return _CompiledMixture.apply(x, at, valid, x.new_ones(()) * smoothing, gamma)
+    if nests_forward_mode() or not is_plain(x, at, valid):
+        return plain(x, at, valid)
+    return _Mixture.apply(x, at, valid, plain, gamma, smoothing)[0]
 
 
 class _Margin(torch.autograd.Function):
@@ -107,32 +116,68 @@ class _CompiledMargin(torch.autograd.Function):
         return softmax.margin_grad(xp, odds, at, grad), None, None
 
 
-class _AllMargins(torch.autograd.Function):
-    """`focal.core.softmax.all_margins` of logits (..., K)."""
+class _Mixture(torch.autograd.Function):
+    """The smoothed loss of each row, and its derivative for the first backward pass.
+
+    What is differentiated again, or forward, is the plain formula.
+    """
 
     @staticmethod
-    def forward(x: Tensor, valid: Tensor) -> Tensor:
-        return by_rows(lambda *rows: softmax.all_margins(xp, *rows)[0], x, valid)
+    def forward(
+        x: Tensor, at: Tensor, valid: Tensor, plain: Plain, gamma: float, smoothing: float
+    ) -> tuple[Tensor, Tensor]:
+        buffers: list[Tensor] = []
+
+        def block(x: Tensor, at: Tensor, valid: Tensor, slope: Tensor) -> Tensor:
+            buffers.extend(torch.empty_like(x) for _ in range(3 - len(buffers)))
+            memory = [*(b[: len(x)] for b in buffers), slope]
+            return torch_softmax.smoothed(xp, x, at, valid, gamma, smoothing, memory)[0]
+
+        slope = torch.empty_like(x, memory_format=torch.contiguous_format)
+        return by_rows(block, x, at, valid, slope), slope
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.save_for_forward(*inputs[:3])
+        ctx.rest = inputs[3:]
+        ctx.slope = output[1].detach()
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        x, at, valid = ctx.saved_tensors
+        slope, ctx.slope = ctx.slope, None
+        by_x = None
+        if grad is not None and torch.is_grad_enabled():
+            by_x = torch.func.vjp(lambda x: ctx.rest[0](x, at, valid), x)[1](grad)[0]
+        elif grad is not None:
+            if slope is None:  # a second backward pass
+                slope = _Mixture.forward(x, at, valid, *ctx.rest)[1]
+            by_x = slope.mul_(grad[..., None]) if is_plain(grad) else slope * grad[..., None]
+        return by_x, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Any, *_: Any) -> tuple[Tensor, None]:
+        x, at, valid = ctx.saved_tensors
+        return pushforward(lambda x: ctx.rest[0](x, at, valid), [x], [dx]), None
+
+
+class _CompiledMixture(torch.autograd.Function):
+    """The same for `torch.compile`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, at: Tensor, valid: Tensor, smoothing: Tensor, gamma: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, at, valid, smoothing)
+        ctx.gamma = gamma
+        return torch_softmax.smoothed(xp, x, at, valid, gamma, smoothing, torch_softmax.NEW)[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, valid = ctx.saved_tensors
-
-        def slope(x: Tensor, valid: Tensor, grad: Tensor) -> Tensor:
-            return softmax.all_margins_grad(xp, softmax.all_margins(xp, x, valid)[1], grad)
-
-        return by_rows(slope, x, valid, grad), None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[Tensor, int]:
-        return _AllMargins.apply(*batch_first(info.batch_size, in_dims, operands)), 0
-
-    @staticmethod
-    def jvp(ctx: Any, dx: Any, *_: Any) -> Tensor:
-        x, valid = ctx.saved_tensors
-        return pushforward(lambda x: softmax.all_margins(xp, x, valid)[0], [x], [dx])
+        x, at, valid, smoothing = ctx.saved_tensors
+        operands = (xp, x, at, valid, ctx.gamma, smoothing, torch_softmax.NEW)
+        slope = torch_softmax.smoothed(*operands)[1]
+        return slope * grad[..., None], None, None, None, None

@@ -29,7 +29,7 @@ from torch import Tensor
 from focal.core import parameters
 from focal.core.formulas import Positive, SigmoidFocal, Sparse
 from focal.core.namespace import Formula, Namespace
-from focal.kernels import torch_cpu
+from focal.kernels import torch_cpu, torch_inductor
 from focal.torch import _ops
 from focal.torch._blocks import (
     Layout,
@@ -263,12 +263,19 @@ class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, t: Targets, formula: Formula, *numbers: Tensor) -> Tensor:
         _save(ctx, formula, x, t, *numbers)
+        if torch_inductor.takes(formula, x):
+            loss = cast(Any, parameters.fill(formula, numbers))
+            return narrow(torch_inductor.value_and_grad(xp, loss, wide(x), t)[0], x)
         return _value(formula)(x, t, *numbers)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, t, *numbers = _saved(ctx)
-        slope = parameters.fill(ctx.formula, numbers).value_and_grad(xp, *wide_pair(x, t))[1]
+        loss = parameters.fill(ctx.formula, numbers)
+        if torch_inductor.takes(ctx.formula, x):
+            slope = torch_inductor.value_and_grad(xp, cast(Any, loss), wide(x), t)[1]
+        else:
+            slope = loss.value_and_grad(xp, *wide_pair(x, t))[1]
         return narrow(slope * grad, x), None, None, *(None for _ in numbers)
 
 

@@ -122,10 +122,6 @@ def label_margin(x: Array, at: Array, valid: Array) -> Array:
     return softmax.margin(_self, x, at, valid)[0]
 
 
-def class_margins(x: Array, valid: Array) -> Array:
-    return softmax.all_margins(_self, x, valid)[0]
-
-
 def fori_loop(n: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
     for i in range(n):
         state = body(i, state)
@@ -160,6 +156,7 @@ def box_kernels(boxes: Array, others: Array | None) -> None:
 
 
 sweep = None
+class_mixture = None
 
 
 def compress(rows: Sequence[Array], keep: Array) -> Sequence[Array]:

@@ -36,6 +36,14 @@ def test_float32_sweep_with_a_stride(backend_name: str, alpha: float | None) -> 
     assert min(found["loss"]["ulp"] for found in record["gammas"].values()) > 1
 
 
+def test_float32_sweep_of_compiled_pytorch() -> None:
+    pytest.importorskip("torch")
+    settings = Settings("torch", "float32", (2.0,), 0.25, STRIDE, compiled=True)
+    record = exhaustive.exhaustive(settings, 1, None, "")
+    assert record["passed"]
+    assert min(found["loss"]["ulp"] for found in record["gammas"].values()) > 1
+
+
 HALVES = [("numpy", "float16"), *product(AUTODIFF, ("float16", "bfloat16"))]
 
 
@@ -232,6 +240,7 @@ def test_the_command_fails_where_an_error_is_beyond_the_bound(
         ("--gamma -1", "gamma must be a finite number >= 0; got -1.0"),
         ("--alpha 3", "alpha must lie in [0, 1], or be None or -1 to turn it off; got 3.0"),
         ("--stride 0", "stride must be >= 1; got 0"),
+        ("--backend jax --compile", "compile is for torch only; got backend 'jax'"),
         ("--jobs 0", "jobs must be >= 1; got 0"),
     ],
 )

@@ -154,7 +154,14 @@ def test_compile_fullgraph_equals_eager(reduction):
             x.view(rows), chosen, None, 0.5, reduction, label_smoothing=0.1
         ),
     ]
-    functions = [*losses(0.0), *losses(0.5), *losses(2.0), *relatives]
+    between = soft(18)
+    targets = [
+        lambda x: F.sigmoid_focal_loss(x, y == 1, 0.1, 0.5, reduction),
+        lambda x: F.sigmoid_focal_loss(x, y.int(), None, 2.0, reduction, label_smoothing=0.1),
+        lambda x: F.sigmoid_focal_loss(x, between, 0.1, 0.5, reduction),
+        lambda x: F.sigmoid_focal_loss(x.double(), between, 0.25, 2.0, reduction),
+    ]
+    functions = [*losses(0.0), *losses(0.5), *losses(2.0), *relatives, *targets]
     assert_compiled_equals_eager([lambda x, f=f: f(x).sum() for f in functions], x)
 
 
