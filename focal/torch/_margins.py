@@ -13,7 +13,7 @@ from focal.core.namespace import Namespace
 from focal.kernels import torch_softmax
 from focal.torch import _ops
 from focal.torch._blocks import batch_first, by_rows, pushforward
-from focal.torch._dispatch import is_plain, nests_forward_mode
+from focal.torch._dispatch import apply, is_plain, nests_forward_mode
 from focal.torch._pointwise import OWN_CODE
 
 __all__ = ["class_mixture", "label_margin"]
@@ -29,7 +29,7 @@ def label_margin(x: Tensor, at: Tensor, valid: Tensor) -> Tensor:
     if nests_forward_mode():
         return softmax.margin(xp, x, at, valid)[0]
     with_slope = torch.is_grad_enabled() and x.requires_grad and is_plain(x, at, valid)
-    return _Margin.apply(x, at, valid, with_slope)[0]
+    return cast(Tensor, apply(_Margin, x, at, valid, with_slope)[0])
 
 
 def class_mixture(
@@ -41,7 +41,7 @@ def class_mixture(
         return _CompiledMixture.apply(x, at, valid, x.new_ones(()) * smoothing, gamma)
     if nests_forward_mode() or not is_plain(x, at, valid):
         return plain(x, at, valid)
-    return _Mixture.apply(x, at, valid, plain, gamma, smoothing)[0]
+    return cast(Tensor, apply(_Mixture, x, at, valid, plain, gamma, smoothing)[0])
 
 
 class _Margin(torch.autograd.Function):
