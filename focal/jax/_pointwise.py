@@ -9,20 +9,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from focal.core import parameters, softmax
+from focal.core.logarithm import log1p_to_half
 from focal.core.namespace import Formula, Namespace
 from focal.jax import _ops
 
 __all__ = ["class_margins", "label_margin", "pointwise", "pointwise_sum"]
 
-xp = cast(Namespace, _ops)
+
+
+@jax.custom_jvp
+def _log1p(x: Array) -> Array:
+    return log1p_to_half(x) if x.dtype == jnp.float32 else _ops.log1p(x)
+
+
+_log1p.defjvps(lambda dx, _, x: dx / (1 + x))
+
+xp = cast(Namespace, SimpleNamespace(**{**vars(_ops), "log1p": _log1p}))
+"""The operations that formulas are computed with: their log1p is of [-1/2, 0] alone."""
+
 Targets = Array | float
 Numbers = tuple[Array, ...]
 """The parameters of a formula that are arrays."""
@@ -37,7 +50,19 @@ def pointwise(formula: Formula, x: Array, t: Targets) -> Array:
 def pointwise_sum(formula: Formula, x: Array, t: Targets) -> Array:
     """The sum of `formula.value`, in float32 or better."""
     formula, numbers = parameters.split(formula)
-    return jnp.sum(_value(formula, *parameters.wide_operands(xp, x, t), numbers))
+    return _total(_value(formula, *parameters.wide_operands(xp, x, t), numbers))
+
+
+@partial(jax.jit, inline=True)
+def _total(values: Array) -> Array:
+    """The sum; XLA for CPUs would cut the loop that computes the values into several."""
+    return lax.platform_dependent(values, cpu=_times_ones, default=jnp.sum)
+
+
+def _times_ones(values: Array) -> Array:
+    """The sum by a product, which XLA takes for what it is while it does not see the ones."""
+    ones = lax.optimization_barrier(jnp.ones(values.shape[-1:], values.dtype))
+    return jnp.sum(values @ ones) if values.ndim else values
 
 
 @jax.custom_jvp
@@ -89,7 +114,7 @@ def _value_jvp(
 ) -> tuple[Array, Array]:
     value, slope = _value_and_slope(formula, *primals)
     by_others = _by_others(_value.fun, formula, primals, tangents)
-    return value, _total(slope, tangents, by_others)
+    return value, _tangent(slope, tangents, by_others)
 
 
 @partial(_value_and_slope.defjvp, symbolic_zeros=True)
@@ -100,8 +125,8 @@ def _value_and_slope_jvp(
     by_others = _by_others(_value_and_slope.fun, formula, primals, tangents)
     value_by_others, slope_by_others = (None, None) if by_others is None else by_others
     return (value, slope), (
-        _total(slope, tangents, value_by_others),
-        _total(_hess(formula, *primals), tangents, slope_by_others),
+        _tangent(slope, tangents, value_by_others),
+        _tangent(_hess(formula, *primals), tangents, slope_by_others),
     )
 
 
@@ -130,7 +155,7 @@ def _by_others(
     )[1]
 
 
-def _total(slope: Array, tangents: tuple[Any, ...], by_others: Array | None) -> Array:
+def _tangent(slope: Array, tangents: tuple[Any, ...], by_others: Array | None) -> Array:
     """The sum of slope * dx and by_others, either of which may be absent."""
     dx = tangents[0]
     if isinstance(dx, SymbolicZero):
