@@ -98,22 +98,17 @@ def _in_one_loop(
     function: Callable[..., Tensor], formula: Formula, x: Tensor, t: Targets
 ) -> Tensor:
     """`function` of a formula and its operands; in a graph on a CPU as one program of XLA."""
-    template, numbers = parameters.split(formula)
-    tensors = [a for a in (x, t, *numbers) if isinstance(a, Tensor)]
     if (
         tf.executing_eagerly()
-        or not all(a.shape.is_fully_defined() for a in tensors)
+        or not x.shape.is_fully_defined()
+        or not tf.TensorShape(getattr(t, "shape", ())).is_fully_defined()
         or tf.config.list_physical_devices("GPU")
     ):
         return function(formula, xp, x, t)
 
-    def program(x: Tensor, t: Targets, *numbers: Tensor) -> Tensor:
-        return function(parameters.fill(template, numbers), loop_xp, x, t)
-
-    # The scope asks for XLA but does without: a graph that was saved runs where there is none.
-    whole = tf.function(program, autograph=False, experimental_attributes={"_noinline": True})
+    # A hint, which a saved graph needs not: without XLA the operations run one by one.
     with tf.xla.experimental.jit_scope():
-        return whole(x, t, *numbers)
+        return function(formula, loop_xp, x, t)
 
 
 def _registered(
