@@ -44,19 +44,36 @@ Numbers = tuple[Array, ...]
 def pointwise(formula: Formula, x: Array, t: Targets) -> Array:
     """`formula.value` in the type of x, with its registered derivative."""
     formula, numbers = parameters.split(formula)
-    return _value(formula, *parameters.wide_operands(xp, x, t), numbers).astype(x.dtype)
+    return _each(formula, x, t, numbers)
 
 
 def pointwise_sum(formula: Formula, x: Array, t: Targets) -> Array:
     """The sum of `formula.value`, in float32 or better."""
     formula, numbers = parameters.split(formula)
-    return _total(_value(formula, *parameters.wide_operands(xp, x, t), numbers))
+    return _total(formula, x, t, numbers)
 
 
-@partial(jax.jit, inline=True)
-def _total(values: Array) -> Array:
-    """The sum; XLA for CPUs would cut the loop that computes the values into several."""
+# Compiled, so that outside of `jit` too a loss is one program, and called as fast as one.
+_compiled = partial(jax.jit, static_argnums=0, inline=True)
+
+
+@_compiled
+def _each(formula: Formula, x: Array, t: Targets, numbers: Numbers) -> Array:
+    return _value(formula, *parameters.wide_operands(xp, x, t), numbers).astype(x.dtype)
+
+
+@_compiled
+def _total(formula: Formula, x: Array, t: Targets, numbers: Numbers) -> Array:
+    return _sum(_value(formula, *parameters.wide_operands(xp, x, t), numbers))
+
+
+@jax.custom_jvp
+def _sum(values: Array) -> Array:
+    """For a mere sum, XLA for CPUs would cut the loop that computes the values into several."""
     return lax.platform_dependent(values, cpu=_times_ones, default=jnp.sum)
+
+
+_sum.defjvps(lambda tangent, _, values: jnp.sum(tangent))
 
 
 def _times_ones(values: Array) -> Array:
@@ -83,19 +100,13 @@ def class_margins(x: Array, valid: Array) -> Array:
     return softmax.all_margins(xp, x, valid)[0]
 
 
-# Compiled, so that outside of `jit` too a loss is one pass over the logits.
-_compiled = partial(jax.jit, static_argnums=0, inline=True)
-
-
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-@_compiled
 def _value(formula: Formula, x: Array, t: Targets, numbers: Numbers) -> Array:
     """FL(x, t) of each logit."""
     return parameters.fill(formula, numbers).value(xp, x, t)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-@_compiled
 def _value_and_slope(
     formula: Formula, x: Array, t: Targets, numbers: Numbers
 ) -> tuple[Array, Array]:
@@ -103,7 +114,6 @@ def _value_and_slope(
     return parameters.fill(formula, numbers).value_and_grad(xp, x, t)
 
 
-@_compiled
 def _hess(formula: Formula, x: Array, t: Targets, numbers: Numbers) -> Array:
     return parameters.fill(formula, numbers).hess(xp, x, t)
 
