@@ -30,6 +30,8 @@ def main() -> None:
     tables |= {
         "provenance": provenance(found),
         "memory": memory_table(found["torch"]["losses"]["both"]),
+        "jax-small": microseconds_table(found["jax"]["small_calls"]),
+        "tensorflow-small": microseconds_table(found["tensorflow"]["small_calls"]),
         "targets": times_table(found["targets"]["times"]),
         "step": step_table(found["torch"]["training_step"]),
     }
@@ -72,6 +74,18 @@ def times_table(cases: Cases) -> str:
     for name, case in cases.items():
         ours, other = sides_of(case)
         rows.append((name, _cell(ours), _cell(other), f"{case['ratio_of_medians']:.2f}"))
+    return markdown(rows)
+
+
+def microseconds_table(cases: Cases) -> str:
+    """Both sides of small calls and their ratio."""
+    rows = [("case", "focal, μs", "other, μs", "ratio")]
+    for name, case in cases.items():
+        cells = (
+            f"{side['median_ms'] * 1e3:,.0f} ({side['min_ms'] * 1e3:,.0f})"
+            for side in sides_of(case)[:2]
+        )
+        rows.append((name, *cells, f"{case['ratio_of_medians']:.2f}"))
     return markdown(rows)
 
 
