@@ -106,7 +106,7 @@ def compare_losses() -> dict[str, Any]:
 
 
 def small_calls() -> dict[str, Any]:
-    """A call in eager mode and one of a graph, and tracing a step with the loss and its gradient."""
+    """A call in eager mode, one of a graph, and tracing a step with loss and gradient."""
     found = {}
     for shape in SMALL:
         x, y = map(tf.constant, small_example(shape))

@@ -150,7 +150,7 @@ def keep_rows(x: Array, keep: Array) -> Array:
 # Loops and selections, which depend on values: JAX's control flow where they are traced
 
 BLOCK, CPU_BLOCK = 128, 32
-"""Boxes per block of `sweep`: few steps for accelerators, few overlaps at once for a CPU's cache."""
+"""Boxes per block of `sweep`: few steps for accelerators, few overlaps for a CPU's cache."""
 
 SHORTEST = 256
 """Least length that `select` pads to."""

@@ -25,7 +25,6 @@ from focal.jax import _ops
 __all__ = ["class_margins", "label_margin", "pointwise", "pointwise_sum"]
 
 
-
 @jax.custom_jvp
 def _log1p(x: Array) -> Array:
     return log1p_to_half(x) if x.dtype == jnp.float32 else _ops.log1p(x)
@@ -33,8 +32,9 @@ def _log1p(x: Array) -> Array:
 
 _log1p.defjvps(lambda dx, _, x: dx / (1 + x))
 
-xp = cast(Namespace, SimpleNamespace(**{**vars(_ops), "log1p": _log1p}))
-"""The operations that formulas are computed with: their log1p is of [-1/2, 0] alone."""
+xp = cast(Namespace, _ops)
+loop_xp = cast(Namespace, SimpleNamespace(**{**vars(_ops), "log1p": _log1p}))
+"""For formulas alone: their log1p is of [-1/2, 0]."""
 
 Targets = Array | float
 Numbers = tuple[Array, ...]
@@ -69,7 +69,7 @@ def _total(formula: Formula, x: Array, t: Targets, numbers: Numbers) -> Array:
 
 @jax.custom_jvp
 def _sum(values: Array) -> Array:
-    """For a mere sum, XLA for CPUs would cut the loop that computes the values into several."""
+    """Of a loop that ends in a mere sum, XLA for CPUs makes several, with arrays between them."""
     return lax.platform_dependent(values, cpu=_times_ones, default=jnp.sum)
 
 
@@ -77,7 +77,7 @@ _sum.defjvps(lambda tangent, _, values: jnp.sum(tangent))
 
 
 def _times_ones(values: Array) -> Array:
-    """The sum by a product, which XLA takes for what it is while it does not see the ones."""
+    """The sum as a product, which XLA does not turn into a sum while it does not see the ones."""
     ones = lax.optimization_barrier(jnp.ones(values.shape[-1:], values.dtype))
     return jnp.sum(values @ ones) if values.ndim else values
 
@@ -103,7 +103,7 @@ def class_margins(x: Array, valid: Array) -> Array:
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _value(formula: Formula, x: Array, t: Targets, numbers: Numbers) -> Array:
     """FL(x, t) of each logit."""
-    return parameters.fill(formula, numbers).value(xp, x, t)
+    return parameters.fill(formula, numbers).value(loop_xp, x, t)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -111,11 +111,11 @@ def _value_and_slope(
     formula: Formula, x: Array, t: Targets, numbers: Numbers
 ) -> tuple[Array, Array]:
     """FL(x, t) and dFL/dx."""
-    return parameters.fill(formula, numbers).value_and_grad(xp, x, t)
+    return parameters.fill(formula, numbers).value_and_grad(loop_xp, x, t)
 
 
 def _hess(formula: Formula, x: Array, t: Targets, numbers: Numbers) -> Array:
-    return parameters.fill(formula, numbers).hess(xp, x, t)
+    return parameters.fill(formula, numbers).hess(loop_xp, x, t)
 
 
 @partial(_value.defjvp, symbolic_zeros=True)

@@ -7,7 +7,8 @@ rest. In a graph on a CPU each is a program that XLA makes one loop of, where XL
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, TypeAlias, cast
 
@@ -22,7 +23,6 @@ from focal.tensorflow import _ops
 __all__ = ["class_margins", "label_margin", "pointwise", "pointwise_sum"]
 
 
-
 @tf.custom_gradient
 def _log1p(x: Tensor) -> Any:
     value = log1p_to_half(x) if x.dtype == tf.float32 else tf.math.log1p(x)
@@ -31,7 +31,7 @@ def _log1p(x: Tensor) -> Any:
 
 xp = cast(Namespace, _ops)
 loop_xp = cast(Namespace, SimpleNamespace(**{**vars(_ops), "log1p": _log1p}))
-"""The operations that XLA computes formulas with: their log1p is of [-1/2, 0] alone."""
+"""For formulas alone: their log1p is of [-1/2, 0]."""
 
 Targets: TypeAlias = Tensor | float
 Function = Callable[[Formula, Tensor, Targets], Tensor]
@@ -77,7 +77,8 @@ def _slope(formula: Formula, x: Tensor, t: Targets) -> Tensor:
 
 
 def _apply_value(formula: Formula, x: Tensor, t: Targets) -> Tensor:
-    return _in_one_loop(lambda formula, xp, x, t: formula.value(xp, x, t), formula, x, t)
+    with _one_loop(x, t) as xp:
+        return formula.value(xp, x, t)
 
 
 def _apply_sum(formula: Formula, x: Tensor, t: Targets) -> Tensor:
@@ -85,30 +86,28 @@ def _apply_sum(formula: Formula, x: Tensor, t: Targets) -> Tensor:
 
 
 def _apply_slope(formula: Formula, x: Tensor, t: Targets) -> Tensor:
-    return _in_one_loop(
-        lambda formula, xp, x, t: formula.value_and_grad(xp, x, t)[1], formula, x, t
-    )
+    with _one_loop(x, t) as xp:
+        return formula.value_and_grad(xp, x, t)[1]
 
 
 def _apply_hess(formula: Formula, x: Tensor, t: Targets) -> Tensor:
     return formula.hess(xp, x, t)
 
 
-def _in_one_loop(
-    function: Callable[..., Tensor], formula: Formula, x: Tensor, t: Targets
-) -> Tensor:
-    """`function` of a formula and its operands; in a graph on a CPU as one program of XLA."""
+@contextmanager
+def _one_loop(x: Tensor, t: Targets) -> Iterator[Namespace]:
+    """What to compute with: in a graph on a CPU, what XLA shall make one loop of."""
+    shapes = [x.shape, tf.TensorShape(getattr(t, "shape", ()))]
     if (
         tf.executing_eagerly()
-        or not x.shape.is_fully_defined()
-        or not tf.TensorShape(getattr(t, "shape", ())).is_fully_defined()
+        or not all(shape.is_fully_defined() for shape in shapes)
         or tf.config.list_physical_devices("GPU")
     ):
-        return function(formula, xp, x, t)
-
-    # A hint, which a saved graph needs not: without XLA the operations run one by one.
+        yield xp
+        return
+    # A hint, which a saved graph does without: where XLA is absent, operations run one by one.
     with tf.xla.experimental.jit_scope():
-        return function(formula, loop_xp, x, t)
+        yield loop_xp
 
 
 def _registered(

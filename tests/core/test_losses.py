@@ -547,7 +547,8 @@ def test_sparse_without_leading_axes(backend: Backend) -> None:
 
 def test_the_logarithm_of_programs() -> None:
     """One float32 number in 1,000 of [-1/2, 0], one in 4 of the last binade."""
-    patterns = np.concatenate([np.arange(0, 0x3F000000, 1000), np.arange(0x3E800000, 0x3F000001, 4)])
+    last = np.arange(0x3E800000, 0x3F000001, 4)
+    patterns = np.concatenate([np.arange(0, 0x3E800000, 1000), last])
     x = -patterns.astype(np.uint32).view(np.float32)
     exact = np.log1p(x.astype(np.float64))
     unit = np.spacing(np.abs(exact).astype(np.float32))
