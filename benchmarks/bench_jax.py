@@ -15,12 +15,16 @@ from benchmarks.common import (
     CLASSES,
     GAMMA,
     SETTING,
+    SMALL,
     Case,
+    compare,
     compare_cases,
     example,
     losses_in_fresh_processes,
     print_losses,
     record,
+    small_example,
+    times_table,
 )
 from focal.jax import sigmoid_focal_loss, sparse_sigmoid_focal_loss
 
@@ -80,11 +84,36 @@ def compare_losses() -> dict[str, Any]:
     )
 
 
+def small_calls() -> dict[str, Any]:
+    """A call outside of `jit`, and tracing a step with the loss and its gradient."""
+    found = {}
+    for shape in SMALL:
+        x, y = map(jnp.asarray, small_example(shape))
+
+        def call(loss: Callable[..., Array], x: Array = x, y: Array = y) -> Case:
+            return lambda: jax.block_until_ready(loss(x, y))
+
+        def trace(loss: Callable[..., Array], x: Array = x, y: Array = y) -> Case:
+            return lambda: jax.jit(lambda x, y: jax.value_and_grad(loss)(x, y)).trace(x, y)
+
+        timed = {
+            "a call": call,
+            "a call, with gradient": lambda loss, call=call: call(jax.value_and_grad(loss)),
+            "tracing, with gradient": trace,
+        }
+        for name, case in timed.items():
+            sides = {"focal": case(dense), "other": case(optax_dense)}
+            found[f"{' x '.join(map(str, shape))} logits: {name}"] = compare(sides)
+    return found
+
+
 def main() -> None:
     """Measure, write, print."""
     losses = losses_in_fresh_processes("benchmarks.bench_jax")
-    record("jax_cpu", "python -m benchmarks", setting=SETTING, losses=losses)
+    small = small_calls()
+    record("jax_cpu", "python -m benchmarks", setting=SETTING, losses=losses, small_calls=small)
     print_losses("JAX and optax, jitted", losses)
+    print(times_table(small))
 
 
 if __name__ == "__main__":

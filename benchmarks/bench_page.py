@@ -29,9 +29,11 @@ def main() -> None:
     tables = {name: losses_table(found[name]["losses"]) for name in FRAMEWORKS}
     tables |= {
         "provenance": provenance(found),
-        "small": calls_table(found["torch"]["small_calls"]),
+        "small": microseconds_table(found["torch"]["small_calls"]),
         "memory": memory_table(found["torch"]["losses"]["both"]),
         "softmax": times_table(found["torch"]["softmax"]),
+        "jax-small": microseconds_table(found["jax"]["small_calls"]),
+        "tensorflow-small": microseconds_table(found["tensorflow"]["small_calls"]),
         "targets": times_table(found["targets"]["times"]),
         "step": step_table(found["torch"]["training_step"]),
     }
@@ -77,11 +79,14 @@ def times_table(cases: Cases) -> str:
     return markdown(rows)
 
 
-def calls_table(cases: Cases) -> str:
-    """As `times_table`, in microseconds."""
-    rows = [("case", "focal, µs", "other, µs", "ratio")]
+def microseconds_table(cases: Cases) -> str:
+    """Both sides of small calls and their ratio."""
+    rows = [("case", "focal, μs", "other, μs", "ratio")]
     for name, case in cases.items():
-        cells = (f"{1e3 * side['median_ms']:.0f}" for side in sides_of(case))
+        cells = (
+            f"{side['median_ms'] * 1e3:,.0f} ({side['min_ms'] * 1e3:,.0f})"
+            for side in sides_of(case)[:2]
+        )
         rows.append((name, *cells, f"{case['ratio_of_medians']:.2f}"))
     return markdown(rows)
 

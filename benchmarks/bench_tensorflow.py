@@ -13,12 +13,16 @@ from benchmarks.common import (
     CLASSES,
     GAMMA,
     SETTING,
+    SMALL,
     Case,
+    compare,
     compare_cases,
     example,
     losses_in_fresh_processes,
     print_losses,
     record,
+    small_example,
+    times_table,
 )
 from focal.tensorflow import sigmoid_focal_loss, sparse_sigmoid_focal_loss
 
@@ -41,7 +45,7 @@ def sparse(x: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
 
 
 def keras_dense(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
-    return keras_loss(y, x) * CLASSES  # Keras takes the mean over the last axis
+    return keras_loss(y, x) * x.shape[-1]  # Keras takes the mean over the last axis
 
 
 def keras_from_labels(x: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
@@ -101,11 +105,41 @@ def compare_losses() -> dict[str, Any]:
     return losses
 
 
+def small_calls() -> dict[str, Any]:
+    """A call in eager mode, one of a graph, and tracing a step with loss and gradient."""
+    found = {}
+    for shape in SMALL:
+        x, y = map(tf.constant, small_example(shape))
+
+        def call(function: Loss, x: tf.Tensor = x, y: tf.Tensor = y) -> Case:
+            return lambda: [result.numpy() for result in tf.nest.flatten(function(x, y))]
+
+        def trace(loss: Loss, x: tf.Tensor = x, y: tf.Tensor = y) -> Case:
+            return lambda: tf.function(value_and_grad(loss)).get_concrete_function(x, y)
+
+        timed = {
+            "a call": call,
+            "a call, with gradient": lambda loss, call=call: call(value_and_grad(loss)),
+            "a graph, with gradient": lambda loss, call=call: call(
+                tf.function(value_and_grad(loss))
+            ),
+            "tracing, with gradient": trace,
+        }
+        for name, case in timed.items():
+            sides = {"focal": case(dense), "other": case(keras_dense)}
+            found[f"{' x '.join(map(str, shape))} logits: {name}"] = compare(sides)
+    return found
+
+
 def main() -> None:
     """Measure, write, print."""
     losses = losses_in_fresh_processes("benchmarks.bench_tensorflow")
-    record("tensorflow_cpu", "python -m benchmarks", setting=SETTING, losses=losses)
+    small = small_calls()
+    record(
+        "tensorflow_cpu", "python -m benchmarks", setting=SETTING, losses=losses, small_calls=small
+    )
     print_losses("TensorFlow and Keras, tf.function", losses)
+    print(times_table(small))
 
 
 if __name__ == "__main__":

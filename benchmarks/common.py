@@ -38,6 +38,8 @@ class Staged:
 
 ROWS, CLASSES, POSITIVES = 40_000, 80, 0.01
 ALPHA, GAMMA = 0.25, 2.0
+SMALL = (100,), (32, 10)
+"""Shapes of which a call costs more than the arithmetic in it."""
 SETTING = f"float32 {ROWS} x {CLASSES}, {POSITIVES:.0%} positive rows, gamma {GAMMA}, alpha {ALPHA}"
 RESULTS = Path(__file__).parent / "results"
 PHASES = ("both", "forward", "backward")
@@ -55,6 +57,12 @@ def example() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     positive = rng.random(ROWS) < POSITIVES
     labels = np.where(positive, rng.integers(0, CLASSES, ROWS), -1)
     return x, labels, (labels[:, None] == np.arange(CLASSES)).astype(np.float32)
+
+
+def small_example(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """A few logits with targets."""
+    x = np.random.default_rng(0).normal(-3, 2, shape).astype(np.float32)
+    return x, (x > -1).astype(np.float32)
 
 
 def compare(sides: Mapping[str, Case], repetitions: int = 41) -> dict[str, Any]:

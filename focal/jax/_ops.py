@@ -149,8 +149,8 @@ def keep_rows(x: Array, keep: Array) -> Array:
 
 # Loops and selections, which depend on values: JAX's control flow where they are traced
 
-BLOCK = 128
-"""Boxes per block of `sweep`; compiled, small blocks are as fast as large ones."""
+BLOCK, CPU_BLOCK = 128, 32
+"""Boxes per block of `sweep`: few steps for accelerators, few overlaps for a CPU's cache."""
 
 SHORTEST = 256
 """Least length that `select` pads to."""
@@ -208,11 +208,23 @@ def sweep(
     rows: Sequence[Array],
 ) -> Array:
     """Blocks of one size in compiled loops: the program does not grow with the number of boxes."""
+    of_size = partial(_sweep, drop, settle)
+    return lax.platform_dependent(
+        *rows, cpu=partial(of_size, CPU_BLOCK), default=partial(of_size, BLOCK)
+    )
+
+
+def _sweep(
+    drop: Callable[[Sequence[Array], Sequence[Array]], Array],
+    settle: Callable[[Sequence[Array]], Array],
+    length: int,
+    *rows: Array,
+) -> Array:
     areas, *others = rows
     size = areas.shape[-1]
-    count = -(-size // BLOCK) or 1
-    areas = _in_blocks(areas, count, np.inf)
-    others = [_in_blocks(row, count, 0) for row in others]
+    count = -(-size // length) or 1
+    areas = _in_blocks(areas, count, length, np.inf)
+    others = [_in_blocks(row, count, length, 0) for row in others]
 
     def block(i: Any, areas: Array) -> list[Array]:
         return [
@@ -229,15 +241,15 @@ def sweep(
         return lax.dynamic_update_index_in_dim(areas, area, i, axis=areas.ndim - 2)
 
     areas = lax.fori_loop(0, count, resolve, areas)
-    return reshape(areas, (*areas.shape[:-2], count * BLOCK))[..., :size]
+    return reshape(areas, (*areas.shape[:-2], count * length))[..., :size]
 
 
-def _in_blocks(row: Array, count: int, fill: float) -> Array:
-    """(..., N) padded to (..., count, BLOCK)."""
-    more = count * BLOCK - row.shape[-1]
+def _in_blocks(row: Array, count: int, length: int, fill: float) -> Array:
+    """(..., N) padded to (..., count, length)."""
+    more = count * length - row.shape[-1]
     padding = [(0, 0)] * (row.ndim - 1) + [(0, more)]
     padded = jax.numpy.pad(row, padding, constant_values=fill)
-    return reshape(padded, (*row.shape[:-1], count, BLOCK))
+    return reshape(padded, (*row.shape[:-1], count, length))
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -9,20 +9,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from focal.core import parameters, softmax
+from focal.core.logarithm import log1p_to_half
 from focal.core.namespace import Formula, Namespace
 from focal.jax import _ops
 
 __all__ = ["label_margin", "pointwise", "pointwise_sum"]
 
+
+@jax.custom_jvp
+def _log1p(x: Array) -> Array:
+    return log1p_to_half(x) if x.dtype == jnp.float32 else _ops.log1p(x)
+
+
+_log1p.defjvps(lambda dx, _, x: dx / (1 + x))
+
 xp = cast(Namespace, _ops)
+loop_xp = cast(Namespace, SimpleNamespace(**{**vars(_ops), "log1p": _log1p}))
+"""For formulas alone: their log1p is of [-1/2, 0]."""
+
 Targets = Array | float
 Numbers = tuple[Array, ...]
 """The parameters of a formula that are arrays."""
@@ -31,13 +44,42 @@ Numbers = tuple[Array, ...]
 def pointwise(formula: Formula, x: Array, t: Targets) -> Array:
     """`formula.value` in the type of x, with its registered derivative."""
     formula, numbers = parameters.split(formula)
-    return _value(formula, *parameters.wide_operands(xp, x, t), numbers).astype(x.dtype)
+    return _each(formula, x, t, numbers)
 
 
 def pointwise_sum(formula: Formula, x: Array, t: Targets) -> Array:
     """The sum of `formula.value`, in float32 or better."""
     formula, numbers = parameters.split(formula)
-    return jnp.sum(_value(formula, *parameters.wide_operands(xp, x, t), numbers))
+    return _total(formula, x, t, numbers)
+
+
+# Compiled, so that outside of `jit` too a loss is one program, and called as fast as one.
+_compiled = partial(jax.jit, static_argnums=0, inline=True)
+
+
+@_compiled
+def _each(formula: Formula, x: Array, t: Targets, numbers: Numbers) -> Array:
+    return _value(formula, *parameters.wide_operands(xp, x, t), numbers).astype(x.dtype)
+
+
+@_compiled
+def _total(formula: Formula, x: Array, t: Targets, numbers: Numbers) -> Array:
+    return _sum(_value(formula, *parameters.wide_operands(xp, x, t), numbers))
+
+
+@jax.custom_jvp
+def _sum(values: Array) -> Array:
+    """Of a loop that ends in a mere sum, XLA for CPUs makes several, with arrays between them."""
+    return lax.platform_dependent(values, cpu=_times_ones, default=jnp.sum)
+
+
+_sum.defjvps(lambda tangent, _, values: jnp.sum(tangent))
+
+
+def _times_ones(values: Array) -> Array:
+    """The sum as a product, which XLA does not turn into a sum while it does not see the ones."""
+    ones = lax.optimization_barrier(jnp.ones(values.shape[-1:], values.dtype))
+    return jnp.sum(values @ ones) if values.ndim else values
 
 
 @jax.custom_jvp
@@ -53,29 +95,22 @@ def _label_margin_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tu
     return z, jnp.sum(slopes * tangents[0], axis=-1)
 
 
-# Compiled, so that outside of `jit` too a loss is one pass over the logits.
-_compiled = partial(jax.jit, static_argnums=0, inline=True)
-
-
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-@_compiled
 def _value(formula: Formula, x: Array, t: Targets, numbers: Numbers) -> Array:
     """FL(x, t) of each logit."""
-    return parameters.fill(formula, numbers).value(xp, x, t)
+    return parameters.fill(formula, numbers).value(loop_xp, x, t)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-@_compiled
 def _value_and_slope(
     formula: Formula, x: Array, t: Targets, numbers: Numbers
 ) -> tuple[Array, Array]:
     """FL(x, t) and dFL/dx."""
-    return parameters.fill(formula, numbers).value_and_grad(xp, x, t)
+    return parameters.fill(formula, numbers).value_and_grad(loop_xp, x, t)
 
 
-@_compiled
 def _hess(formula: Formula, x: Array, t: Targets, numbers: Numbers) -> Array:
-    return parameters.fill(formula, numbers).hess(xp, x, t)
+    return parameters.fill(formula, numbers).hess(loop_xp, x, t)
 
 
 @partial(_value.defjvp, symbolic_zeros=True)
@@ -84,7 +119,7 @@ def _value_jvp(
 ) -> tuple[Array, Array]:
     value, slope = _value_and_slope(formula, *primals)
     by_others = _by_others(_value.fun, formula, primals, tangents)
-    return value, _total(slope, tangents, by_others)
+    return value, _tangent(slope, tangents, by_others)
 
 
 @partial(_value_and_slope.defjvp, symbolic_zeros=True)
@@ -95,8 +130,8 @@ def _value_and_slope_jvp(
     by_others = _by_others(_value_and_slope.fun, formula, primals, tangents)
     value_by_others, slope_by_others = (None, None) if by_others is None else by_others
     return (value, slope), (
-        _total(slope, tangents, value_by_others),
-        _total(_hess(formula, *primals), tangents, slope_by_others),
+        _tangent(slope, tangents, value_by_others),
+        _tangent(_hess(formula, *primals), tangents, slope_by_others),
     )
 
 
@@ -125,7 +160,7 @@ def _by_others(
     )[1]
 
 
-def _total(slope: Array, tangents: tuple[Any, ...], by_others: Array | None) -> Array:
+def _tangent(slope: Array, tangents: tuple[Any, ...], by_others: Array | None) -> Array:
     """The sum of slope * dx and by_others, either of which may be absent."""
     dx = tangents[0]
     if isinstance(dx, SymbolicZero):

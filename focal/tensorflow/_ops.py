@@ -187,7 +187,7 @@ def take_rows(x: Tensor, indices: Tensor) -> Tensor:
 @tf.custom_gradient
 def sigmoid(x: Tensor) -> Any:
     """1 / (1 + exp(-x))."""
-    e = tf.exp(-tf.abs(x))
+    e = tf.exp(tf.minimum(x, -x))
     value = where(x >= 0, 1.0, e) / (1 + e)
     return value, lambda upstream: upstream * (sigmoid(x) * sigmoid(-x))
 

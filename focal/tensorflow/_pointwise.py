@@ -2,24 +2,37 @@
 
 The value and the slope are each a `tf.custom_gradient` whose gradient is the next formula;
 derivatives beyond the second are left to autodiff. Both save logits and targets and recompute the
-rest.
+rest. In a graph on a CPU each is a program that XLA makes one loop of, where XLA is there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, TypeAlias, cast
 
 import tensorflow as tf
 from tensorflow import Tensor
 
 from focal.core import parameters, softmax
+from focal.core.logarithm import log1p_to_half
 from focal.core.namespace import Formula, Namespace
 from focal.tensorflow import _ops
 
 __all__ = ["label_margin", "pointwise", "pointwise_sum"]
 
+
+@tf.custom_gradient
+def _log1p(x: Tensor) -> Any:
+    value = log1p_to_half(x) if x.dtype == tf.float32 else tf.math.log1p(x)
+    return value, lambda upstream: upstream / (1 + x)
+
+
 xp = cast(Namespace, _ops)
+loop_xp = cast(Namespace, SimpleNamespace(**{**vars(_ops), "log1p": _log1p}))
+"""For formulas alone: their log1p is of [-1/2, 0]."""
+
 Targets: TypeAlias = Tensor | float
 Function = Callable[[Formula, Tensor, Targets], Tensor]
 
@@ -31,7 +44,8 @@ def pointwise(formula: Formula, x: Tensor, t: Targets) -> Tensor:
 
 def pointwise_sum(formula: Formula, x: Tensor, t: Targets) -> Tensor:
     """The sum of `formula.value`, in float32 or better."""
-    return tf.reduce_sum(_value(formula, *parameters.wide_operands(xp, x, t)))
+    operands = parameters.wide_operands(xp, x, t)
+    return _registered(_apply_sum, _slope, formula, *operands)
 
 
 def label_margin(x: Tensor, at: Tensor, valid: Tensor) -> Tensor:
@@ -58,15 +72,37 @@ def _slope(formula: Formula, x: Tensor, t: Targets) -> Tensor:
 
 
 def _apply_value(formula: Formula, x: Tensor, t: Targets) -> Tensor:
-    return formula.value(xp, x, t)
+    with _one_loop(x, t) as xp:
+        return formula.value(xp, x, t)
+
+
+def _apply_sum(formula: Formula, x: Tensor, t: Targets) -> Tensor:
+    return tf.reduce_sum(_apply_value(formula, x, t))
 
 
 def _apply_slope(formula: Formula, x: Tensor, t: Targets) -> Tensor:
-    return formula.value_and_grad(xp, x, t)[1]
+    with _one_loop(x, t) as xp:
+        return formula.value_and_grad(xp, x, t)[1]
 
 
 def _apply_hess(formula: Formula, x: Tensor, t: Targets) -> Tensor:
     return formula.hess(xp, x, t)
+
+
+@contextmanager
+def _one_loop(x: Tensor, t: Targets) -> Iterator[Namespace]:
+    """What to compute with: in a graph on a CPU, what XLA shall make one loop of."""
+    shapes = [x.shape, tf.TensorShape(getattr(t, "shape", ()))]
+    if (
+        tf.executing_eagerly()
+        or not all(shape.is_fully_defined() for shape in shapes)
+        or tf.config.list_physical_devices("GPU")
+    ):
+        yield xp
+        return
+    # A hint, which a saved graph does without: where XLA is absent, operations run one by one.
+    with tf.xla.experimental.jit_scope():
+        yield loop_xp
 
 
 def _registered(
@@ -101,8 +137,9 @@ def _registered(
                 result = function(own_formula, x, own_t)
             return tape.gradient(result, others, upstream)
 
-        return tf.zeros_like(x), grad
+        return tf.zeros_like(value), grad
 
     # Two functions: one of all operands would compute all derivatives, but those in the others
     # are rarely needed.
-    return by_x(x) + by_others(*others) if others else by_x(x)
+    value = by_x(x)
+    return value + by_others(*others) if others else value

@@ -24,6 +24,7 @@ from strategies import (
 )
 
 import focal.numpy as reference
+from focal.core.logarithm import log1p_to_half
 
 WITH_GRADIENT = ("sigmoid_focal_loss", "sigmoid_focal_loss_star")
 DENSE = (*WITH_GRADIENT, "balanced_cross_entropy")
@@ -542,3 +543,13 @@ def test_sparse_without_leading_axes(backend: Backend) -> None:
     loss = backend(SPARSE, x, np.array(1), reduction="positives")
     dense = backend("sigmoid_focal_loss", x, np.array([0, 1, 0]), reduction="sum")
     assert_allclose(loss, dense, rtol=1e-15)
+
+
+def test_the_logarithm_of_programs() -> None:
+    """One float32 number in 1,000 of [-1/2, 0], one in 4 of the last binade."""
+    last = np.arange(0x3E800000, 0x3F000001, 4)
+    patterns = np.concatenate([np.arange(0, 0x3E800000, 1000), last])
+    x = -patterns.astype(np.uint32).view(np.float32)
+    exact = np.log1p(x.astype(np.float64))
+    unit = np.spacing(np.abs(exact).astype(np.float32))
+    assert np.max(np.abs(log1p_to_half(x) - exact) / unit) < 1.1
