@@ -13,6 +13,9 @@ from focal.retinanet.config import RetinaNetConfig
 
 __all__ = ["Detections", "detections"]
 
+FEW = 16
+"""With fewer classes, all logits are sorted at once."""
+
 
 class Detections(NamedTuple):
     """The best D detections of each image, best first; scores are 0 where there are fewer."""
@@ -50,8 +53,8 @@ def detections(
     scores, positions, start = [], [], 0
     for rows, columns in level_shapes(config.image_size, config.anchors):
         count = rows * columns * config.anchors.per_cell
-        flat = xp.reshape(logits[:, start : start + count, :], (-1, count * classes))
-        top, at = xp.top_k(flat, min(config.candidates, count * classes))
+        level = logits[:, start : start + count, :]
+        top, at = _top(xp, level, min(config.candidates, count * classes))
         scores.append(xp.sigmoid(xp.astype(top, xp.float32)))
         positions.append(at + start * classes)
         start += count
@@ -71,6 +74,21 @@ def detections(
     at, real = best(xp, rivals, label, config.nms_threshold, most)
     score = xp.where(~real, 0.0, xp.take_along_axis(score, at, axis=-1))
     return Detections(xp.take_rows(boxes, at), score, xp.take_along_axis(label, at, axis=-1))
+
+
+def _top(xp: Namespace, logits: Array, k: int) -> tuple[Array, Array]:
+    """The k greatest of logits (B, n, K) and where they are in (B, n * K), greatest first.
+
+    They are all among the k anchors with the greatest maxima, so that only these are sorted. Taken
+    in their order, equal logits keep theirs.
+    """
+    _, n, classes = logits.shape
+    if k >= n or classes < FEW:
+        return xp.top_k(xp.reshape(logits, (-1, n * classes)), k)
+    _, at = xp.top_k(xp.max(logits, axis=-1), k)
+    anchor = -xp.top_k(-at, k)[0]
+    top, at = xp.top_k(xp.reshape(xp.take_rows(logits, anchor), (-1, k * classes)), k)
+    return top, xp.take_along_axis(anchor, at // classes, axis=-1) * classes + at % classes
 
 
 def _clip(xp: Namespace, boxes: Array, sizes: Array) -> Array:
