@@ -57,9 +57,12 @@ def example() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return x, labels, (labels[:, None] == np.arange(CLASSES)).astype(np.float32)
 
 
-def compare(sides: Mapping[str, Case]) -> dict[str, Any]:
-    """Times of all sides, ours first, and the ratio of the second to ours."""
-    times = interleaved(sides)
+def compare(sides: Mapping[str, Case], **counts: int) -> dict[str, Any]:
+    """Times of all sides, ours first, and the ratio of the second to ours.
+
+    `counts` are the repetitions and the warm-up of `interleaved`.
+    """
+    times = interleaved(sides, **counts)
     ours, other, *_ = times.values()
     return {**times, "ratio_of_medians": round(other["median_ms"] / ours["median_ms"], 2)}
 

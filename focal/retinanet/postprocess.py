@@ -65,7 +65,9 @@ def detections(
     anchor, label = position // classes, position % classes
     of_anchor = xp.take(anchors, xp.reshape(anchor, (-1,)), axis=0)
     of_anchor = xp.reshape(of_anchor, (*xp.shape(anchor), 4))
-    boxes = F.decode_boxes(xp.take_rows(deltas, anchor), of_anchor)
+    # Half types could not tell the pixels of a large image apart.
+    deltas = xp.astype(xp.take_rows(deltas, anchor), xp.float32)
+    boxes = F.decode_boxes(deltas, of_anchor)
     boxes = _clip(xp, boxes, sizes)
 
     low = ~(score > config.score_threshold)
