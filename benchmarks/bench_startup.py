@@ -51,7 +51,7 @@ def main() -> None:
             pairs[key] = [*command, "--backend", name], ["-c", imports]
         times = {
             name: compare(
-                {"focal": _process(own), "other": _process(other)}, repetitions=7, warm_up=1
+                {"focal": _process(own), "other": _process(other)}, repetitions=5, warm_up=1
             )
             for name, (own, other) in pairs.items()
         }
