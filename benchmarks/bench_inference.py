@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.common import Case, Summary, interleaved, record, table
-from focal.retinanet import PRESETS, build, load, load_torchvision, predict, save
+from focal.retinanet import CONVENTIONS, PRESETS, build, load, load_torchvision, predict, save
 from focal.retinanet.data import ShapesDataset, read_image
 from focal.retinanet.detector import BACKENDS, _batch
 from focal.retinanet.training import evaluate as evaluation
@@ -135,7 +135,7 @@ def _torchvision() -> tuple[dict[str, Any], Any]:
     except (ImportError, OSError, subprocess.CalledProcessError) as error:
         print(f"torchvision is left out: {error}", file=sys.stderr)
         config = PRESETS["r50"].detector.replace(classes=tuple(map(str, range(CLASSES))))
-        model = build(config.replace(head_norm="none", norm="frozen_batch"), device="cpu")
+        model = build(config.replace(**CONVENTIONS["torchvision"]), device="cpu")
         return _seed(model), None
     network = package.models.detection.retinanet_resnet50_fpn(
         weights=None,
