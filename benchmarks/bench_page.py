@@ -9,6 +9,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.bench_inference import frameworks_rows, parts_rows, speed_rows
+from benchmarks.bench_startup import share_rows
 from benchmarks.common import PHASES, RESULTS, sides_of
 from benchmarks.pages import markdown, save_plot, write_tables
 from focal.retinanet.report.draw import PALETTE
@@ -25,7 +27,9 @@ Cases = Mapping[str, Mapping[str, Any]]
 
 def main() -> None:
     """Read what was measured, write page and plot."""
-    found = {name: _read(f"{name}_cpu") for name in (*FRAMEWORKS, "targets")}
+    found = {
+        name: _read(f"{name}_cpu") for name in (*FRAMEWORKS, "targets", "inference", "startup")
+    }
     tables = {name: losses_table(found[name]["losses"]) for name in FRAMEWORKS}
     tables |= {
         "provenance": provenance(found),
@@ -35,6 +39,11 @@ def main() -> None:
         "jax-small": microseconds_table(found["jax"]["small_calls"]),
         "tensorflow-small": microseconds_table(found["tensorflow"]["small_calls"]),
         "targets": times_table(found["targets"]["times"]),
+        "inference": markdown(speed_rows(found["inference"])),
+        "inference parts": markdown(parts_rows(found["inference"])),
+        "inference frameworks": markdown(frameworks_rows(found["inference"])),
+        "startup": times_table(found["startup"]["times"]),
+        "startup parts": markdown(share_rows(found["startup"]["predict_ms"])),
         "step": step_table(found["torch"]["training_step"]),
     }
     write_tables(PAGE, tables)

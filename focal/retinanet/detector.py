@@ -6,6 +6,7 @@ Images and files are imported where they are used: with NumPy alone, configs can
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 from collections.abc import Sequence
@@ -237,12 +238,19 @@ def predict(model: Any, images: Sequence[Any]) -> list[dict[str, np.ndarray]]:
         >>> found["boxes"].shape  # untrained, it finds nothing
         (0, 4)
     """
+    from focal.retinanet.data.loader import prefetch
+
     _check_list("predict", images)
-    results: list[dict[str, np.ndarray]] = []
-    for start in range(0, len(images), PREDICT_BATCH):
+
+    def batch(start: int) -> Batch:
         some = images[start : start + PREDICT_BATCH]
-        results += detect(model, _batch("predict", model.config, some))
-    return results
+        return _batch("predict", model.config, some, start)
+
+    # The next batch is read while the network works on one.
+    several = len(images) > PREDICT_BATCH
+    batches = prefetch(batch, range(0, len(images), PREDICT_BATCH), int(several), ahead=1)
+    with contextlib.closing(batches):
+        return [found for batch in batches for found in detect(model, batch)]
 
 
 def detect(model: Any, batch: Batch) -> list[dict[str, np.ndarray]]:
@@ -279,8 +287,8 @@ def _check_list(name: str, images: Any) -> None:
         raise TypeError(f"{name}: images must be a list of images, such as [image]; got {kind}")
 
 
-def _batch(name: str, config: RetinaNetConfig, images: Sequence[Any]) -> Batch:
-    """Images as `predict` takes them, on the canvas."""
+def _batch(name: str, config: RetinaNetConfig, images: Sequence[Any], first: int = 0) -> Batch:
+    """Images as `predict` takes them, numbered from `first` on, on the canvas."""
     from PIL import Image
 
     from focal.retinanet.data.dataset import Example
@@ -288,7 +296,7 @@ def _batch(name: str, config: RetinaNetConfig, images: Sequence[Any]) -> Batch:
     from focal.retinanet.data.loader import collate, fitted
 
     items, image_sizes = [], []
-    for index, given in enumerate(images):
+    for index, given in enumerate(images, first):
         image = given
         if isinstance(given, str | os.PathLike):
             image = read_image(given)

@@ -13,6 +13,9 @@ from focal.retinanet.config import RetinaNetConfig
 
 __all__ = ["Detections", "detections"]
 
+FEW = 16
+"""With fewer classes, all logits are sorted at once."""
+
 
 class Detections(NamedTuple):
     """The best D detections of each image, best first; scores are 0 where there are fewer."""
@@ -50,8 +53,8 @@ def detections(
     scores, positions, start = [], [], 0
     for rows, columns in level_shapes(config.image_size, config.anchors):
         count = rows * columns * config.anchors.per_cell
-        flat = xp.reshape(logits[:, start : start + count, :], (-1, count * classes))
-        top, at = xp.top_k(flat, min(config.candidates, count * classes))
+        level = logits[:, start : start + count, :]
+        top, at = _top(xp, level, min(config.candidates, count * classes))
         scores.append(xp.sigmoid(xp.astype(top, xp.float32)))
         positions.append(at + start * classes)
         start += count
@@ -62,7 +65,9 @@ def detections(
     anchor, label = position // classes, position % classes
     of_anchor = xp.take(anchors, xp.reshape(anchor, (-1,)), axis=0)
     of_anchor = xp.reshape(of_anchor, (*xp.shape(anchor), 4))
-    boxes = F.decode_boxes(xp.take_rows(deltas, anchor), of_anchor)
+    # Half types could not tell the pixels of a large image apart.
+    deltas = xp.astype(xp.take_rows(deltas, anchor), xp.float32)
+    boxes = F.decode_boxes(deltas, of_anchor)
     boxes = _clip(xp, boxes, sizes)
 
     low = ~(score > config.score_threshold)
@@ -71,6 +76,21 @@ def detections(
     at, real = best(xp, rivals, label, config.nms_threshold, most)
     score = xp.where(~real, 0.0, xp.take_along_axis(score, at, axis=-1))
     return Detections(xp.take_rows(boxes, at), score, xp.take_along_axis(label, at, axis=-1))
+
+
+def _top(xp: Namespace, logits: Array, k: int) -> tuple[Array, Array]:
+    """The k greatest of logits (B, n, K) and where they are in (B, n * K), greatest first.
+
+    They are all among the k anchors with the greatest maxima, so that only these are sorted. Taken
+    in their order, equal logits keep theirs.
+    """
+    _, n, classes = logits.shape
+    if k >= n or classes < FEW:
+        return xp.top_k(xp.reshape(logits, (-1, n * classes)), k)
+    _, at = xp.top_k(xp.max(logits, axis=-1), k)
+    anchor = -xp.top_k(-at, k)[0]
+    top, at = xp.top_k(xp.reshape(xp.take_rows(logits, anchor), (-1, k * classes)), k)
+    return top, xp.take_along_axis(anchor, at // classes, axis=-1) * classes + at % classes
 
 
 def _clip(xp: Namespace, boxes: Array, sizes: Array) -> Array:

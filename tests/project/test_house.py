@@ -208,6 +208,12 @@ def test_importing_retinanet_loads_no_framework() -> None:
     assert loaded_by("focal.retinanet") & set().union(*FRAMEWORKS.values()) == set()
 
 
+def test_drawing_boxes_does_not_import_matplotlib() -> None:
+    """`focal predict` would start half a second later."""
+    pytest.importorskip("PIL")
+    assert "matplotlib" not in loaded_by("focal.retinanet.report.draw")
+
+
 @pytest.mark.parametrize("name", [name for name in PRESENT if name != "numpy"])
 def test_importing_an_adapter_loads_no_other_framework(name: str) -> None:
     if not REQUIRE_ALL:

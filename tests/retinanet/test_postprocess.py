@@ -9,7 +9,7 @@ import pytest
 import focal.numpy as F
 from focal.core.anchors import AnchorConfig, level_shapes
 from focal.retinanet.config import RetinaNetConfig
-from focal.retinanet.postprocess import Detections, detections
+from focal.retinanet.postprocess import FEW, Detections, _top, detections
 
 CONFIG = RetinaNetConfig(
     classes=("a", "b", "c"),
@@ -106,6 +106,21 @@ def test_many_classes(name):
     found = run(name, logits, deltas, SIZES, config)
     assert len(np.unique(found.labels)) > 40
     check(found, logits, deltas, SIZES, config)
+
+
+@pytest.mark.parametrize("classes", [FEW - 1, FEW, 80])
+@pytest.mark.parametrize("k", [1, 30, 99, 100, 200])
+def test_candidates_are_the_best_logits_also_where_many_are_equal(name, classes, k):
+    library = pytest.importorskip(f"focal.{name}")
+    logits = np.random.default_rng(k).integers(-3, 3, (2, 100, classes)).astype(np.float32)
+    flat = logits.reshape(2, -1)
+    expected = np.argsort(-flat, axis=-1, stable=True)[:, :k]
+    top, at = map(np.asarray, _top(library.xp, library.xp.constant(logits, None), k))
+    np.testing.assert_array_equal(top, np.take_along_axis(flat, expected, -1))
+    np.testing.assert_array_equal(top, np.take_along_axis(flat, at, -1))
+    assert all(len(np.unique(row)) == k for row in at)
+    if name == "numpy":  # PyTorch does not say which of equal ones it takes
+        np.testing.assert_array_equal(at, expected)
 
 
 def test_one_class_and_one_image(name):

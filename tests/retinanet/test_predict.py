@@ -289,3 +289,22 @@ def test_commands_take_checkpoints_and_run_folders(weights, model, folder, tmp_p
         capsys.readouterr()
     assert len(set(printed)) == 1
     assert len({(p / "0.json").read_text() for p in (tmp_path / "out").iterdir()}) == 1
+
+
+def test_an_image_that_is_none_is_named_by_its_number_in_the_list(model):
+    images = [np.zeros((8, 8, 3), np.uint8)] * 10
+    with pytest.raises(TypeError, match=r"images\[9\] must be a uint8 array"):
+        predict(model, [*images[:9], images[9].astype(np.float32)])
+    assert len(predict(model, images)) == 10
+
+
+def test_boxes_under_autocast_are_as_fine_as_without(model):
+    """bfloat16 has 8 bits: it could not tell pixels beyond 256 apart."""
+    image = np.random.default_rng(0).integers(0, 256, (960, 1280, 3)).astype(np.uint8)
+    (plain,) = predict(model, [image])
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = predict(model, [image])
+    assert found["boxes"].dtype == np.float32
+    assert (found["boxes"] != torch.tensor(found["boxes"]).bfloat16().float().numpy()).mean() > 0.5
+    for box in plain["boxes"][:3]:
+        assert np.abs(found["boxes"] - box).max(axis=1).min() < 0.02 * 1280

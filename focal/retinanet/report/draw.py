@@ -6,17 +6,18 @@ import io
 import math
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from focal.files import write_atomically
 from focal.retinanet.data.images import resize
+
+if TYPE_CHECKING:  # boxes are drawn without it: its import takes longer than a prediction
+    from matplotlib.figure import Figure
 
 __all__ = ["PALETTE", "class_color", "draw_boxes", "save_figure", "save_image", "side_by_side"]
 
@@ -135,6 +136,8 @@ def save_image(path: str | os.PathLike[str], array: np.ndarray, optimize: bool =
 
 def save_figure(path: str | os.PathLike[str], figure: Figure) -> Path:
     """Write a figure of matplotlib as `save_image` does."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
     return save_image(path, np.asarray(canvas.buffer_rgba())[..., :3])
@@ -143,7 +146,13 @@ def save_figure(path: str | os.PathLike[str], figure: Figure) -> Path:
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which matplotlib includes; it covers more scripts than Pillow's own font."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", name), size)
+    package = find_spec("matplotlib")
+    data = Path((package and package.origin) or "").with_name("mpl-data")
+    if not data.is_dir():  # some distributions move it
+        import matplotlib
+
+        data = Path(matplotlib.get_data_path())
+    return ImageFont.truetype(data / "fonts" / "ttf" / name, size)
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
