@@ -65,12 +65,13 @@ def small_example(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     return x, (x > -1).astype(np.float32)
 
 
-def compare(sides: Mapping[str, Case], **counts: int) -> dict[str, Any]:
-    """Times of all sides, ours first, and the ratio of the second to ours.
-
-    `counts` are the repetitions and the warm-up of `interleaved`.
-    """
-    times = interleaved(sides, **counts)
+def compare(
+    sides: Mapping[str, Case], repetitions: int = 41, warm_up: int | None = None
+) -> dict[str, Any]:
+    """Times of all sides, ours first, and the ratio of the second to ours."""
+    times = interleaved(
+        sides, repetitions, min(4, repetitions // 2) if warm_up is None else warm_up
+    )
     ours, other, *_ = times.values()
     return {**times, "ratio_of_medians": round(other["median_ms"] / ours["median_ms"], 2)}
 
