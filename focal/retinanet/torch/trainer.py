@@ -220,20 +220,14 @@ class Trainer:
             torch._foreach_copy_(self.before, self.statistics)
         height, width = batch.images.shape[1:3]
         anchors = model.anchors((height, width))
-        boxes, labels = self._boxes(batch)
-
-        @torch.no_grad()
-        def aim() -> tuple[Targets, Tensor, Tensor | int, Tensor]:
-            target = targets(F, anchors, boxes, labels, config)
+        with torch.no_grad():
+            target = targets(F, anchors, *self._boxes(batch), config)
             positives = F.num_positives(target.labels)
             images = len(batch.images) * self.replicas.count
-            divisor, mean = normalizer(config, images, positives, self.mean_positives)
-            return target, positives, divisor, mean
+            divisor, mean_positives = normalizer(config, images, positives, self.mean_positives)
 
         self.optimizer.zero_grad(set_to_none=True)
-        (classification, box), positives, mean_positives = self._backward(
-            batch.images, anchors, aim
-        )
+        classification, box = self._backward(batch.images, anchors, target, divisor)
         loss = classification + box
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
@@ -260,12 +254,9 @@ class Trainer:
         }
 
     def _backward(
-        self, images: np.ndarray, anchors: Tensor, aim: Callable[[], tuple[Any, ...]]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Forward and backward pass of each gradient-accumulation step.
-
-        Returns both losses, the number of positives, and its running mean.
-        """
+        self, images: np.ndarray, anchors: Tensor, target: Targets, divisor: Tensor | int
+    ) -> Tensor:
+        """Forward and backward pass of each gradient-accumulation step; both losses."""
         found = torch.zeros(2, device=self.device)
         rows = len(images) // self.train.accumulate
         for first in range(0, len(images), rows):
@@ -275,8 +266,6 @@ class Trainer:
                 with _autocast(self.device, self.precision):
                     inputs = _normalized(self.model, images[piece], self.precision)
                     logits, deltas = self.network(inputs)
-                if first == 0:  # now, as the loader's thread, busy after each batch, hinders it
-                    target, positives, divisor, mean = aim()
                 part = Targets(target.labels[piece], target.deltas[piece])
                 loss = losses(F, logits, deltas, anchors, part, self.model.config, divisor)
                 # Normalized by the positives of all replicas, the gradients are to be added up;
@@ -286,7 +275,7 @@ class Trainer:
             found += torch.stack(loss).detach()
         if self.replicas.count > 1:
             distributed.all_reduce(found)
-        return found, positives, mean
+        return found
 
     def _boxes(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Boxes and labels, without the padding that no image of this batch needs."""
