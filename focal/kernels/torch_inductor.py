@@ -29,7 +29,8 @@ SERIES = (
     -0.0036895473, 0.02190995, -0.060938265, 0.11020409, -0.15561585, 0.19769031, -0.24973336,
     0.3333197, -0.49999982,
 )  # fmt: skip
-"""(log(1 + e) - e) / e^2 on [0, 1], a minimax polynomial; the greatest power first."""
+"""(log(1 + e) - e) / e^2 on [0, 1], a minimax polynomial as in `focal.kernels.torch_triton`; the
+greatest power first. That of `focal.core.logarithm`, of another argument, takes 6 % longer here."""
 
 
 def takes(formula: Any, x: Tensor) -> bool:
