@@ -59,10 +59,10 @@ def torchvision() -> ModuleType:
         loop(len(rows), rows.data_ptr(), threshold, gone.data_ptr())
         return order[~gone]
 
-    for name in ("nms", "qnms"):
-        OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    OPERATORS.impl("nms", nms, "CPU")
     try:
+        for name in ("nms", "qnms"):
+            OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        OPERATORS.impl("nms", nms, "CPU")
         package = importlib.import_module("torchvision")
     except RuntimeError as error:
         raise ImportError(f"torchvision does not fit this PyTorch: {error}") from error

@@ -141,6 +141,15 @@ def check_class_axis(function: str, axis: Any, inputs: Array) -> int:
     return axis % len(shape)
 
 
+def check_classes(function: str, inputs: Array, axis: int) -> None:
+    """Logits with a class axis of at least one class."""
+    if not len(inputs.shape) or inputs.shape[axis] == 0:
+        raise ValueError(
+            f"{function}: inputs must have at least one class on their class axis; "
+            f"got shape {tuple(inputs.shape)}"
+        )
+
+
 def check_labels_fit(function: str, labels: Array, inputs: Array, axis: int) -> None:
     """Labels of the shape of the logits without the class axis."""
     shape = tuple(inputs.shape)

@@ -1,4 +1,4 @@
-"""A logarithm for programs that a compiler makes one loop of, where its own is half the time."""
+"""A logarithm for losses compiled to one loop, of which `log1p` would take half of the time."""
 
 from __future__ import annotations
 

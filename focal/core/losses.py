@@ -243,11 +243,7 @@ def sparse_sigmoid_focal_loss(
     inputs = checks.check_floating(xp, name, "inputs", inputs)
     labels = checks.check_labels(xp, name, "labels", labels)
     axis = checks.check_class_axis(name, axis, inputs) if len(inputs.shape) else axis
-    if not len(inputs.shape) or inputs.shape[axis] == 0:
-        raise ValueError(
-            f"{name}: inputs must have at least one class on their class axis; "
-            f"got shape {tuple(inputs.shape)}"
-        )
+    checks.check_classes(name, inputs, axis)
     checks.check_labels_fit(name, labels, inputs, axis)
     classes = xp.shape(inputs)[axis]
     expected = f"lie in [0, {classes}) or be negative"

@@ -140,9 +140,9 @@ class Namespace(Protocol):
         """The first result of `focal.core.softmax.margin`, differentiable."""
 
     class_mixture: Callable[..., Array] | None
-    """plain(x, at, valid) in one pass, from plain, gamma, smoothing, x, at and valid; or None.
+    """A faster way to the smoothed softmax focal loss of each row, without alphas; or None.
 
-    `plain` is the smoothed softmax focal loss without alphas.
+    It takes the function (x, at, valid) that it stands for, gamma, the smoothing, x, at and valid.
     """
 
     # Loops that may be traced

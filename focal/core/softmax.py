@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from focal.core import checks
 from focal.core.formulas import Positive, SigmoidFocal
@@ -88,10 +88,10 @@ def softmax_focal_loss(
         losses = _times_alphas(xp, xp.pointwise(formula, z, 1.0), alphas, at)
     else:
         mixture, focusing = partial(_mixture, xp, formula, smoothing), formula.formula.gamma
-        numbers = is_number(focusing) and is_number(smoothing) and not checks.is_sequence(alphas)
-        if xp.class_mixture is not None and numbers:
-            plain = partial(mixture, None)
-            losses = xp.class_mixture(plain, focusing, smoothing, x, at, valid)
+        plain = is_number(focusing) and is_number(smoothing) and not checks.is_sequence(alphas)
+        if xp.class_mixture is not None and plain:
+            way = partial(mixture, None)
+            losses = xp.class_mixture(way, focusing, smoothing, x, at, valid)
             losses = _times_alphas(xp, losses, alphas, at)
         else:
             losses = mixture(alphas, x, at, valid)
@@ -193,13 +193,31 @@ def margin_grad(xp: Namespace, odds: Array, at: Array, upstream: Array) -> Array
     return xp.put_along_axis(grad, at[..., None], upstream)
 
 
+class Bounded(NamedTuple):
+    """The logits, infinite ones as large finite ones; the derivative is 1 for these as well."""
+
+    limit: float
+
+    def value(self, xp: Namespace, x: Array, _: Any) -> Array:
+        """The logits within the limits."""
+        return xp.clip(x, -self.limit, self.limit)
+
+    def value_and_grad(self, xp: Namespace, x: Array, _: Any) -> tuple[Array, Array]:
+        """And 1."""
+        return self.value(xp, x, _), xp.zeros_like(x) + 1
+
+    def hess(self, xp: Namespace, x: Array, _: Any) -> Array:
+        """0."""
+        return xp.zeros_like(x)
+
+
 def all_margins(xp: Namespace, x: Array, valid: Array) -> Array:
     """The margin of every class, as if it were the label: x_k - log(sum_{j != k} exp(x_j)).
 
     That of the greatest logit is relative to the second: its derivatives have no exp that is 0.
     """
     limits = xp.finfo(x.dtype)
-    x = xp.keep_rows(xp.clip(x, -limits.max / 4, limits.max / 4), valid)
+    x = xp.keep_rows(xp.pointwise(Bounded(limits.max / 4), x, 1.0), valid)
     _, top = xp.top_k(x, 1)
     x = x - xp.stop_gradient(xp.take_along_axis(x, top, axis=-1))
     x_top = xp.take_along_axis(x, top, axis=-1)  # 0, with a derivative
@@ -225,6 +243,7 @@ def _softmax_arguments(
     inputs = checks.check_floating(xp, name, "inputs", inputs)
     labels = checks.check_labels(xp, name, "labels", labels)
     axis = checks.check_class_axis(name, axis, inputs)
+    checks.check_classes(name, inputs, axis)
     checks.check_labels_fit(name, labels, inputs, axis)
     alphas = _checked_alphas(xp, name, alpha, inputs.shape[axis], inputs)
     classes = xp.shape(inputs)[axis]

@@ -7,6 +7,7 @@ are computed only where they are needed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -37,6 +38,7 @@ loop_xp = cast(Namespace, SimpleNamespace(**{**vars(_ops), "log1p": _log1p}))
 """For formulas alone: their log1p is of [-1/2, 0]."""
 
 Targets = Array | float
+MIN_ROW, MAX_ROW = 8, 1024
 Numbers = tuple[Array, ...]
 """The parameters of a formula that are arrays."""
 
@@ -77,9 +79,18 @@ _sum.defjvps(lambda tangent, _, values: jnp.sum(tangent))
 
 
 def _times_ones(values: Array) -> Array:
-    """The sum as a product, which XLA does not turn into a sum while it does not see the ones."""
+    """The sum as a product, which XLA does not turn into a sum while it does not see the ones.
+
+    In rows that are short, as their numbers are added one after the other, but not too short.
+    """
+    last = values.shape[-1] if values.ndim else 1
+    if not (isinstance(last, int) and MIN_ROW <= last <= MAX_ROW):
+        width = math.gcd(values.size, MAX_ROW) if isinstance(values.size, int) else 1
+        if width < MIN_ROW or any(jax.typeof(values).sharding.spec):  # these cannot be reshaped
+            return jnp.sum(values)
+        values = values.reshape(-1, width)
     ones = lax.optimization_barrier(jnp.ones(values.shape[-1:], values.dtype))
-    return jnp.sum(values @ ones) if values.ndim else values
+    return jnp.sum(jnp.matmul(values, ones, precision=lax.Precision.HIGHEST))
 
 
 @jax.custom_jvp

@@ -44,7 +44,7 @@ WORTH_LISTING = 1 << 15
 
 
 class Kernels:
-    """The functions of `focal.kernels.torch_triton`, for operands of any type on a CPU.
+    """The functions of `focal.kernels.torch_triton` and `few`, for operands of any type on a CPU.
 
     A formula is `SigmoidFocal`, for targets like the logits, that in `Sparse`, for labels, or that
     in `Positive`, whose target is the number 1.
@@ -336,7 +336,7 @@ def _few_calls(
 
 def _scalar(value: float, like: Tensor) -> Tensor:
     """A number as a tensor, in less time than `new_tensor` takes."""
-    return torch.scalar_tensor(value, dtype=like.dtype)
+    return torch.scalar_tensor(value, dtype=like.dtype, device=like.device)
 
 
 def _shares(loss: SigmoidFocal) -> tuple[float, float]:

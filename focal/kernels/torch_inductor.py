@@ -47,7 +47,9 @@ def value_and_grad(
 ) -> tuple[Tensor, Tensor]:
     """FL and dFL/dx of logits in float32; the targets are those of the formula, of any type."""
     if isinstance(formula, Positive):
-        value, slope = _hard(xp, formula.formula, -x, torch.zeros((), dtype=torch.bool))
+        value, slope = _hard(
+            xp, formula.formula, -x, torch.zeros((), dtype=torch.bool, device=x.device)
+        )
         return value, -slope
     y = cast(Tensor, t)
     if isinstance(formula, Sparse):

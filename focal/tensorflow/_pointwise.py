@@ -96,7 +96,7 @@ def _one_loop(x: Tensor, t: Targets) -> Iterator[Namespace]:
     if (
         tf.executing_eagerly()
         or not all(shape.is_fully_defined() for shape in shapes)
-        or tf.config.list_physical_devices("GPU")
+        or tf.config.get_visible_devices("GPU")
     ):
         yield xp
         return

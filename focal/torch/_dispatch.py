@@ -45,7 +45,7 @@ __all__ = ["apply", "is_plain", "is_wrapped", "nests_forward_mode"]
 
 
 def apply(operation: type[Function], *operands: Any) -> Any:
-    """`operation.apply`, a few times as fast where `torch.func` does not run.
+    """`operation.apply`, several times faster where `torch.func` does not run.
 
     A function with `setup_context`, which `torch.func` needs, binds its arguments to a signature
     in Python at every call.

@@ -1,4 +1,4 @@
-"""The margins of softmax focal loss as differentiable PyTorch operations."""
+"""Softmax focal loss as differentiable PyTorch operations: its margins, and its smoothed form."""
 
 from __future__ import annotations
 
@@ -35,13 +35,16 @@ def label_margin(x: Tensor, at: Tensor, valid: Tensor) -> Tensor:
 def class_mixture(
     plain: Plain, gamma: float, smoothing: float, x: Tensor, at: Tensor, valid: Tensor
 ) -> Tensor:
-    """`plain(x, at, valid)`, by `focal.kernels.torch_softmax` where it is not traced."""
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and gamma in OWN_CODE:
+    """`plain(x, at, valid)`, by `focal.kernels.torch_softmax` in eager mode and compiled."""
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting() or gamma not in OWN_CODE:
+            return plain(x, at, valid)
         # As a tensor, a smoothing that changes does not compile anew.
         return _CompiledMixture.apply(x, at, valid, x.new_ones(()) * smoothing, gamma)
     if nests_forward_mode() or not is_plain(x, at, valid):
         return plain(x, at, valid)
-    return cast(Tensor, apply(_Mixture, x, at, valid, plain, gamma, smoothing)[0])
+    with_slope = torch.is_grad_enabled() and x.requires_grad
+    return cast(Tensor, apply(_Mixture, x, at, valid, plain, gamma, smoothing, with_slope)[0])
 
 
 class _Margin(torch.autograd.Function):
@@ -124,15 +127,23 @@ class _Mixture(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, at: Tensor, valid: Tensor, plain: Plain, gamma: float, smoothing: float
+        x: Tensor,
+        at: Tensor,
+        valid: Tensor,
+        plain: Plain,
+        gamma: float,
+        smoothing: float,
+        with_slope: bool,
     ) -> tuple[Tensor, Tensor]:
         buffers: list[Tensor] = []
 
-        def block(x: Tensor, at: Tensor, valid: Tensor, slope: Tensor) -> Tensor:
-            buffers.extend(torch.empty_like(x) for _ in range(3 - len(buffers)))
-            memory = [*(b[: len(x)] for b in buffers), slope]
+        def block(x: Tensor, at: Tensor, valid: Tensor, *slope: Tensor) -> Tensor:
+            buffers.extend(torch.empty_like(x) for _ in range(4 - len(slope) - len(buffers)))
+            memory = [*(b[: len(x)] for b in buffers), *slope]
             return torch_softmax.smoothed(xp, x, at, valid, gamma, smoothing, memory)[0]
 
+        if not with_slope:
+            return by_rows(block, x, at, valid), x.new_empty(0)
         slope = torch.empty_like(x, memory_format=torch.contiguous_format)
         return by_rows(block, x, at, valid, slope), slope
 
@@ -140,8 +151,8 @@ class _Mixture(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs[:3])
         ctx.save_for_forward(*inputs[:3])
-        ctx.rest = inputs[3:]
-        ctx.slope = output[1].detach()
+        ctx.plain, *ctx.numbers, with_slope = inputs[3:]
+        ctx.slope = output[1].detach() if with_slope else None
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
@@ -151,17 +162,23 @@ class _Mixture(torch.autograd.Function):
         slope, ctx.slope = ctx.slope, None
         by_x = None
         if grad is not None and torch.is_grad_enabled():
-            by_x = torch.func.vjp(lambda x: ctx.rest[0](x, at, valid), x)[1](grad)[0]
+            by_x = torch.func.vjp(lambda x: ctx.plain(x, at, valid), x)[1](grad)[0]
         elif grad is not None:
             if slope is None:  # a second backward pass
-                slope = _Mixture.forward(x, at, valid, *ctx.rest)[1]
+                gamma, smoothing = ctx.numbers
+                slope = _Mixture.forward(x, at, valid, ctx.plain, gamma, smoothing, True)[1]
             by_x = slope.mul_(grad[..., None]) if is_plain(grad) else slope * grad[..., None]
-        return by_x, None, None, None, None, None
+        return by_x, *[None] * 6
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[Any, tuple[int, None]]:
+        x, at, valid, plain, *_ = batch_first(info.batch_size, in_dims, operands)
+        return (plain(x, at, valid), x.new_empty(0)), (0, None)
 
     @staticmethod
     def jvp(ctx: Any, dx: Any, *_: Any) -> tuple[Tensor, None]:
         x, at, valid = ctx.saved_tensors
-        return pushforward(lambda x: ctx.rest[0](x, at, valid), [x], [dx]), None
+        return pushforward(lambda x: ctx.plain(x, at, valid), [x], [dx]), None
 
 
 class _CompiledMixture(torch.autograd.Function):

@@ -15,12 +15,12 @@ from torch import (  # noqa: F401  (the part that has the standard's names)
     float32,
     log,
     log1p,
-    moveaxis,
     sigmoid,
     sqrt,
     zeros_like,
 )
 from torch import int64 as index_type  # noqa: F401
+from torch import movedim as moveaxis  # noqa: F401  (moveaxis itself has no rule for vmap)
 
 from focal.torch._dispatch import is_plain
 

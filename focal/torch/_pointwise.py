@@ -11,8 +11,9 @@ these formulas, computed only where they are needed.
 
 In eager mode a pass is one kernel where there are Triton and a GPU. Otherwise it goes block by
 block, so that temporaries stay in the cache and only the result has the size of the logits.
-`torch.compile` gets the whole formula, which it fuses with what comes before and after the loss. So
-does `torch.export`, whose programs then run without focal.
+`torch.compile` gets the whole formula (on a CPU that of `focal.kernels.torch_inductor`), which it
+fuses with what comes before and after the loss. So does `torch.export`, whose programs then run
+without focal.
 """
 
 from __future__ import annotations

@@ -271,6 +271,11 @@ def shapes() -> Iterator[list[Case]]:
             "inputs must have at least one class on their class axis; got shape ()",
         ),
         ("softmax_focal_loss", (X, LABELS[:3]), f"{rows} (4,); got (3,)"),
+        (
+            "softmax_focal_loss",
+            (X[:, :0], NO_ROWS),
+            "inputs must have at least one class on their class axis; got shape (4, 0)",
+        ),
         ("softmax_focal_loss", (SCALAR, NO_ROWS), "axis must be an axis of inputs (); got -1"),
         ("box_area", (FLAT,), f"boxes {last}"),
         ("box_area", (SCALAR,), "boxes must have shape (..., 4); got ()"),

@@ -300,6 +300,17 @@ def test_listed_positives_change_nothing(monkeypatch, positives, size):
             torch.testing.assert_close(scaled, slope * x, rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize("size", [30, 60_000])
+def test_the_default_device_does_not_matter(size):
+    x, y = logits(size), soft(size).round()
+    labels = torch.zeros(size // 2, dtype=torch.int64)
+    compiled = torch.compile(F.softmax_focal_loss)
+    expected = F.sigmoid_focal_loss(x, y), F.softmax_focal_loss(x.view(-1, 2), labels)
+    with torch.device("meta"):
+        got = F.sigmoid_focal_loss(x, y), compiled(x.view(-1, 2), labels)
+    torch.testing.assert_close(got, expected)
+
+
 def test_a_trace_does_not_see_values():
     x, y = logits(5, 3), soft(5, 3)
     with warnings.catch_warnings():

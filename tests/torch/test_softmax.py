@@ -112,3 +112,47 @@ def test_second_derivatives_are_finite_where_one_class_is_far_ahead():
     x, labels = torch.tensor([[0.0, 20.0, 100.0], [0.0, -300.0, 300.0]]), torch.tensor([0, 1])
     bend = torch.func.hessian(lambda x: smoothed(x, labels, reduction="sum"))(x)
     assert bend.isfinite().all() and bend[0, 1, 0, 1] != 0
+
+
+def test_the_gradient_at_a_masked_class_is_that_of_a_large_finite_logit():
+    """In one pass, and over the margins of all classes."""
+    x, labels = torch.tensor([[2.0, -torch.inf, 1.0]]), torch.tensor([0])
+    gradients = []
+    for alpha, gamma in ((None, 2.0), ([1.0, 1.0, 1.0], 2.0), (None, torch.tensor(2.0))):
+        leaf = x.clone().requires_grad_()
+        loss = smoothed(leaf, labels, gamma, "sum", alpha)
+        gradients += torch.autograd.grad(loss, leaf, create_graph=True)
+    assert gradients[0][0, 1].item() == pytest.approx(-S / 3)
+    for got in gradients[1:]:
+        torch.testing.assert_close(got, gradients[0])
+
+
+def test_other_exponents_compile_and_export_in_one_graph():
+    torch.compiler.reset()
+    x, labels = rows(torch.float32, 1.0, count=5)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(smoothed, fullgraph=True, backend=backend)
+    for gamma in (1.5, 1.6, 1.7, 1.8, 5.0):
+        torch.testing.assert_close(compiled(x, labels, gamma), smoothed(x, labels, gamma))
+    assert len(graphs) <= 2
+
+    class Loss(torch.nn.Module):
+        def forward(self, x, labels):
+            return smoothed(x, labels)
+
+    program = torch.export.export(Loss(), (x, labels), strict=True)
+    torch.testing.assert_close(program.module()(x, labels), smoothed(x, labels))
+
+
+def test_vmap_over_logits_and_around_them():
+    x, labels = rows(torch.float64, 1.0, count=6)
+    x, labels = x.reshape(2, 3, 7), labels.reshape(2, 3)
+    for loss in (smoothed, F.softmax_focal_loss):
+        torch.testing.assert_close(torch.vmap(loss)(x, labels), loss(x, labels))
+        scaled = torch.vmap(lambda w, loss=loss: w * loss(x, labels))(torch.arange(3.0))
+        torch.testing.assert_close(scaled[2], 2 * loss(x, labels))

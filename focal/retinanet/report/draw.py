@@ -147,8 +147,9 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which matplotlib includes; it covers more scripts than Pillow's own font."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     package = find_spec("matplotlib")
-    data = Path((package and package.origin) or "").with_name("mpl-data")
-    if not data.is_dir():  # some distributions move it
+    origin = package.origin if package else None
+    data = Path(origin).with_name("mpl-data") if origin else None
+    if data is None or not data.is_dir():  # some distributions move it
         import matplotlib
 
         data = Path(matplotlib.get_data_path())

@@ -177,7 +177,7 @@ class BasicBlock(Recomputed):
         """(N, inputs, H, W) to (N, width, H / stride, W / stride)."""
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = self.bn2(self.conv2(y))
-        return F.relu(y.add_(self.downsample(x)), inplace=True)
+        return F.relu(y + self.downsample(x), inplace=True)
 
 
 class Bottleneck(Recomputed):
@@ -200,7 +200,7 @@ class Bottleneck(Recomputed):
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = F.relu(self.bn2(self.conv2(y)), inplace=True)
         y = self.bn3(self.conv3(y))
-        return F.relu(y.add_(self.downsample(x)), inplace=True)
+        return F.relu(y + self.downsample(x), inplace=True)
 
 
 def _shortcut(inputs: int, outputs: int, stride: int, norm: _Norm) -> nn.Module:
