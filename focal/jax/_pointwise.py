@@ -19,7 +19,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from focal.core import parameters, softmax
-from focal.core.logarithm import log1p_to_half
+from focal.core.logarithm import log1p_from_minus_half
 from focal.core.namespace import Formula, Namespace
 from focal.jax import _ops
 
@@ -28,7 +28,7 @@ __all__ = ["label_margin", "pointwise", "pointwise_sum"]
 
 @jax.custom_jvp
 def _log1p(x: Array) -> Array:
-    return log1p_to_half(x) if x.dtype == jnp.float32 else _ops.log1p(x)
+    return log1p_from_minus_half(x) if x.dtype == jnp.float32 else _ops.log1p(x)
 
 
 _log1p.defjvps(lambda dx, _, x: dx / (1 + x))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from focal.core.formulas import Positive, SigmoidFocal, Sparse, alpha_factor, power
+from focal.core.logarithm import log1p_to_one
 from focal.core.namespace import Namespace
 from focal.core.parameters import is_number
 
@@ -25,12 +26,6 @@ __all__ = ["takes", "value_and_grad"]
 Focal = SigmoidFocal | Sparse | Positive
 
 LIMITS = torch.finfo(torch.float32)
-SERIES = (
-    -0.0036895473, 0.02190995, -0.060938265, 0.11020409, -0.15561585, 0.19769031, -0.24973336,
-    0.3333197, -0.49999982,
-)  # fmt: skip
-"""(log(1 + e) - e) / e^2 on [0, 1], a minimax polynomial as in `focal.kernels.torch_triton`; the
-greatest power first. That of `focal.core.logarithm`, of another argument, takes 6 % longer here."""
 
 
 def takes(formula: Any, x: Tensor) -> bool:
@@ -104,7 +99,4 @@ def _shared(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """|x|, finite so that 0 times it is 0, e = exp(-|x|), 1 / (1 + e) and log(1 + e)."""
     size = torch.clamp(torch.abs(x), max=LIMITS.max)
     e = torch.exp(-size)
-    series = e * SERIES[0] + SERIES[1]
-    for coefficient in SERIES[2:]:
-        series = series * e + coefficient
-    return size, e, 1 / (1 + e), e * e * series + e
+    return size, e, 1 / (1 + e), log1p_to_one(e)

@@ -16,7 +16,7 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from focal.core import parameters, softmax
-from focal.core.logarithm import log1p_to_half
+from focal.core.logarithm import log1p_from_minus_half
 from focal.core.namespace import Formula, Namespace
 from focal.tensorflow import _ops
 
@@ -25,7 +25,7 @@ __all__ = ["label_margin", "pointwise", "pointwise_sum"]
 
 @tf.custom_gradient
 def _log1p(x: Tensor) -> Any:
-    value = log1p_to_half(x) if x.dtype == tf.float32 else tf.math.log1p(x)
+    value = log1p_from_minus_half(x) if x.dtype == tf.float32 else tf.math.log1p(x)
     return value, lambda upstream: upstream / (1 + x)
 
 

@@ -24,7 +24,7 @@ from strategies import (
 )
 
 import focal.numpy as reference
-from focal.core.logarithm import log1p_to_half
+from focal.core.logarithm import log1p_from_minus_half, log1p_to_one
 
 WITH_GRADIENT = ("sigmoid_focal_loss", "sigmoid_focal_loss_star")
 DENSE = (*WITH_GRADIENT, "balanced_cross_entropy")
@@ -545,11 +545,15 @@ def test_sparse_without_leading_axes(backend: Backend) -> None:
     assert_allclose(loss, dense, rtol=1e-15)
 
 
-def test_the_logarithm_of_programs() -> None:
-    """One float32 number in 1,000 of [-1/2, 0], one in 4 of the last binade."""
-    last = np.arange(0x3E800000, 0x3F000001, 4)
-    patterns = np.concatenate([np.arange(0, 0x3E800000, 1000), last])
-    x = -patterns.astype(np.uint32).view(np.float32)
+@pytest.mark.parametrize(
+    ("function", "end", "ulp"), [(log1p_from_minus_half, -0.5, 1.1), (log1p_to_one, 1.0, 2.1)]
+)
+def test_the_logarithms_of_compiled_losses(function, end: float, ulp: float) -> None:
+    """One float32 number in 1,000 between 0 and the end, one in 4 of the last binade."""
+    last = int(np.float32(abs(end)).view(np.uint32))
+    binade = np.arange(last - (1 << 23), last + 1, 4)
+    patterns = np.concatenate([np.arange(0, binade[0], 1000), binade])
+    x = np.copysign(patterns.astype(np.uint32).view(np.float32), np.float32(end))
     exact = np.log1p(x.astype(np.float64))
     unit = np.spacing(np.abs(exact).astype(np.float32))
-    assert np.max(np.abs(log1p_to_half(x) - exact) / unit) < 1.1
+    assert np.max(np.abs(function(x) - exact) / unit) < ulp
