@@ -54,7 +54,7 @@ def detections(
     for rows, columns in level_shapes(config.image_size, config.anchors):
         count = rows * columns * config.anchors.per_cell
         level = logits[:, start : start + count, :]
-        top, at = _top(xp, level, min(config.candidates, count * classes))
+        top, at = _top(xp, level, count, min(config.candidates, count * classes))
         scores.append(xp.sigmoid(xp.astype(top, xp.float32)))
         positions.append(at + start * classes)
         start += count
@@ -78,13 +78,13 @@ def detections(
     return Detections(xp.take_rows(boxes, at), score, xp.take_along_axis(label, at, axis=-1))
 
 
-def _top(xp: Namespace, logits: Array, k: int) -> tuple[Array, Array]:
+def _top(xp: Namespace, logits: Array, n: int, k: int) -> tuple[Array, Array]:
     """The k greatest of logits (B, n, K) and where they are in (B, n * K), greatest first.
 
     They are all among the k anchors with the greatest maxima, so that only these are sorted. Taken
     in their order, equal logits keep theirs.
     """
-    _, n, classes = logits.shape
+    classes = logits.shape[-1]
     if k >= n or classes < FEW:
         return xp.top_k(xp.reshape(logits, (-1, n * classes)), k)
     _, at = xp.top_k(xp.max(logits, axis=-1), k)
