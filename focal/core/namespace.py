@@ -139,8 +139,8 @@ class Namespace(Protocol):
     def label_margin(self, x: Array, at: Array, valid: Array) -> Array:
         """The first result of `focal.core.softmax.margin`, differentiable."""
 
-    class_mixture: Callable[..., Array] | None
-    """A faster way to the smoothed softmax focal loss of each row, without alphas; or None.
+    softmax_pass: Callable[..., Array] | None
+    """A faster way to the softmax focal loss of each row, without alphas; or None.
 
     It takes the function (x, at, valid) that it stands for, gamma, the smoothing, x, at and valid.
     """

@@ -35,8 +35,12 @@ def is_number(value: Any) -> bool:
 
 def split(formula: Formula) -> tuple[Formula, tuple[Array, ...]]:
     """The formula with a placeholder for each array, and the arrays."""
-    if all(value is None or is_number(value) for value in cast(tuple[Any, ...], formula)):
-        return formula, ()
+    fields = cast(tuple[Any, ...], formula)
+    plain = all(value is None or is_number(value) for value in fields)  # the usual case
+    return (formula, ()) if plain else _split(formula)
+
+
+def _split(formula: Formula) -> tuple[Formula, tuple[Array, ...]]:
     arrays: list[Array] = []
 
     def without_arrays(value: Any) -> Any:

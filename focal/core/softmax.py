@@ -83,21 +83,26 @@ def softmax_focal_loss(
     x, at, valid, alphas = _softmax_arguments(xp, name, inputs, labels, alpha, ignore_index, axis)
     formula = Positive(SigmoidFocal(None, checks.check_scalar(xp, name, "gamma", gamma, x, low=0)))
     smoothing = checks.check_scalar(xp, name, "label_smoothing", label_smoothing, x, 0, 1)
-    if is_number(smoothing) and smoothing == 0:
-        z = xp.label_margin(x, at, valid)
-        losses = _times_alphas(xp, xp.pointwise(formula, z, 1.0), alphas, at)
+    smoothed = not (is_number(smoothing) and smoothing == 0)
+    of_class = smoothed and checks.is_sequence(alphas)  # others are factors of a row's loss
+    if smoothed:
+        way = partial(_mixture, xp, formula, smoothing, alphas if of_class else None)
     else:
-        mixture, focusing = partial(_mixture, xp, formula, smoothing), formula.formula.gamma
-        plain = is_number(focusing) and is_number(smoothing) and not checks.is_sequence(alphas)
-        if xp.class_mixture is not None and plain:
-            way = partial(mixture, None)
-            losses = xp.class_mixture(way, focusing, smoothing, x, at, valid)
-            losses = _times_alphas(xp, losses, alphas, at)
-        else:
-            losses = mixture(alphas, x, at, valid)
+        way = partial(_labeled, xp, formula)
+    focusing = formula.formula.gamma
+    if xp.softmax_pass is None or of_class or not (is_number(focusing) and is_number(smoothing)):
+        losses = way(x, at, valid)
+    else:
+        losses = xp.softmax_pass(way, focusing, smoothing, x, at, valid)
+    losses = losses if of_class else _times_alphas(xp, losses, alphas, at)
     losses = xp.where(~valid, 0.0, losses)
     count = count_true(xp, valid, losses.dtype) if reduction == "mean" else None
     return reduce(xp, losses, reduction, inputs.dtype, count)
+
+
+def _labeled(xp: Namespace, formula: Positive, x: Array, at: Array, valid: Array) -> Array:
+    """The loss of the label's margin."""
+    return xp.pointwise(formula, xp.label_margin(x, at, valid), 1.0)
 
 
 def _mixture(

@@ -199,7 +199,7 @@ def box_kernels(boxes: Array, others: Array | None) -> None:
     """There are none."""
 
 
-class_mixture = None
+softmax_pass = None
 
 
 def sweep(

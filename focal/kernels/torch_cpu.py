@@ -27,7 +27,7 @@ from torch import Tensor
 from focal.core.formulas import Positive, SigmoidFocal, Sparse
 from focal.core.namespace import Formula, Namespace
 
-__all__ = ["Kernels"]
+__all__ = ["Everywhere", "Kernels", "few_calls"]
 
 Hard = SigmoidFocal | Sparse | Positive
 
@@ -72,7 +72,7 @@ class Kernels:
         if isinstance(formula, SigmoidFocal) and isinstance(t, Tensor):
             t = t if t.dtype == wide else t.to(wide)
             if formula.smoothing == 0 and torch.equal(t * t, t):
-                return _few_calls(formula, x, _Masked.of(t), with_slope)
+                return few_calls(formula, x, _Masked.of(t), with_slope)
         loss: Formula = formula
         if with_slope:
             return loss.value_and_grad(self.xp, x, t)
@@ -157,9 +157,9 @@ class Kernels:
             v = value[here] if value is not None and value.dtype == wide else next(scratch)
             s = slope[here] if slope is not None and slope.dtype == wide else next(scratch)
             m, ce = next(scratch), next(scratch)
-            positives: _Listed | _Masked | _Everywhere | None
+            positives: _Listed | _Masked | Everywhere | None
             if isinstance(formula, Positive):
-                positives = _Everywhere()
+                positives = Everywhere()
             elif listed is not None:
                 positives = listed.within(here)
             else:
@@ -243,7 +243,7 @@ class _Masked(NamedTuple):
         m.mul_(share)
 
 
-class _Everywhere(NamedTuple):
+class Everywhere(NamedTuple):
     """Positives only, for a formula without alpha."""
 
     def flip(self, values: Tensor) -> None:
@@ -280,7 +280,7 @@ def _rare(y: Tensor) -> _Listed | None:
 def _margin_pass(
     loss: SigmoidFocal,
     x: Tensor,
-    positives: _Listed | _Masked | _Everywhere,
+    positives: _Listed | _Masked | Everywhere,
     value: Tensor,
     slope: Tensor,
     m: Tensor,
@@ -318,8 +318,8 @@ def _one_hot(labels: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(like).scatter_(-1, labels.clamp(min=0)[..., None], positive)
 
 
-def _few_calls(
-    loss: SigmoidFocal, x: Tensor, positives: _Masked, with_slope: bool
+def few_calls(
+    loss: SigmoidFocal, x: Tensor, positives: _Masked | Everywhere, with_slope: bool
 ) -> tuple[Tensor, Tensor | None]:
     """`_margin_pass` of unsmoothed targets, in new memory: fewer calls, but more arithmetic."""
     largest = torch.finfo(x.dtype).max

@@ -1,10 +1,10 @@
-"""Softmax focal loss with label smoothing in PyTorch: loss and derivative of all classes at once.
+"""Softmax focal loss in PyTorch: loss and derivative of all classes at once.
 
 With e_k = exp(x_k - max x), T = sum(e) - 1 and S = 1 + T, the focal loss of class k as the label is
 
     FL_k = m_k^gamma n_k,    m_k = 1 - p_k = (T + (1 - e_k)) / S,    n_k = -log p_k,
 
-and for the smoothed loss L = (1 - s) FL_c + s / K sum_k FL_k, with H = sum_k h_k,
+and with label smoothing s the loss is L = (1 - s) FL_c + s / K sum_k FL_k, with H = sum_k h_k,
 
     dFL_k/dx_j = h_k (p_j - [j = k]),    h_k = m_k^(gamma - 1) (gamma p_k n_k + m_k),
     dL/dx_j = (1 - s) h_c (p_j - [j = c]) + s / K (p_j H - h_j).
@@ -21,12 +21,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from focal.core.formulas import SigmoidFocal
 from focal.core.namespace import Namespace
+from focal.kernels.torch_cpu import Everywhere, few_calls
 
-__all__ = ["NEW", "smoothed"]
+__all__ = ["NEW", "labeled", "smoothed"]
 
 Buffers = Sequence[Tensor | None]
 NEW = (None,) * 4
+
+
+def labeled(
+    xp: Namespace,
+    x: Tensor,
+    at: Tensor,
+    valid: Tensor,
+    gamma: float,
+    buffers: Sequence[Tensor],
+    with_slope: bool,
+) -> Tensor:
+    """The loss of each row of logits (..., K) without smoothing, by `focal.core.softmax.margin`.
+
+    The only buffer is memory like x to work in, which becomes dFL/dx.
+    """
+    (odds,) = buffers
+    limits = torch.finfo(x.dtype)
+    odds = xp.keep_rows(torch.clamp(x, -limits.max / 4, limits.max / 4, out=odds), valid)
+    at = at[..., None].long()
+    own = torch.gather(odds, -1, at)
+    odds.scatter_(-1, at, limits.min)
+    top = torch.amax(odds, -1, keepdim=True)
+    total = torch.sum(odds.sub_(top).exp_(), -1, keepdim=True)
+    z = own.sub_(top).sub_(torch.log(total))
+    value, slope = few_calls(SigmoidFocal(None, gamma), z, Everywhere(), with_slope)
+    if slope is not None:
+        odds.mul_(slope / -total).scatter_(-1, at, slope)
+    return value[..., 0]
 
 
 def smoothed(

@@ -187,7 +187,7 @@ def box_kernels(boxes: Array, others: Array | None) -> ModuleType | None:
 
 
 sweep = None
-class_mixture = None
+softmax_pass = None
 
 
 def compress(rows: Sequence[Array], keep: Array) -> Sequence[Array]:

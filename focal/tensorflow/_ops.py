@@ -280,7 +280,7 @@ def box_kernels(boxes: Tensor, others: Tensor | None) -> None:
 
 
 sweep = None
-class_mixture = None
+softmax_pass = None
 
 
 def compress(rows: Sequence[Tensor], keep: Tensor) -> Sequence[Tensor]:

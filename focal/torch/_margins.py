@@ -16,7 +16,7 @@ from focal.torch._blocks import batch_first, by_rows, pushforward
 from focal.torch._dispatch import apply, is_plain, nests_forward_mode
 from focal.torch._pointwise import OWN_CODE
 
-__all__ = ["class_mixture", "label_margin"]
+__all__ = ["label_margin", "softmax_pass"]
 
 xp = cast(Namespace, _ops)
 Plain = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -32,19 +32,19 @@ def label_margin(x: Tensor, at: Tensor, valid: Tensor) -> Tensor:
     return cast(Tensor, apply(_Margin, x, at, valid, with_slope)[0])
 
 
-def class_mixture(
+def softmax_pass(
     plain: Plain, gamma: float, smoothing: float, x: Tensor, at: Tensor, valid: Tensor
 ) -> Tensor:
     """`plain(x, at, valid)`, by `focal.kernels.torch_softmax` in eager mode and compiled."""
     if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting() or gamma not in OWN_CODE:
+        if smoothing == 0 or torch.compiler.is_exporting() or gamma not in OWN_CODE:
             return plain(x, at, valid)
         # As a tensor, a smoothing that changes does not compile anew.
-        return _CompiledMixture.apply(x, at, valid, x.new_ones(()) * smoothing, gamma)
+        return _CompiledPass.apply(x, at, valid, x.new_ones(()) * smoothing, gamma)
     if nests_forward_mode() or not is_plain(x, at, valid):
         return plain(x, at, valid)
     with_slope = torch.is_grad_enabled() and x.requires_grad
-    return cast(Tensor, apply(_Mixture, x, at, valid, plain, gamma, smoothing, with_slope)[0])
+    return cast(Tensor, apply(_Pass, x, at, valid, plain, gamma, smoothing, with_slope)[0])
 
 
 class _Margin(torch.autograd.Function):
@@ -119,8 +119,8 @@ class _CompiledMargin(torch.autograd.Function):
         return softmax.margin_grad(xp, odds, at, grad), None, None
 
 
-class _Mixture(torch.autograd.Function):
-    """The smoothed loss of each row, and its derivative for the first backward pass.
+class _Pass(torch.autograd.Function):
+    """The loss of each row, and its derivative for the first backward pass.
 
     What is differentiated again, or forward, is the plain formula.
     """
@@ -138,8 +138,11 @@ class _Mixture(torch.autograd.Function):
         buffers: list[Tensor] = []
 
         def block(x: Tensor, at: Tensor, valid: Tensor, *slope: Tensor) -> Tensor:
-            buffers.extend(torch.empty_like(x) for _ in range(4 - len(slope) - len(buffers)))
+            needed = (4 if smoothing else 1) - len(slope)
+            buffers.extend(torch.empty_like(x) for _ in range(needed - len(buffers)))
             memory = [*(b[: len(x)] for b in buffers), *slope]
+            if smoothing == 0:
+                return torch_softmax.labeled(xp, x, at, valid, gamma, memory, with_slope)
             return torch_softmax.smoothed(xp, x, at, valid, gamma, smoothing, memory)[0]
 
         if not with_slope:
@@ -166,7 +169,7 @@ class _Mixture(torch.autograd.Function):
         elif grad is not None:
             if slope is None:  # a second backward pass
                 gamma, smoothing = ctx.numbers
-                slope = _Mixture.forward(x, at, valid, ctx.plain, gamma, smoothing, True)[1]
+                slope = _Pass.forward(x, at, valid, ctx.plain, gamma, smoothing, True)[1]
             by_x = slope.mul_(grad[..., None]) if is_plain(grad) else slope * grad[..., None]
         return by_x, *[None] * 6
 
@@ -181,8 +184,8 @@ class _Mixture(torch.autograd.Function):
         return pushforward(lambda x: ctx.plain(x, at, valid), [x], [dx]), None
 
 
-class _CompiledMixture(torch.autograd.Function):
-    """The same for `torch.compile`."""
+class _CompiledPass(torch.autograd.Function):
+    """The smoothed loss for `torch.compile`."""
 
     @staticmethod
     def forward(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from focal.core.namespace import Framework
 from focal.torch._boxes import box_kernels  # noqa: F401
-from focal.torch._margins import class_mixture, label_margin  # noqa: F401
+from focal.torch._margins import label_margin, softmax_pass  # noqa: F401
 from focal.torch._ops import *  # noqa: F403
 from focal.torch._pointwise import pointwise, pointwise_sum  # noqa: F401
 

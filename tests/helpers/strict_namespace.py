@@ -156,7 +156,7 @@ def box_kernels(boxes: Array, others: Array | None) -> None:
 
 
 sweep = None
-class_mixture = None
+softmax_pass = None
 
 
 def compress(rows: Sequence[Array], keep: Array) -> Sequence[Array]:
