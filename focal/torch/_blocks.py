@@ -146,10 +146,10 @@ def pushforward(
 
 def by_rows(function: Callable[..., Tensor], x: Tensor, *others: Tensor) -> Tensor:
     """function(x, *others) of logits (..., K) and operands (...) or (..., K), in blocks of rows."""
-    if torch.is_grad_enabled() or not is_plain(x, *others):
+    size = CPU_BLOCK if x.device.type == "cpu" else DEVICE_BLOCK
+    if x.numel() <= size or torch.is_grad_enabled() or not is_plain(x, *others):
         return function(x, *others)
     classes = x.shape[-1]
-    size = CPU_BLOCK if x.device.type == "cpu" else DEVICE_BLOCK
     operands = [a.reshape(-1, classes) if a.ndim == x.ndim else a.reshape(-1) for a in (x, *others)]
     blocks = zip(*(a.split(max(1, size // max(1, classes))) for a in operands), strict=True)
     result: Tensor | None = None

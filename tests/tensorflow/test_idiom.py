@@ -1,5 +1,6 @@
 """What TensorFlow users do with a loss: tapes, graphs, XLA, half types, Keras models."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -189,6 +190,19 @@ def test_giou_of_a_box_with_itself_pulls_both_alike():
 
 
 # ---------------------------------------------------------------- graphs
+
+
+def test_autograph_converts_every_loss_without_a_warning():
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    x = tf.constant(EXTREMES * 2, shape=(6, 3))
+    tf.get_logger().addHandler(handler)
+    try:
+        tf.function(lambda x: [loss(x) for loss in every_loss(1.5, "sum").values()])(x)
+    finally:
+        tf.get_logger().removeHandler(handler)
+    assert not [m for m in messages if "AutoGraph" in m]
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 3.7])
