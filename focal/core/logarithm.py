@@ -17,7 +17,7 @@ TO_ONE = (
     -0.49999982, 0.3333197, -0.24973336, 0.19769031, -0.15561585, 0.11020409, -0.060938265,
     0.02190995, -0.0036895473,
 )  # fmt: skip
-"""The numbers of `focal.kernels.torch_triton` as well."""
+"""The Triton kernels have the same numbers."""
 
 
 def log1p_from_minus_half(x: Array) -> Array:
