@@ -308,7 +308,8 @@ def test_the_default_device_does_not_matter(size):
     expected = F.sigmoid_focal_loss(x, y), F.softmax_focal_loss(x.view(-1, 2), labels)
     with torch.device("meta"):
         got = F.sigmoid_focal_loss(x, y), compiled(x.view(-1, 2), labels)
-    torch.testing.assert_close(got, expected)
+    assert torch.equal(got[0], expected[0])
+    torch.testing.assert_close(got[1], expected[1], rtol=2e-6, atol=0)
 
 
 def test_a_trace_does_not_see_values():
@@ -459,10 +460,15 @@ def test_a_graph_of_loss_and_gradient_has_the_registered_derivative(gamma):
         return torch.autograd.grad(loss(x, t), x)[0]
 
     x, t = torch.tensor(EXTREMES)[:, None].requires_grad_(), torch.tensor([-1, 0, -2] * 3)
-    expected = slope(x, t)
+    # The formula itself, as in a trace: plain tensors have faster paths, which round differently.
+    formula = formulas.Sparse(formulas.SigmoidFocal(0.25, gamma))
+    _, expected = formula.value_and_grad(xp, x.detach(), t)
+    assert torch.equal(make_fx(slope)(x, t)(x, t), expected)
+    torch.testing.assert_close(slope(x, t), expected, rtol=1e-6, atol=1e-38)
     ahead = aot_function(loss, fw_compiler=nop, bw_compiler=nop)
-    for got in (make_fx(slope)(x, t)(x, t), torch.autograd.grad(ahead(x, t), x)[0]):
-        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-38)
+    torch.testing.assert_close(
+        torch.autograd.grad(ahead(x, t), x)[0], expected, rtol=1e-6, atol=1e-38
+    )
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")

@@ -50,13 +50,10 @@ def test_loss_and_gradient_are_the_definition(compile):
         x.requires_grad_()
         got = function(x, labels, gamma)
         got.sum().backward()
-        epsilon = np.finfo(np.float32).eps
-        allowed = promised_ulps(gamma) + 2 * (2 + gamma) * (1 + np.ptp(x.detach().numpy(), axis=1))
-        error = abs(got.detach().numpy() - value)
-        assert (error <= allowed * epsilon * value).all()
-        error = abs(x.grad.numpy() - slope)
+        allowed = promised_ulps(gamma) * np.finfo(np.float32).eps
+        assert (abs(got.detach().numpy() - value) <= allowed * value).all()
         tiny = np.finfo(np.float32).smallest_normal
-        assert (error <= allowed[:, None] * epsilon * size + tiny).all()
+        assert (abs(x.grad.numpy() - slope) <= allowed * size + tiny).all()
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.7])
@@ -72,7 +69,7 @@ def test_all_derivatives_of_the_smoothed_loss(gamma, reduction):
     assert torch.autograd.gradgradcheck(loss, (x,))
     total = loss(x).sum()
     first, second = (torch.autograd.grad(total, x, retain_graph=True)[0] for _ in range(2))
-    torch.testing.assert_close(first, second)
+    assert torch.equal(first, second)
     by_func = torch.func.grad(lambda x: loss(x).sum())(x.detach())
     torch.testing.assert_close(first, by_func, rtol=1e-13, atol=1e-16)
 
@@ -122,9 +119,9 @@ def test_the_gradient_at_a_masked_class_is_that_of_a_large_finite_logit():
         leaf = x.clone().requires_grad_()
         loss = smoothed(leaf, labels, gamma, "sum", alpha)
         gradients += torch.autograd.grad(loss, leaf, create_graph=True)
-    assert gradients[0][0, 1].item() == pytest.approx(-S / 3)
+    assert gradients[0][0, 1].item() == pytest.approx(-S / 3, rel=1e-6)
     for got in gradients[1:]:
-        torch.testing.assert_close(got, gradients[0])
+        torch.testing.assert_close(got, gradients[0], rtol=2e-6, atol=0)
 
 
 def test_other_exponents_compile_and_export_in_one_graph():
@@ -138,7 +135,9 @@ def test_other_exponents_compile_and_export_in_one_graph():
 
     compiled = torch.compile(smoothed, fullgraph=True, backend=backend)
     for gamma in (1.5, 1.6, 1.7, 1.8, 5.0):
-        torch.testing.assert_close(compiled(x, labels, gamma), smoothed(x, labels, gamma))
+        torch.testing.assert_close(
+            compiled(x, labels, gamma), smoothed(x, labels, gamma), rtol=2e-6, atol=0
+        )
     assert len(graphs) <= 2
 
     class Loss(torch.nn.Module):
@@ -146,13 +145,13 @@ def test_other_exponents_compile_and_export_in_one_graph():
             return smoothed(x, labels)
 
     program = torch.export.export(Loss(), (x, labels), strict=True)
-    torch.testing.assert_close(program.module()(x, labels), smoothed(x, labels))
+    torch.testing.assert_close(program.module()(x, labels), smoothed(x, labels), rtol=2e-6, atol=0)
 
 
 def test_vmap_over_logits_and_around_them():
     x, labels = rows(torch.float64, 1.0, count=6)
     x, labels = x.reshape(2, 3, 7), labels.reshape(2, 3)
     for loss in (smoothed, F.softmax_focal_loss):
-        torch.testing.assert_close(torch.vmap(loss)(x, labels), loss(x, labels))
+        torch.testing.assert_close(torch.vmap(loss)(x, labels), loss(x, labels), rtol=1e-13, atol=0)
         scaled = torch.vmap(lambda w, loss=loss: w * loss(x, labels))(torch.arange(3.0))
-        torch.testing.assert_close(scaled[2], 2 * loss(x, labels))
+        torch.testing.assert_close(scaled[2], 2 * loss(x, labels), rtol=1e-13, atol=0)
