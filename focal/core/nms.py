@@ -113,7 +113,8 @@ def suppress(xp: Namespace, boxes: Array, classes: Array | None, threshold: floa
     if boxes.shape[-2] is None:
         raise ValueError("non-maximum suppression: the number of boxes must be known when traced")
     boxes = xp.stop_gradient(boxes)
-    if (kernels := xp.box_kernels(boxes, classes)) is not None:
+    kernels = xp.box_kernels(boxes, classes)
+    if kernels is not None:
         return kernels.suppress(boxes, classes, threshold)
     return xp.compiled(_suppress, xp, boxes, classes, threshold)
 
@@ -127,7 +128,8 @@ def best(
     Block by block again, but compared with these boxes alone, and only until there are enough.
     """
     boxes, n = xp.stop_gradient(boxes), boxes.shape[-2]
-    if (kernels := xp.box_kernels(boxes, classes)) is not None:
+    kernels = xp.box_kernels(boxes, classes)
+    if kernels is not None:
         return _first(xp, kernels.suppress(boxes, classes, threshold), most)
     drop, settle, rows = _rules(xp, boxes, classes, threshold)
     size = min(BLOCK // 2, n)  # it ends sooner with fewer at once

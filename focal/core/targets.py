@@ -68,7 +68,8 @@ def _match(xp: Namespace, anchors: Array, boxes: Array, thresholds: Thresholds) 
     """`match_anchors` of checked arguments."""
     foreground, background, floor = thresholds
     anchors, boxes = checks.wide_pair(xp, anchors, boxes)
-    if (kernels := xp.box_kernels(anchors, boxes)) is not None:
+    kernels = xp.box_kernels(anchors, boxes)
+    if kernels is not None:
         return kernels.match(anchors, boxes, *thresholds)
     count = 0 if anchors.shape[0] == 0 else xp.shape(boxes)[-2]
     grouped = xp.boxes_at_once(boxes) > 1 and count > 0

@@ -192,7 +192,7 @@ def test_giou_of_a_box_with_itself_pulls_both_alike():
 # ---------------------------------------------------------------- graphs
 
 
-def test_autograph_converts_every_loss_without_a_warning():
+def test_autograph_converts_the_functions_without_a_warning():
     messages = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
@@ -200,6 +200,9 @@ def test_autograph_converts_every_loss_without_a_warning():
     tf.get_logger().addHandler(handler)
     try:
         tf.function(lambda x: [loss(x) for loss in every_loss(1.5, "sum").values()])(x)
+        boxes, scores = tf.constant([[0.0, 0.0, 2.0, 2.0]]), tf.constant([1.0])
+        tf.function(lambda b, s: F.nms(b, s, 0.5))(boxes, scores)
+        tf.function(lambda b: F.match_anchors(b, b, 0.5, 0.4))(boxes)
     finally:
         tf.get_logger().removeHandler(handler)
     assert not [m for m in messages if "AutoGraph" in m]
