@@ -32,10 +32,9 @@ import torch
 from torch import Tensor
 
 import focal.torch as F
-from benchmarks.ablations import anchors_of
+from benchmarks.ablations import SHAPES, anchors_of
 from benchmarks.common import machine, versions
 from benchmarks.scenes import Scene, Scenes, names
-from focal.core.anchors import AnchorConfig
 from focal.files import write_atomically
 from focal.retinanet import RetinaNetConfig, TrainConfig, build
 from focal.retinanet.data import Example, train_batches
@@ -77,19 +76,8 @@ class Regime(NamedTuple):
     train: Mapping[str, Any] = {}
 
 
-DETECTOR = RetinaNetConfig(
-    backbone="tiny",
-    norm="batch",
-    levels=(3, 4, 5),
-    channels=64,
-    head_depth=1,
-    head_norm="group",
-    anchors=AnchorConfig(strides=(8, 16, 32), sizes=(10.0, 20.0, 40.0)),
-    box_beta=1 / 9,
-    candidates=300,
-    # Cross entropy under imbalance has low scores; the AP does not depend on a lower threshold.
-    score_threshold=0.001,
-)
+# Cross entropy under imbalance has low scores; the AP does not depend on a lower threshold.
+DETECTOR = SHAPES.detector.replace(score_threshold=0.001)
 TRAIN = TrainConfig(
     steps=600,
     batch_size=16,
