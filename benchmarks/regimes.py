@@ -1,4 +1,4 @@
-"""When focal loss is better than cross entropy: both tuned alike, one factor at a time.
+"""When focal loss is better than cross entropy: both tuned alike, in several regimes.
 
     python -m benchmarks.regimes --out runs/regimes --results docs/results/regimes.json
     python -m benchmarks.regimes_page        # the tables and pictures of docs/when_focal.md
@@ -48,22 +48,28 @@ IMAGES = {"train": 2000, "val": 400, "test": 400}
 ALPHAS = 0.25, 0.5, 0.75
 FACTORS = 0.5, 2.0
 """Of the learning rate of the regime, tried with the best alpha."""
-KEPT = "seed", "alpha", "rate", "AP", "AP50", "AP75", "diverged", "positives", "cpu_seconds"
+KEPT = (
+    *("seed", "alpha", "rate", "prior", "AP", "AP50", "AP75"),
+    *("diverged", "positives", "cpu_seconds"),
+)
 
 
 class Loss(NamedTuple):
     """A classification loss."""
 
     gamma: float
+    fitted: bool = False
+    """The prior bias is the share of positives in the data instead of 0.01."""
     guided: bool = False
-    """Scaled to the box loss in every step, with the share of positives as prior bias: the two
-    parts of arXiv:1909.04868 that concern the loss."""
+    """Scaled to the box loss in every step; with `fitted`, after arXiv:1909.04868."""
 
 
 LOSSES: Mapping[str, Loss] = {
     "CE": Loss(0.0),
-    "CE guided": Loss(0.0, guided=True),
+    "CE prior": Loss(0.0, fitted=True),
+    "CE guided": Loss(0.0, fitted=True, guided=True),
     "FL .5": Loss(0.5),
+    "FL .5 prior": Loss(0.5, fitted=True),
     "FL 2": Loss(2.0),
 }
 
@@ -150,11 +156,11 @@ def run_cell(cell: Cell, steps: int | None = None) -> dict[str, Any]:
     """Train and measure. A loss that is not finite ends the training, and AP is then 0."""
     begin = time.process_time()
     detector, run = settings(cell, steps)
-    scene, scaled = REGIMES[cell.regime].scene, LOSSES[cell.loss].guided
+    scene, loss = REGIMES[cell.regime].scene, LOSSES[cell.loss]
     train, measured = scenes(scene, "train"), scenes(scene, cell.split)
-    if scaled:
+    if loss.fitted:
         detector = detector.replace(prior=share_of_positives(train, detector))
-    model, found = fit(detector, run, train, scaled)
+    model, found = fit(detector, run, train, loss.guided)
     if found["diverged"] is None:
         metrics, _ = evaluate_model(model, measured, batch_size=16)
         found["calibration"] = calibration(model, measured)
@@ -323,7 +329,9 @@ def chain(regime: str, loss: str, out: Path, steps: int | None = None) -> dict[s
 def finished(cell: Cell, out: Path, steps: int | None) -> dict[str, Any]:
     """The result of a cell, from its file if that is of the same settings."""
     detector, run = (json.loads(config.to_json()) for config in settings(cell, steps))
-    same = {**cell._asdict(), "detector": detector, "train": run}
+    scene, loss = REGIMES[cell.regime].scene._asdict(), LOSSES[cell.loss]._asdict()
+    other = {"images": IMAGES, "scene": json.loads(json.dumps(scene)), "kind": loss}
+    same = {**cell._asdict(), "detector": detector, "train": run, **other}
     name = f"{cell.alpha:g} {cell.rate:g} {cell.split} {cell.seed}"
     path = out / cell.regime / cell.loss / f"{name}.json"
     if path.is_file():
@@ -340,9 +348,9 @@ def finished(cell: Cell, out: Path, steps: int | None) -> dict[str, Any]:
 def summary(
     chains: Mapping[tuple[str, str], Mapping[str, Any]], command: str, before: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What is kept: the settings once, and of each loss its search and its seeds.
+    """What is kept of each loss: its search and its seeds, and how they were made.
 
-    Regimes of the results `before` that were not run now stay.
+    What the results `before` have and was not run now stays.
     """
     made = {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -350,20 +358,12 @@ def summary(
         "machine": machine(),
         "versions": versions(),
     }
-    found: dict[str, Any] = {
-        "images": IMAGES,
-        "detector": json.loads(DETECTOR.to_json()),
-        "train": json.loads(TRAIN.to_json()),
-        "regimes": dict(before.get("regimes", {})),
-    }
-    for name in {name for name, _ in chains}:
-        found["regimes"].pop(name, None)
+    found: dict[str, Any] = {name: dict(losses) for name, losses in before.items()}
     for (name, loss), parts in chains.items():
-        regime = REGIMES[name]
-        described = {"scene": regime.scene._asdict(), "train": dict(regime.train)}
-        own = found["regimes"].setdefault(name, {"made": made, **described, "losses": {}})
         tests = parts["test"]
-        own["losses"][loss] = {
+        found.setdefault(name, {})[loss] = {
+            "made": made,
+            **{k: tests[0][k] for k in ("images", "scene", "detector", "train")},
             "search": [[line[k] for k in ("alpha", "rate", "AP")] for line in parts["search"]],
             "logits per positive": _logits_per_positive(tests),
             **{k: [line[k] for line in tests] for k in KEPT},

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -21,18 +22,27 @@ RESULTS = DOCS / "results" / "regimes.json"
 PAGE = DOCS / "when_focal.md"
 PICTURES = DOCS / "pictures"
 
-LOSSES = "CE", "CE guided", "FL .5", "FL 2"
-COLORED = dict(zip(LOSSES, (PALETTE[6], PALETTE[1], PALETTE[5], PALETTE[0]), strict=True))
-FOCAL = LOSSES[2:]
+COLORS = {
+    "CE": PALETTE[6],
+    "CE prior": PALETTE[3],
+    "CE guided": PALETTE[1],
+    "FL .5": PALETTE[5],
+    "FL .5 prior": PALETTE[2],
+    "FL 2": PALETTE[0],
+}
+PAIRS = ("FL .5", "CE"), ("FL .5", "CE prior"), ("FL 2", "CE")
+"""The losses that are compared seed by seed."""
+SHOWN = "CE", "FL .5", "FL 2"
+"""The losses of which the gradient, the margins and the scores are shown."""
 # The regimes of each table, and what they are called there.
 GROUPS: Mapping[str, Mapping[str, str]] = {
     "imbalance": {
         "one class": "1 class, 6 objects",
         "base": "3 classes, 2 objects",
-        "sparse": "3 classes, 1 object on a larger image",
+        "sparse": "3 classes, 1 smaller object on a larger image",
         "24 classes": "24 classes by color, 2 objects",
         "unused classes": "3 classes and 77 without objects",
-        "sparse, unused classes": "3 classes and 125 without objects, 1 object on a larger image",
+        "sparse, unused classes": "3 classes and 125 without objects, 1 smaller object",
     },
 }
 LOOKED_AT = "base", "unused classes"
@@ -40,28 +50,38 @@ LOOKED_AT = "base", "unused classes"
 
 def tables(results: Mapping[str, Any]) -> dict[str, str]:
     """The tables by name, in Markdown."""
-    regimes = results["regimes"]
-    head = ("regime", "logits per positive", *LOSSES, "best focal loss less CE")
+    head = ("regime", "logits per positive", *COLORS)
+    pairs = ("regime", *(f"{one} less {other}" for one, other in PAIRS))
+    chosen = [("regime", *COLORS)]
     found = {}
     for group, rows in GROUPS.items():
-        own = [(label, regimes[name]["losses"]) for name, label in rows.items() if name in regimes]
+        own = [(label, results[name]) for name, label in rows.items() if name in results]
         found[group] = markdown([head, *(_row(label, losses) for label, losses in own)])
-    chosen = [("regime", *LOSSES)]
-    for name, regime in regimes.items():
-        settings = (_chosen(regime["losses"].get(loss)) for loss in LOSSES)
-        chosen.append((name, *settings))
+        gains = [(label, *(_gain(losses, *pair) for pair in PAIRS)) for label, losses in own]
+        found[f"{group} gain"] = markdown([pairs, *gains])
+        chosen += [(label, *(_chosen(losses.get(n)) for n in COLORS)) for label, losses in own]
     return {**found, "chosen": markdown(chosen)}
 
 
 def _row(label: str, losses: Mapping[str, Any]) -> tuple[str, ...]:
+    return (label, _ratio(losses), *(_shown(losses.get(loss)) for loss in COLORS))
+
+
+def _ratio(losses: Mapping[str, Any]) -> str:
+    """Logits per positive, to two digits."""
     ratio = np.median([cell["logits per positive"] for cell in losses.values()])
-    best = max((loss for loss in FOCAL if loss in losses), key=lambda name: _mean(losses[name]))
-    gain = 100 * (np.array(losses[best]["AP"]) - losses["CE"]["AP"])
+    return f"{float(f'{ratio:.2g}'):,.0f}"
+
+
+def _gain(losses: Mapping[str, Any], one: str, other: str) -> str:
+    """AP of one loss less that of the other, seed by seed; bold where all seeds are apart."""
+    if not {one, other} <= losses.keys():
+        return ""
+    first, second = (100 * np.array(losses[name]["AP"]) for name in (one, other))
+    gain = first - second
     shown = f"{gain.mean():+.1f} ({gain.min():+.1f} to {gain.max():+.1f})"
-    if min(losses[best]["AP"]) > max(losses["CE"]["AP"]):
-        shown = f"**{shown}**"
-    values = (_shown(losses.get(loss)) for loss in LOSSES)
-    return (label, f"{float(f'{ratio:.2g}'):,.0f}", *values, shown)
+    apart = first.min() > second.max() or second.min() > first.max()
+    return f"**{shown}**" if apart else shown
 
 
 def _shown(cell: Mapping[str, Any] | None) -> str:
@@ -76,34 +96,36 @@ def _chosen(cell: Mapping[str, Any] | None) -> str:
     return "" if cell is None else f"{cell['alpha'][0]:g}, {cell['rate'][0]:g}"
 
 
-def _mean(cell: Mapping[str, Any]) -> float:
-    return float(np.mean(cell["AP"]))
-
-
-def gain_picture(results: Mapping[str, Any], out: Path) -> None:
-    """AP over that of cross entropy, against the imbalance: every seed a point, the mean a line."""
+def ap_picture(results: Mapping[str, Any], out: Path) -> None:
+    """AP of every loss in each regime: every seed a point, the mean a line."""
     plot, (axis,) = blank()
-    measured = results["regimes"]
-    regimes = [measured[n]["losses"] for n in GROUPS["imbalance"] if n in measured]
-    for loss, color in list(COLORED.items())[1:]:
-        rows = [r for r in regimes if loss in r]
-        ratios = [r["CE"]["logits per positive"] for r in rows]
-        gains = [100 * (np.array(r[loss]["AP"]) - r["CE"]["AP"]) for r in rows]
-        for ratio, values in zip(ratios, gains, strict=True):
-            axis.plot([ratio] * len(values), values, ".", color=color, alpha=0.5)
-        axis.plot(ratios, [values.mean() for values in gains], color=color, label=loss)
-    axis.axhline(0, color="#1f2328", linewidth=0.8)
-    axis.set(xscale="log", xlabel="logits per positive", ylabel="AP less that of CE, percent")
-    axis.legend(frameon=False)
+    rows = [(label, results[n]) for n, label in GROUPS["imbalance"].items() if n in results]
+    for k, (loss, color) in enumerate(COLORS.items()):
+        for i, (_, losses) in enumerate(rows):
+            if loss not in losses:
+                continue
+            values = 100 * np.array(losses[loss]["AP"])
+            x = i + (k - 2.5) * 0.13
+            axis.plot([x] * len(values), values, ".", color=color, alpha=0.5)
+            label = loss if i == 0 else None
+            axis.plot([x - 0.05, x + 0.05], [values.mean()] * 2, color=color, lw=3, label=label)
+    ticks = [f"{label}: {_ratio(losses)} logits per positive" for label, losses in rows]
+    axis.set_xticks(range(len(rows)), ["\n".join(wrap(tick, 24)) for tick in ticks], fontsize=8)
+    axis.set(ylabel="AP, percent", ylim=(0, None))
+    axis.legend(frameon=False, fontsize=8, ncols=2)
     save_plot(out, plot)
+
+
+def _shown_colors() -> list[tuple[str, str]]:
+    return [(loss, COLORS[loss]) for loss in SHOWN]
 
 
 def film_picture(results: Mapping[str, Any], out: Path) -> None:
     """The share of the gradient that easy negatives have, over training."""
     plot, axes = blank(2)
     for axis, name in zip(axes, LOOKED_AT, strict=True):
-        for loss, color in COLORED.items():
-            film = results["regimes"][name]["losses"][loss]["film"]
+        for loss, color in _shown_colors():
+            film = results[name][loss]["film"]
             steps = [frame["step"] + 1 for frame in film]
             shares = [100 * frame["gradient"]["easy negatives"] for frame in film]
             axis.plot(steps, shares, color=color, label=loss)
@@ -118,8 +140,8 @@ def calibration_picture(results: Mapping[str, Any], out: Path) -> None:
     """The share of positives among the anchors and classes of about one score."""
     plot, axes = blank(2)
     for axis, name in zip(axes, LOOKED_AT, strict=True):
-        for loss, color in COLORED.items():
-            seeds = results["regimes"][name]["losses"][loss]["calibration"]
+        for loss, color in _shown_colors():
+            seeds = results[name][loss]["calibration"]
             count, score, hits = _pooled(seeds)
             there = count >= 20
             axis.plot(score[there], hits[there], "o-", color=color, label=loss, markersize=3)
@@ -147,25 +169,26 @@ def margins_picture(results: Mapping[str, Any], out: Path) -> None:
     """The logits of positives and of the hardest negatives over training."""
     plot, axes = blank(2)
     for axis, name in zip(axes, LOOKED_AT, strict=True):
-        for loss, color in ((loss, COLORED[loss]) for loss in ("CE", "FL 2")):
-            film = [f for f in results["regimes"][name]["losses"][loss]["film"]]
+        for loss, color in _shown_colors():
+            film = results[name][loss]["film"]
             steps = [frame["step"] + 1 for frame in film if frame["positive logits"]]
             positives = np.array([f["positive logits"] for f in film if f["positive logits"]])
             negatives = [frame["negative logits"][2] for frame in film]
-            axis.plot(steps, positives[:, 2], color=color, label=f"{loss}, positives, median")
+            axis.plot(steps, positives[:, 2], color=color, label=loss)
             axis.fill_between(steps, positives[:, 1], positives[:, 3], color=color, alpha=0.15)
-            label = f"{loss}, negatives, 99.9 %"
             every = [frame["step"] + 1 for frame in film]
-            axis.plot(every, negatives, color=color, linestyle="--", label=label)
+            axis.plot(every, negatives, color=color, linestyle="--")
         axis.set(xscale="log", xlabel="step")
         axis.set_title(GROUPS["imbalance"][name], fontsize=10)
     axes[0].set_ylabel("logit")
-    axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    axes[0].set_ylim(None, 4)
+    title = "positives, median (dashed: 99.9 % of negatives)"
+    axes[0].legend(frameon=False, fontsize=8, title=title, title_fontsize=8, loc="upper left")
     save_plot(out, plot)
 
 
 PLOTS = {
-    "regimes_gain.png": gain_picture,
+    "regimes_ap.png": ap_picture,
     "regimes_film.png": film_picture,
     "regimes_margins.png": margins_picture,
     "regimes_calibration.png": calibration_picture,
