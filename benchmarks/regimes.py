@@ -22,7 +22,7 @@ import multiprocessing
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -346,23 +346,21 @@ def finished(cell: Cell, out: Path, steps: int | None) -> dict[str, Any]:
 
 
 def summary(
-    chains: Mapping[tuple[str, str], Mapping[str, Any]], command: str, before: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What is kept of each loss: its search and its seeds, and how they were made.
-
-    What the results `before` have and was not run now stays.
-    """
+    chains: Mapping[tuple[str, str], Mapping[str, Any]], command: str
+) -> Iterator[dict[str, Any]]:
+    """What is kept of each loss: its search and its seeds, and how they were made."""
     made = {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": command,
         "machine": machine(),
         "versions": versions(),
     }
-    found: dict[str, Any] = {name: dict(losses) for name, losses in before.items()}
     for (name, loss), parts in chains.items():
         tests = parts["test"]
-        found.setdefault(name, {})[loss] = {
-            "made": made,
+        yield {
+            "regime": name,
+            "loss": loss,
+            **made,
             **{k: tests[0][k] for k in ("images", "scene", "detector", "train")},
             "search": [[line[k] for k in ("alpha", "rate", "AP")] for line in parts["search"]],
             "logits per positive": _logits_per_positive(tests),
@@ -370,6 +368,13 @@ def summary(
             "film": tests[0]["film"],
             "calibration": [line.get("calibration") for line in tests],
         }
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """The results by regime and loss."""
+    found: dict[str, dict[str, Any]] = {}
+    for line in json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []:
+        found.setdefault(line["regime"], {})[line["loss"]] = line
     return found
 
 
@@ -400,9 +405,11 @@ def main(arguments: list[str] | None = None) -> None:
     chains = dict(zip(names, found, strict=True))
     command = shlex.join(["python", "-m", "benchmarks.regimes", *(arguments or sys.argv[1:])])
     path = options.results or options.out / "results.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    text = json.dumps(summary(chains, command, before), indent=1) + "\n"
-    write_atomically(path, text.encode())
+    results = read(path)  # of regimes and losses that were not run now, they stay
+    for line in summary(chains, command):
+        results.setdefault(line["regime"], {})[line["loss"]] = line
+    lines = [json.dumps(line) for losses in results.values() for line in losses.values()]
+    write_atomically(path, ("[\n" + ",\n".join(lines) + "\n]\n").encode())
 
 
 if __name__ == "__main__":

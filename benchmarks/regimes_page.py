@@ -5,7 +5,6 @@ python -m benchmarks.regimes_page
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from textwrap import wrap
@@ -15,6 +14,7 @@ import numpy as np
 
 from benchmarks.figures import blank
 from benchmarks.pages import markdown, save_plot, write_tables
+from benchmarks.regimes import read
 from focal.retinanet.report.draw import PALETTE
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -197,7 +197,7 @@ PLOTS = {
 
 def main() -> None:
     """Write tables and pictures."""
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    results = read(RESULTS)
     write_tables(PAGE, tables(results))
     for name, draw in PLOTS.items():
         draw(results, PICTURES / name)

@@ -139,18 +139,19 @@ def test_a_guided_loss_is_as_large_as_that_of_the_boxes():
 def run(out, *arguments):
     common = ["--out", str(out), "--only", "base", "--losses", "CE guided", "--steps", "2"]
     regimes.main([*common, "--jobs", "0", *arguments])
-    return json.loads((out / "results.json").read_text())["base"]["CE guided"]
+    return regimes.read(out / "results.json")["base"]["CE guided"]
 
 
 def test_a_finished_cell_is_not_run_again(small, tmp_path, monkeypatch):
     scaled = []
     own_guided = regimes.guided
     monkeypatch.setattr(regimes, "guided", lambda parts: scaled.append(1) or own_guided(parts))
-    (tmp_path / "results.json").write_text('{"base": {"FL 2": "kept"}, "other": {}}')
+    kept = [{"regime": "base", "loss": "FL 2"}, {"regime": "sparse", "loss": "CE"}]
+    (tmp_path / "results.json").write_text(json.dumps(kept))
     first = run(tmp_path)
     assert len(scaled) == 10 * 2
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["base"]["FL 2"] == "kept" and "other" in results
+    results = regimes.read(tmp_path / "results.json")
+    assert [results["base"]["FL 2"], results["sparse"]["CE"]] == kept
     detector, _ = regimes.settings(CELL)
     share = regimes.share_of_positives(regimes.scenes(Scene(), "train"), detector)
     assert first["prior"] == [share] * 5 and 1e-4 < share < 0.01
@@ -167,7 +168,7 @@ def test_a_finished_cell_is_not_run_again(small, tmp_path, monkeypatch):
     lost.unlink()
     again = run(tmp_path)
     assert [c.seed for c in ran] == [3]
-    varying = {"made": None, "cpu_seconds": None}
+    varying = {"date": None, "machine": None, "cpu_seconds": None}
     assert {**again, **varying} == {**first, **varying}
 
     # Another setting is another cell: of the detector, or of the images.
@@ -206,7 +207,7 @@ def test_every_regime_can_be_set_up_and_those_of_the_page_are_known():
 
 
 def test_the_page_shows_the_committed_results(tmp_path):
-    results = json.loads(regimes_page.RESULTS.read_text())
+    results = regimes.read(regimes_page.RESULTS)
     page = regimes_page.PAGE.read_text()
     assert pages.fill(page, regimes_page.tables(results)) == page
     for name, draw in regimes_page.PLOTS.items():
