@@ -225,3 +225,10 @@ def test_commands_named_in_the_text_exist(capsys):
                 for word in rest:
                     assert not word.startswith("--") or word in helps[command], found
     assert {"train", "evaluate", "check"} <= set(helps)
+
+
+def test_the_records_of_results_name_no_folder_of_a_machine():
+    records = [*ROOT.glob("docs/results/*.json"), *ROOT.glob("benchmarks/results/**/*.json")]
+    assert len(records) > 10
+    absolute = re.compile(r'"command": "[^"]*[ =\']/')
+    assert [path.name for path in records if absolute.search(path.read_text())] == []
