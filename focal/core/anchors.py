@@ -54,7 +54,7 @@ class AnchorConfig:
         name = "AnchorConfig"
         for parameter in ("strides", "sizes", "scales", "ratios"):
             values = getattr(self, parameter)
-            if not isinstance(values, Iterable):
+            if not isinstance(values, Iterable) or isinstance(values, str):
                 raise TypeError(f"{name}: {parameter} must be a tuple of numbers; got {values!r}")
             values = tuple(values)
             if not values:

@@ -387,6 +387,7 @@ CONSTANTS = [
     (V, CONFIG, (), {"strides": ()}, "strides must not be empty"),
     (V, CONFIG, (), {"scales": (1.0, 0.0)}, "scales must be > 0; got 0.0"),
     (T, CONFIG, (), {"ratios": ("1",)}, "ratios must be a number; got '1'"),
+    (T, CONFIG, (), {"sizes": "32,64"}, "sizes must be a tuple of numbers; got '32,64'"),
     (V, CONFIG, (), {"sizes": (32.0,)}, "sizes must have one number per stride (5); got 1"),
     (V, CONFIG, (), {"offset": math.nan}, "offset must be a finite number; got nan"),
 ]
