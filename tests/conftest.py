@@ -117,6 +117,21 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
+def quick_jax() -> Iterator[None]:
+    """JAX compiles in half the time, and computes slower; in processes that are started, too."""
+
+    def set_to(value: bool) -> None:
+        if "jax" in sys.modules:
+            sys.modules["jax"].config.update("jax_disable_most_optimizations", value)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        set_to(True)
+        yield
+    set_to(False)
+
+
+@pytest.fixture(scope="module")
 def pytorch() -> Iterator[Callable[..., Any]]:
     """Calls a function of pytorch_side.py in a process where PyTorch is the only framework."""
     if importlib.util.find_spec("torch") is None:

@@ -149,7 +149,7 @@ PACKAGES = {"tests": "triton", "train-jax": "flax", "agree": "jax", "tensorflow"
 HEAD = {"part", "command", "date", "minutes", "dry", "machine", "gpu", "versions", "state"}
 
 
-def test_a_dry_run_writes_every_part(tmp_path):
+def test_a_dry_run_writes_every_part(tmp_path, quick_jax):
     for part, package in PACKAGES.items():
         pytest.importorskip(package, reason=f"for the part {part}")
     out = tmp_path / "out"

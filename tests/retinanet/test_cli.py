@@ -63,7 +63,7 @@ RUN_FILES = [
 ]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "quick_jax")
 
 
 def shell(*arguments, **options):

@@ -35,17 +35,11 @@ def name(request):
 
 
 @pytest.fixture(scope="module")
-def backend(name):
-    """The detector's module of the framework; compiled as fast as can be."""
+def backend(name, quick_jax):
+    """The detector's module of the framework."""
     for module in {"torch": ("torch",), "jax": ("flax", "optax"), "tensorflow": ("keras",)}[name]:
         pytest.importorskip(module)
-    if name != "jax":
-        yield backend_module(name)
-        return
-    jax = importlib.import_module("jax")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield backend_module(name)
-    jax.config.update("jax_disable_most_optimizations", False)
+    return backend_module(name)
 
 
 not_torch = pytest.mark.parametrize("name", RETINANETS[1:], indirect=True, scope="module")

@@ -35,6 +35,8 @@ from focal.retinanet.data import ShapesDataset, train_batches
 from focal.retinanet.detector import backend_module, build
 from focal.retinanet.training.loop import learning_rate
 
+pytestmark = pytest.mark.usefixtures("quick_jax")
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 TORCHRUN += [f"--nproc-per-node={REPLICAS}"]
 
@@ -181,7 +183,6 @@ def two_processes(framework, *arguments):
             "JAX_NUM_PROCESSES": "2",
             "JAX_PROCESS_ID": str(rank),
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiled in half the time
         }
         if framework == "jax"
         else {

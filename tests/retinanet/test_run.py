@@ -34,7 +34,7 @@ QUICK |= {"candidates": 50, "crop": (64, 64), "warmup": 0}
 FLAGS = [part for k, v in QUICK.items() for part in ("--set", f"{k}={json.dumps(v)}")]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "quick_jax")
 
 
 class Numbers:

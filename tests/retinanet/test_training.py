@@ -50,7 +50,7 @@ RUN = TrainConfig(
 )
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "quick_jax")
 
 
 def shapes(split="train", num_images=8, **options):

@@ -1,7 +1,6 @@
 """Training runs that are killed with `kill -9`, and training for long: see survival.py, soak.py."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,12 +11,11 @@ from backends import RETINANETS
 from folders import ROOT
 
 
-def command(module, *arguments, **environment):
+def command(module, *arguments):
     """Run a module of the tests in a process of its own; the record that it writes."""
     done = subprocess.run(
         [sys.executable, "-m", f"tests.tools.{module}", *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, **environment},
         capture_output=True,
         text=True,
     )
@@ -27,12 +25,11 @@ def command(module, *arguments, **environment):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs kill -9")
 @pytest.mark.parametrize(("backend", "kills"), [("torch", 3), ("jax", 1), ("tensorflow", 1)])
-def test_a_killed_run_ends_like_one_that_was_not(tmp_path, backend, kills):
+def test_a_killed_run_ends_like_one_that_was_not(tmp_path, quick_jax, backend, kills):
     assert backend in RETINANETS
     found = command(
         *("survival", "--backend", backend, "--kills", kills, "--out", tmp_path / "found.json"),
         *("--each", kills, "--steps", 8 + 2 * kills, "--variants", "adamw", "--aims", "step"),
-        XLA_FLAGS="--xla_backend_optimization_level=0",  # which is compiled in half the time
     )
     assert found["kills"] == kills and found["resumed"] >= 1
     assert found["runs_bit_identical"] == found["runs"] >= 1
