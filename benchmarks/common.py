@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from focal.files import write_atomically
 
 Case = Callable[[], object]
 Summary = dict[str, float]
@@ -204,6 +206,12 @@ def record(name: str, command: str, **measured: Any) -> dict[str, Any]:
     text = json.dumps(report, indent=2) + "\n"
     (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
     return report
+
+
+def write_lines(path: Path, results: Iterable[object]) -> None:
+    """Write results as a JSON list with a line for each."""
+    text = ",\n".join(map(json.dumps, results))
+    write_atomically(path, f"[\n{text}\n]\n".encode())
 
 
 def wall_clock(run: Case) -> float:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 import focal.torch as F
 from benchmarks.ablations import SHAPES, anchors_of
-from benchmarks.common import machine, versions
+from benchmarks.common import machine, versions, write_lines
 from benchmarks.scenes import Scene, Scenes, names
 from focal.files import write_atomically
 from focal.retinanet import RetinaNetConfig, TrainConfig, build
@@ -408,8 +408,7 @@ def main(arguments: list[str] | None = None) -> None:
     results = read(path)  # of regimes and losses that were not run now, they stay
     for line in summary(chains, command):
         results.setdefault(line["regime"], {})[line["loss"]] = line
-    lines = [json.dumps(line) for losses in results.values() for line in losses.values()]
-    write_atomically(path, ("[\n" + ",\n".join(lines) + "\n]\n").encode())
+    write_lines(path, (line for losses in results.values() for line in losses.values()))
 
 
 if __name__ == "__main__":
