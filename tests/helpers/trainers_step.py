@@ -82,6 +82,11 @@ def main(parts: int, processes: int, file: str) -> None:
                 for name, value in weights.items()
             },
         )
+    if torch.distributed.is_initialized():
+        # gloo's thread releases tensors late. If that is when the interpreter ends, the process is
+        # aborted; the barrier makes it happen now.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

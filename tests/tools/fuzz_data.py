@@ -39,7 +39,7 @@ import time
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -555,8 +555,11 @@ FORBIDDEN = {
 _watching: list[list[str]] = []  # the list that `_audit` writes to, if there is one
 
 
-def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    for found in _watching:
+def _audit(
+    event: str, arguments: tuple[Any, ...], watching: Sequence[list[str]] = _watching
+) -> None:
+    # The hook outlives the globals of this module.
+    for found in watching:
         if event == "open" and isinstance(arguments[0], str | bytes):
             found.append(os.fsdecode(arguments[0]))
         elif event in FORBIDDEN:
