@@ -108,7 +108,7 @@ def measure(run: Run, data: str, out: Path, cores: Sequence[int]) -> dict[str, A
         "cores": len(cores),
         "machine": machine(),
         "versions": record["versions"],
-        "precision": record["train"]["precision"],
+        "precision": record["precision"],
         "steps": record["train"]["steps"],
         "seconds": record["seconds"],
         **{split: {k: rounded(found[split][k]) for k in METRICS} for split in ("val", "test")},

@@ -5,7 +5,9 @@ python -m benchmarks.regimes_page
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -34,37 +36,44 @@ PAIRS = ("FL .5", "CE"), ("FL .5", "CE prior"), ("FL 2", "CE")
 """The losses that are compared seed by seed."""
 SHOWN = "CE", "FL .5", "FL 2"
 """The losses of which the gradient, the margins and the scores are shown."""
-# The regimes of each table, and what they are called there.
-GROUPS: Mapping[str, Mapping[str, str]] = {
-    "imbalance": {
-        "one class": "1 class, 6 objects",
-        "base": "3 classes, 2 objects",
-        "sparse": "3 classes, 1 smaller object on a larger image",
-        "24 classes": "24 classes by color, 2 objects",
-        "unused classes": "3 classes and 77 without objects",
-        "sparse, unused classes": "3 classes and 125 without objects, 1 smaller object",
-    },
+LABELS: Mapping[str, str] = {
+    "base": "3 classes, 2 objects",
+    "sparse": "3 classes, 1 smaller object on a larger image",
+    "unused classes": "3 classes and 77 without objects",
 }
+"""What the regimes are called on the page."""
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "imbalance": ("base", "sparse", "unused classes"),
+}
+"""The regimes of each table."""
 LOOKED_AT = "base", "unused classes"
 
 
 def tables(results: Mapping[str, Any]) -> dict[str, str]:
     """The tables by name, in Markdown."""
-    head = ("regime", "logits per positive", *COLORS)
-    pairs = ("regime", *(f"{one} less {other}" for one, other in PAIRS))
-    chosen = [("regime", *COLORS)]
     found = {}
-    for group, rows in GROUPS.items():
-        own = [(label, results[name]) for name, label in rows.items() if name in results]
-        found[group] = markdown([head, *(_row(label, losses) for label, losses in own)])
-        gains = [(label, *(_gain(losses, *pair) for pair in PAIRS)) for label, losses in own]
-        found[f"{group} gain"] = markdown([pairs, *gains])
-        chosen += [(label, *(_chosen(losses.get(n)) for n in COLORS)) for label, losses in own]
-    return {**found, "chosen": markdown(chosen)}
+    for group, names in GROUPS.items():
+        own = {name: results[name] for name in names}
+        regimes = Counter(loss for losses in own.values() for loss in losses)
+        compared = {loss: partial(_shown, loss) for loss in COLORS if regimes[loss] > 1}
+        found[group] = _table(own, {"logits per positive": _ratio, **compared})
+        gains = ((a, b) for a, b in PAIRS if {a, b} <= compared.keys())
+        columns = {f"{a} less {b}": partial(_gain, a, b) for a, b in gains}
+        found[f"{group} gain"] = _table(own, columns)
+    own = {name: results[name] for name in LABELS if name in results}
+    found["chosen"] = _table(own, {loss: partial(_chosen, loss) for loss in COLORS})
+    return found
 
 
-def _row(label: str, losses: Mapping[str, Any]) -> tuple[str, ...]:
-    return (label, _ratio(losses), *(_shown(losses.get(loss)) for loss in COLORS))
+def _table(
+    results: Mapping[str, Any], columns: Mapping[str, Callable[[Mapping[str, Any]], str]]
+) -> str:
+    """A row for each regime; a column is made of the results of all losses."""
+    rows = [
+        (LABELS[name], *(cell(losses) for cell in columns.values()))
+        for name, losses in results.items()
+    ]
+    return markdown([("regime", *columns), *rows])
 
 
 def _ratio(losses: Mapping[str, Any]) -> str:
@@ -73,7 +82,7 @@ def _ratio(losses: Mapping[str, Any]) -> str:
     return f"{float(f'{ratio:.2g}'):,.0f}"
 
 
-def _gain(losses: Mapping[str, Any], one: str, other: str) -> str:
+def _gain(one: str, other: str, losses: Mapping[str, Any]) -> str:
     """AP of one loss less that of the other, seed by seed; bold where all seeds are apart."""
     if not {one, other} <= losses.keys():
         return ""
@@ -84,22 +93,24 @@ def _gain(losses: Mapping[str, Any], one: str, other: str) -> str:
     return f"**{shown}**" if apart else shown
 
 
-def _shown(cell: Mapping[str, Any] | None) -> str:
+def _shown(loss: str, losses: Mapping[str, Any]) -> str:
     """Mean, least and greatest of the seeds, in percent."""
-    if cell is None:
+    if loss not in losses:
         return ""
-    values = 100 * np.array(cell["AP"])
+    values = 100 * np.array(losses[loss]["AP"])
     return f"{values.mean():.1f} ({values.min():.1f} to {values.max():.1f})"
 
 
-def _chosen(cell: Mapping[str, Any] | None) -> str:
+def _chosen(loss: str, losses: Mapping[str, Any]) -> str:
+    """Alpha and learning rate."""
+    cell = losses.get(loss)
     return "" if cell is None else f"{cell['alpha'][0]:g}, {cell['rate'][0]:g}"
 
 
 def ap_picture(results: Mapping[str, Any], out: Path) -> None:
     """AP of every loss in each regime: every seed a point, the mean a line."""
     plot, (axis,) = blank()
-    rows = [(label, results[n]) for n, label in GROUPS["imbalance"].items() if n in results]
+    rows = [(LABELS[name], results[name]) for name in GROUPS["imbalance"]]
     for k, (loss, color) in enumerate(COLORS.items()):
         for i, (_, losses) in enumerate(rows):
             if loss not in losses:
@@ -130,7 +141,7 @@ def film_picture(results: Mapping[str, Any], out: Path) -> None:
             shares = [100 * frame["gradient"]["easy negatives"] for frame in film]
             axis.plot(steps, shares, color=color, label=loss)
         axis.set(xscale="log", xlabel="step", ylim=(0, 100))
-        axis.set_title(GROUPS["imbalance"][name], fontsize=10)
+        axis.set_title(LABELS[name], fontsize=10)
     axes[0].set_ylabel("gradient from easy negatives, percent")
     axes[0].legend(frameon=False)
     save_plot(out, plot)
@@ -147,7 +158,7 @@ def calibration_picture(results: Mapping[str, Any], out: Path) -> None:
             axis.plot(score[there], hits[there], "o-", color=color, label=loss, markersize=3)
         axis.plot([0, 1], [0, 1], color="#1f2328", linewidth=0.8, linestyle="--")
         axis.set(xlabel="score", xlim=(0, 1), ylim=(0, 1))
-        axis.set_title(GROUPS["imbalance"][name], fontsize=10)
+        axis.set_title(LABELS[name], fontsize=10)
     axes[0].set_ylabel("share of positives")
     axes[0].legend(frameon=False)
     save_plot(out, plot)
@@ -179,7 +190,7 @@ def margins_picture(results: Mapping[str, Any], out: Path) -> None:
             every = [frame["step"] + 1 for frame in film]
             axis.plot(every, negatives, color=color, linestyle="--")
         axis.set(xscale="log", xlabel="step")
-        axis.set_title(GROUPS["imbalance"][name], fontsize=10)
+        axis.set_title(LABELS[name], fontsize=10)
     axes[0].set_ylabel("logit")
     axes[0].set_ylim(None, 4)
     title = "positives, median (dashed: 99.9 % of negatives)"

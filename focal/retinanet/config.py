@@ -226,7 +226,7 @@ class TrainConfig(_Config):
     ema: Fraction | None = None
     """Decay of the moving average of the weights that is evaluated and saved; None: off."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """`auto` is bfloat16 where the hardware supports it natively, else float32."""
+    """`auto` is bfloat16 where the hardware is known to be faster with it, else float32."""
     compile: bool = False
     """`torch.compile`, or XLA in TensorFlow. JAX always compiles."""
     recompute: bool = False

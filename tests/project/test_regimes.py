@@ -196,7 +196,7 @@ def test_a_loss_that_is_not_finite_ends_the_cell(small, monkeypatch):
 
 def test_every_regime_can_be_set_up_and_those_of_the_page_are_known():
     shown = {name for group in regimes_page.GROUPS.values() for name in group}
-    assert shown <= set(regimes.REGIMES)
+    assert shown <= set(regimes_page.LABELS) <= set(regimes.REGIMES)
     assert set(regimes_page.COLORS) == set(regimes.LOSSES)
     for name in regimes.REGIMES:
         detector, _ = regimes.settings(CELL._replace(regime=name))
@@ -218,8 +218,8 @@ def test_the_page_shows_the_committed_results(tmp_path):
 
 def test_a_gain_is_seed_by_seed_and_bold_beyond_the_spread():
     losses = {"CE": {"AP": [0.1, 0.2]}, "FL .5": {"AP": [0.15, 0.3]}}
-    assert regimes_page._gain(losses, "FL .5", "CE") == "+7.5 (+5.0 to +10.0)"
-    assert regimes_page._gain(losses, "FL .5", "CE prior") == ""
+    assert regimes_page._gain("FL .5", "CE", losses) == "+7.5 (+5.0 to +10.0)"
+    assert regimes_page._gain("FL .5", "CE prior", losses) == ""
     losses["FL 2"] = {"AP": [0.25, 0.4]}
-    assert regimes_page._gain(losses, "FL 2", "CE") == "**+17.5 (+15.0 to +20.0)**"
-    assert regimes_page._gain(losses, "CE", "FL 2") == "**-17.5 (-20.0 to -15.0)**"
+    assert regimes_page._gain("FL 2", "CE", losses) == "**+17.5 (+15.0 to +20.0)**"
+    assert regimes_page._gain("CE", "FL 2", losses) == "**-17.5 (-20.0 to -15.0)**"

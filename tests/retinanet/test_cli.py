@@ -350,9 +350,13 @@ def test_every_command_takes_every_backend(coco, run, tmp_path, backend):
     assert 0 <= json.loads(metrics.read_text())["AP"] <= 1
 
     out = tmp_path / "run"
-    assert main(["train", *data, "--steps", "2", "--out", str(out), *QUICK, *there]) == 0
+    auto = ["--set", "precision=auto"]
+    assert main(["train", *data, "--steps", "2", "--out", str(out), *QUICK, *there, *auto]) == 0
     assert sorted(files(out)) == RUN_FILES
-    assert json.loads((out / "config.json").read_text())["backend"] == backend
+    record = json.loads((out / "config.json").read_text())
+    assert record["backend"] == backend
+    assert record["train"]["precision"] == "auto"
+    assert record["precision"] in ("float32", "bfloat16")
     train = ["train", *data, "--steps", "3", "--out", str(out), *QUICK, *there, "--resume"]
     assert main(train) == 0
 

@@ -404,11 +404,19 @@ def test_batch_and_frozen_norm_share_their_weights():
 # Releases of PyTorch
 
 
-def test_bfloat16_is_for_processors_that_are_known_to_have_it(monkeypatch):
+def test_bfloat16_is_for_processors_that_are_known_to_be_faster_with_it(monkeypatch):
     cpu = torch.device("cpu")
-    for known in (True, False):
-        found = {"avx512_bf16": known}
+    none: dict[str, object] = {}
+    amd = {"cpu_name": "AMD Zen 4", "avx512_bf16": True, "amx_bf16": False}
+    intel = {**amd, "cpu_name": "Intel Xeon"}
+    for found, fast in [
+        (none, False),
+        (amd, True),
+        ({**amd, "avx512_bf16": False}, False),
+        (intel, False),
+        ({**intel, "amx_bf16": True}, True),
+    ]:
         monkeypatch.setattr(torch.cpu, "get_capabilities", found.copy, raising=False)
-        assert backend_torch._fast_precision(cpu) == ("bfloat16" if known else "float32")
+        assert backend_torch._fast_precision(cpu) == ("bfloat16" if fast else "float32"), found
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # as before PyTorch 2.11
     assert backend_torch._fast_precision(cpu) == "float32"

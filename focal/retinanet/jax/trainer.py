@@ -162,10 +162,10 @@ class Trainer:
         self.replicas = replicas or Replicas()
         mesh = self.replicas.handle
         self.place = NamedSharding(mesh, PartitionSpec()) if mesh else _device(model)
-        precision: str = train.precision
-        if precision == "auto":
-            precision = _fast_precision(mesh.devices.flat if mesh else [_device(model)])
-        self.static = nnx.graphdef(model), train.replace(precision=precision)
+        self.precision: str = train.precision
+        if train.precision == "auto":
+            self.precision = _fast_precision(mesh.devices.flat if mesh else [_device(model)])
+        self.static = nnx.graphdef(model), train.replace(precision=self.precision)
         parameters, statistics = _split(model, train)
         average = nnx.merge_state(parameters, statistics) if train.ema else nnx.State({})
         slots = _optimizer(train).init(parameters)

@@ -138,6 +138,7 @@ def train(
         "detector": json.loads(config.to_json()),
         "train": json.loads(train_config.to_json()),
         **library.describe(model),
+        "precision": trainer.precision,
         "replicas": replicas.count,
         **(notes or {}),
     }
