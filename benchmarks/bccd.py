@@ -5,9 +5,10 @@ r"""BCCD from scratch: which settings of the preset `tiny` help, and the best in
         --recipes preset GIoU --backends torch jax tensorflow --seeds 0 1 2
     python -m benchmarks.bccd --results docs/results/bccd.json --page docs/retinanet.md
 
-The first command trains every recipe with PyTorch and seed 0; AP on val is what chooses. Each run
-is a `focal train` on one core, as many at a time as `--jobs`. A run that was stopped goes on from
-its last checkpoint, and one that is in the results with the same settings is not run again.
+The first command trains every recipe with PyTorch and seed 0; AP on val is what chooses. As many
+runs at a time as `--jobs`, each a `focal train` on its share of the cores (Linux only). A run that
+was stopped goes on from its last checkpoint, and one that is in the results with the same settings
+is not run again. One command at a time writes RESULTS.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +59,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 }
 """The settings that differ from the preset `tiny`."""
 PROGRAMS = {"GIoU, varifocal loss": "benchmarks.varifocal"}
-"""Where the loss is not one of the library's."""
+"""Where the loss is not one of the library's; PyTorch only."""
 
 
 class Run(NamedTuple):
@@ -103,7 +103,7 @@ def measure(run: Run, data: str, out: Path, cores: Sequence[int]) -> dict[str, A
     return {
         **run._asdict(),
         "settings": run.settings(),
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "date": record["started"],
         "command": shlex.join(["python", "-m", *run.command(), "--data", data]),
         "cores": len(cores),
         "machine": machine(),
@@ -111,13 +111,8 @@ def measure(run: Run, data: str, out: Path, cores: Sequence[int]) -> dict[str, A
         "precision": record["precision"],
         "steps": record["train"]["steps"],
         "seconds": record["seconds"],
-        **{split: {k: rounded(found[split][k]) for k in METRICS} for split in ("val", "test")},
+        **{split: {k: round(found[split][k], 4) for k in METRICS} for split in ("val", "test")},
     }
-
-
-def rounded(value: float | None) -> float | None:
-    """None for a class without objects."""
-    return None if value is None else round(value, 4)
 
 
 def check_settings(run: Run, folder: Path) -> None:
@@ -125,7 +120,7 @@ def check_settings(run: Run, folder: Path) -> None:
     begun, _ = recorded_settings(folder / "config.json", {})
     own = {"classes": begun.detector.classes, "seed": run.seed, **run.settings()}
     if begun != apply(preset_settings("tiny"), own):
-        raise ValueError(f"{folder}: expected a run of these settings, {own}; remove the folder")
+        raise ValueError(f"{folder}: expected a run with {own}; got another; remove the folder")
 
 
 def run_module(arguments: Sequence[str], cores: Sequence[int], log: Any) -> None:
@@ -178,6 +173,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on its own cores")
     options = parser.parse_args(arguments)
+    if options.backends != ["torch"] and (own := PROGRAMS.keys() & options.recipes):
+        parser.error(f"--recipes: expected recipes for any backend; got {', '.join(own)}")
     path = options.results or options.out / "results.json"
     lines = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     done = {Run(*(line[key] for key in Run._fields)): line for line in lines}
@@ -189,13 +186,16 @@ def main(arguments: list[str] | None = None) -> None:
         ]
         for run in wanted:
             if run in done and done[run]["settings"] != run.settings():
-                raise ValueError(f"{path}: {run} has other settings; remove its line")
+                raise ValueError(
+                    f"{path}: expected {run} with {run.settings()}; "
+                    f"got {done[run]['settings']}; remove its line"
+                )
         missing = [run for run in wanted if run not in done]
         for line in in_turn(missing, options.data, options.out, options.jobs):
             done[Run(*(line[key] for key in Run._fields))] = line
             save(path, done)
     if options.page is not None:
-        write_tables(options.page, tables(list(done.values())))
+        write_tables(options.page, tables(json.loads(path.read_text(encoding="utf-8"))))
 
 
 def in_turn(runs: Sequence[Run], data: str, out: Path, jobs: int) -> Iterator[dict[str, Any]]:
@@ -204,11 +204,17 @@ def in_turn(runs: Sequence[Run], data: str, out: Path, jobs: int) -> Iterator[di
     free: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
     for job in range(jobs):
         free.put(every[job::jobs] or every)
+    errors: list[Exception] = []
 
     def one(run: Run) -> dict[str, Any]:
         cores = free.get()
         try:
+            if errors:  # no other run begins
+                raise errors[0]
             return measure(run, data, out, cores)
+        except Exception as error:
+            errors.append(error)
+            raise
         finally:
             free.put(cores)
 

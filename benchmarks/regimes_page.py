@@ -60,7 +60,7 @@ def tables(results: Mapping[str, Any]) -> dict[str, str]:
         gains = ((a, b) for a, b in PAIRS if {a, b} <= compared.keys())
         columns = {f"{a} less {b}": partial(_gain, a, b) for a, b in gains}
         found[f"{group} gain"] = _table(own, columns)
-    own = {name: results[name] for name in LABELS if name in results}
+    own = {name: results[name] for name in LABELS}
     found["chosen"] = _table(own, {loss: partial(_chosen, loss) for loss in COLORS})
     return found
 

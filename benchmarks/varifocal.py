@@ -8,6 +8,7 @@ scores rank boxes by how well they fit.
 
 from __future__ import annotations
 
+import argparse
 from types import ModuleType
 
 import torch
@@ -39,7 +40,7 @@ def varifocal_losses(
 
 def qualities(logits: Tensor, deltas: Tensor, anchors: Tensor, target: Targets) -> Tensor:
     """Targets (B, N, K): the IoU of the box where an anchor has an object, else 0."""
-    quality = torch.zeros(logits.shape)
+    quality = torch.zeros_like(logits, dtype=torch.float32)
     image, anchor = torch.nonzero(target.labels >= 0, as_tuple=True)
     found, wanted = (
         F.decode_boxes(rows[image, anchor], anchors[anchor])[:, None]
@@ -52,5 +53,8 @@ def qualities(logits: Tensor, deltas: Tensor, anchors: Tensor, target: Targets) 
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--backend", choices=["torch"])
+    parser.parse_known_args()  # an error for other frameworks, which keep their loss
     trainer.losses = varifocal_losses
     raise SystemExit(main())

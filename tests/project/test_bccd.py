@@ -1,5 +1,6 @@
 """The recipes for BCCD: their commands, runs that happen once, and the tables of the page."""
 
+import contextlib
 import json
 
 import pytest
@@ -14,9 +15,11 @@ import focal.torch as F
 from benchmarks import bccd, pages, varifocal
 from focal.cli import _parser
 from focal.cli.options import assignments
-from focal.retinanet import RetinaNetConfig
+from focal.retinanet import RetinaNetConfig, TrainConfig
+from focal.retinanet.data import ShapesDataset, train_batches
 from focal.retinanet.objective import Targets, losses
 from focal.retinanet.settings import apply, preset_settings
+from focal.retinanet.torch import trainer
 
 RESULTS = ROOT / "docs/results/bccd.json"
 PAGE = ROOT / "docs/retinanet.md"
@@ -47,11 +50,47 @@ def test_a_run_that_is_done_is_not_run_again(tmp_path, monkeypatch):
     bccd.main([*arguments, "--seeds", "1"])
     assert ran == ["train", "evaluate"] and json.loads(path.read_text()) == [first]
     monkeypatch.setitem(bccd.RECIPES, recipe, {**small, "gamma": 1.0})
-    with pytest.raises(ValueError, match=r"seed=1\) has other settings; remove its line"):
+    with pytest.raises(ValueError, match=r"expected Run.*'gamma': 1.0.*; got .*; remove its line"):
         bccd.main([*arguments, "--seeds", "1"])
     path.unlink()
-    with pytest.raises(ValueError, match="GIoU torch 1: expected a run of these settings"):
+    with pytest.raises(ValueError, match=r"GIoU torch 1: expected a run with .*'gamma': 1.0"):
         bccd.main([*arguments, "--seeds", "1"])
+
+
+def test_an_error_starts_no_other_run(tmp_path, monkeypatch):
+    begun = []
+
+    def fail(run, *_):
+        begun.append(run)
+        raise OSError("no space left")
+
+    monkeypatch.setattr(bccd, "measure", fail)
+    arguments = ["--data", "x", "--out", str(tmp_path), "--jobs", "1"]
+    with pytest.raises(OSError, match="no space left"):
+        bccd.main([*arguments, "--seeds", *map(str, range(50))])
+    assert len(begun) == 1
+
+
+def test_a_loss_for_pytorch_is_not_run_in_other_frameworks(capsys):
+    with pytest.raises(SystemExit):
+        bccd.main(["--backends", "torch", "jax"])
+    assert "got GIoU, varifocal loss" in capsys.readouterr().err
+
+
+def test_the_trainer_takes_the_other_loss(monkeypatch):
+    data = ShapesDataset("train", (64, 64), 2)
+    config = RetinaNetConfig(
+        classes=data.classes, image_size=(64, 64), backbone="tiny", norm="batch", channels=16
+    )
+    run = TrainConfig(batch_size=2, precision="float32", workers=0)
+    found = {}
+    for loss in (losses, varifocal.varifocal_losses):
+        monkeypatch.setattr(trainer, "losses", loss)
+        with contextlib.closing(train_batches(data, config, run)) as batches:
+            model = trainer.build(config, 0, "cpu")
+            step = trainer.Trainer(model, run).step(0, next(batches), 0.0)
+        found[loss] = float(step["classification"])
+    assert found[losses] != found[varifocal.varifocal_losses]
 
 
 def test_the_score_of_a_positive_learns_the_iou_of_its_box():
@@ -76,10 +115,12 @@ def test_the_score_of_a_positive_learns_the_iou_of_its_box():
     torch.testing.assert_close(found.classification.double(), negatives.sum() / 2)
 
 
-def test_the_page_shows_the_committed_results():
-    lines = json.loads(RESULTS.read_text())
-    page = PAGE.read_text()
-    assert pages.fill(page, bccd.tables(lines)) == page
+def test_the_page_shows_the_committed_results(tmp_path):
+    lines, page = json.loads(RESULTS.read_text()), tmp_path / "page.md"
+    page.write_text(pages.fill(PAGE.read_text(), dict.fromkeys(bccd.tables(lines), "old")))
+    assert page.read_text() != PAGE.read_text()
+    bccd.main(["--results", str(RESULTS), "--page", str(page)])
+    assert page.read_text() == PAGE.read_text()
     for line in lines:
         assert line["settings"] == bccd.RECIPES[line["recipe"]]
 

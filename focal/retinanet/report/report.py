@@ -132,7 +132,7 @@ def _facts(config: dict[str, Any], train: Lines) -> list[tuple[str, Any]]:
     """The summary of a run, as far as it is known."""
     parameters, seconds = number(config, "parameters"), number(config, "seconds")
     speeds = curve(train, "images_per_second")[1]
-    facts = {key: config.get(key) for key in ("data", "backend", "device", "started")}
+    facts = {key: config.get(key) for key in ("data", "backend", "device", "precision", "started")}
     if parameters == parameters:
         facts["parameters"] = f"{parameters:,.0f}"
     if train:
