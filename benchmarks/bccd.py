@@ -120,7 +120,9 @@ def check_settings(run: Run, folder: Path) -> None:
     begun, _ = recorded_settings(folder / "config.json", {})
     own = {"classes": begun.detector.classes, "seed": run.seed, **run.settings()}
     if begun != apply(preset_settings("tiny"), own):
-        raise ValueError(f"{folder}: expected a run with {own}; got another; remove the folder")
+        raise ValueError(
+            f"{folder}: expected a run with {own}; got that of its config.json; remove the folder"
+        )
 
 
 def run_module(arguments: Sequence[str], cores: Sequence[int], log: Any) -> None:
@@ -168,7 +170,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/recipes"), help="the run folders")
     parser.add_argument("--results", type=Path, help="default: OUT/results.json")
     parser.add_argument("--page", type=Path, help="a page with the tables, which are written anew")
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="R")
+    parser.add_argument(
+        "--recipes",
+        nargs="+",
+        choices=RECIPES,
+        default=list(RECIPES),
+        metavar="NAME",
+        help=f"default: all of {', '.join(map(repr, RECIPES))}",
+    )
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=["torch"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on its own cores")
