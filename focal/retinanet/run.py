@@ -151,35 +151,38 @@ def run(
         writes = replicas.rank == 0
         if not writes:  # one process logs
             logging.getLogger("focal").setLevel(logging.WARNING)
-        if out is None:
+        folder, pretrained = None if out is None else Path(out), None
+        if folder is None:
             if resume:
                 raise ValueError("resume: the run folder, out (--out), must be given")
-            number = int(new_folder(Path("runs")).name)
-            out = Path("runs") / str(replicas.maximum(number))
-        out, pretrained = Path(out), None
-        if not resume and writes:
-            refuse_run(out)
-        if resume and not out.is_dir():
-            raise FileNotFoundError(f"{out}: expected the folder of a run to resume; found none")
+        elif resume:
+            if not folder.is_dir():
+                text = f"{folder}: expected the folder of a run to resume; found none"
+                raise FileNotFoundError(text)
+        elif writes:
+            refuse_run(folder)
         begun = {k: str(v) if isinstance(v, os.PathLike) else v for k, v in start.items()}
-        if resume and (out / "config.json").is_file():
-            settings, begun = recorded_settings(out / "config.json", begun)
+        if folder is not None and resume and (folder / "config.json").is_file():
+            settings, begun = recorded_settings(folder / "config.json", begun)
             settings = apply(settings, changes)
-            if begun["weights"] is not None and not checkpoints(out):  # it was killed before
+            if begun["weights"] is not None and not checkpoints(folder):  # it was killed before
                 pretrained = read_pretrained(begun["weights"])
         else:
             settings, pretrained = _settings(data, begun, fit_to_data, changes)
         detector, train_config = settings
         replicas.check(train_config)
+        if folder is None:  # when all else is known to be right
+            number = int(new_folder(Path("runs")).name) if writes else 0
+            folder = Path("runs") / str(replicas.maximum(number))
         if tensorboard and writes:
-            board = stack.enter_context(contextlib.closing(TensorBoard(out)))
+            board = stack.enter_context(contextlib.closing(TensorBoard(folder)))
             callbacks = [*callbacks, board]
         model = train(
             detector,
             train_config,
             data,
             val,
-            out,
+            folder,
             backend=backend,
             device=device,
             initial=None if pretrained is None else pretrained.tensors,
@@ -191,8 +194,8 @@ def run(
             signals=signals,
         )
     if writes:
-        _report(model, data if val is None else val, out)
-    return Run(model, out, writes)
+        _report(model, data if val is None else val, folder)
+    return Run(model, folder, writes)
 
 
 def _settings(

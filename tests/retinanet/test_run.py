@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from focal.retinanet import RetinaNetConfig, build, fit, save
 from focal.retinanet.data import DataError, Example, ShapesDataset
 from focal.retinanet.presets import CONVENTIONS
 from focal.retinanet.torch.network import build_network
+from focal.retinanet.training.run_folder import new_folder
 from focal.retinanet.weights import load_weights
 
 LOGITS = "head.classification_head.cls_logits"
@@ -371,6 +373,16 @@ def test_the_default_folder_is_new(tmp_path, monkeypatch):
     for expected in ("4", "5"):
         fit(Numbers(1), steps=1, fit_to_data=False, device="cpu", **QUICK)
         assert (tmp_path / "runs" / expected / "report.html").is_file()
+    with pytest.raises(ValueError, match="batch_size"):
+        fit(Numbers(1), steps=1, fit_to_data=False, device="cpu", **{**QUICK, "batch_size": 0})
+    assert sorted(os.listdir("runs")) == ["3", "4", "5"]
+
+
+def test_runs_that_begin_together_have_folders_of_their_own(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(new_folder, [tmp_path / "runs"] * 200))
+    assert {path.name for path in found} == {str(i) for i in range(1, 201)}
+    assert all(path.is_dir() for path in found)
 
 
 def test_a_run_is_refused_where_there_is_one(coco, tmp_path, capsys):

@@ -55,9 +55,16 @@ def refuse_run(folder: Path) -> None:
 
 
 def new_folder(parent: Path) -> Path:
-    """The first of parent/1, parent/2, ... that does not exist."""
-    numbers = (int(path.name) for path in parent.glob("*") if path.name.isdecimal())
-    return parent / str(max(numbers, default=0) + 1)
+    """Make a folder after the last of parent/1, parent/2, ..., which no other run has chosen."""
+    parent.mkdir(parents=True, exist_ok=True)
+    number = max((int(path.name) for path in parent.iterdir() if path.name.isdecimal()), default=0)
+    while True:
+        number += 1
+        try:
+            (parent / str(number)).mkdir()
+        except FileExistsError:  # of a run that began meanwhile
+            continue
+        return parent / str(number)
 
 
 class RunFolder:
