@@ -43,6 +43,7 @@ from focal.retinanet.torch.trainer import raw_outputs
 from focal.retinanet.training.evaluate import evaluate_model
 from focal.retinanet.training.loop import learning_rate
 
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results" / "regimes.json"
 TEST_SEEDS, SEARCH_SEED = (0, 1, 2, 3, 4), 100
 IMAGES = {"train": 2000, "val": 400, "test": 400}
 ALPHAS = 0.25, 0.5, 0.75
@@ -80,6 +81,8 @@ class Regime(NamedTuple):
     scene: Scene
     detector: Mapping[str, Any] = {}
     train: Mapping[str, Any] = {}
+    like: str = ""
+    """Not searched: alpha and learning rate are those that were chosen in this regime."""
 
 
 # Cross entropy under imbalance has low scores; the AP does not depend on a lower threshold.
@@ -115,12 +118,13 @@ REGIMES: Mapping[str, Regime] = {
     "24 classes": Regime(Scene(classes="colors")),
     # Length of training.
     "base, short": Regime(Scene(), train={"steps": 200}),
-    "base, long": Regime(Scene(), train={"steps": 2400}),
-    "sparse, long": Regime(SPARSE, train={"steps": 2400}),
+    "base, long": Regime(Scene(), train={"steps": 1800}),
+    "sparse, long": Regime(SPARSE, train={"steps": 1800}),
+    "unused classes, long": Regime(Scene(unused=77), train={"steps": 1800}, like="unused classes"),
     # The optimizer: with SGD, a smaller loss takes smaller steps.
     "base, SGD": Regime(Scene(), train=sgd()),
     "sparse, SGD": Regime(SPARSE, train=sgd()),
-    "sparse, SGD, long": Regime(SPARSE, train=sgd(steps=2400)),
+    "sparse, SGD, long": Regime(SPARSE, train=sgd(steps=1800)),
     # Distractors of the shape of objects; as many objects as in "one class, few".
     "one class, few": Regime(Scene(classes="one")),
     "distractors": Regime(Scene(objects=6, classes="circles")),
@@ -311,19 +315,24 @@ def share_of_positives(data: Scenes, detector: RetinaNetConfig, images: int = 20
 def chain(regime: str, loss: str, out: Path, steps: int | None = None) -> dict[str, Any]:
     """Search, then the seeds that count."""
     torch.set_num_threads(1)
-    rate = REGIMES[regime].train.get("learning_rate", TRAIN.learning_rate)
-    base = Cell(regime, loss, ALPHAS[0], rate, SEARCH_SEED, "val")
 
     def tried(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         return [finished(cell, out, steps) for cell in cells]
 
-    found = tried([base._replace(alpha=alpha) for alpha in ALPHAS])
-    best = max(found, key=lambda line: line["AP"])
-    base = base._replace(alpha=best["alpha"])
-    found += tried([base._replace(rate=round(rate * factor, 8)) for factor in FACTORS])
-    best = max(found, key=lambda line: line["AP"])
-    base = base._replace(rate=best["rate"], split="test")
-    return {"search": found, "test": tried([base._replace(seed=seed) for seed in TEST_SEEDS])}
+    found: list[dict[str, Any]] = []
+    if REGIMES[regime].like:
+        chosen = read(RESULTS)[REGIMES[regime].like][loss]
+        alpha, rate = chosen["alpha"][0], chosen["rate"][0]
+    else:
+        usual = REGIMES[regime].train.get("learning_rate", TRAIN.learning_rate)
+        base = Cell(regime, loss, ALPHAS[0], usual, SEARCH_SEED, "val")
+        found += tried([base._replace(alpha=alpha) for alpha in ALPHAS])
+        alpha = max(found, key=lambda line: line["AP"])["alpha"]
+        rates = [round(usual * factor, 8) for factor in FACTORS]
+        found += tried([base._replace(alpha=alpha, rate=rate) for rate in rates])
+        rate = max(found, key=lambda line: line["AP"])["rate"]
+    test = [Cell(regime, loss, alpha, rate, seed, "test") for seed in TEST_SEEDS]
+    return {"search": found, "test": tried(test)}
 
 
 def finished(cell: Cell, out: Path, steps: int | None) -> dict[str, Any]:

@@ -186,6 +186,23 @@ def test_a_finished_cell_is_not_run_again(small, tmp_path, monkeypatch):
     assert len(ran) == 3
 
 
+def test_a_regime_like_another_is_not_searched(small, tmp_path, monkeypatch):
+    kept = {"regime": "unused classes", "loss": "CE", "alpha": [0.75, 0.75], "rate": [3e-3, 3e-3]}
+    (tmp_path / "kept.json").write_text(json.dumps([kept]))
+    monkeypatch.setattr(regimes, "RESULTS", tmp_path / "kept.json")
+    monkeypatch.setattr(regimes, "TEST_SEEDS", (0, 1))
+    found = regimes.chain("unused classes, long", "CE", tmp_path / "out", 1)
+    assert found["search"] == []
+    assert [[line[k] for k in ("alpha", "rate", "seed")] for line in found["test"]] == [
+        [0.75, 3e-3, 0],
+        [0.75, 3e-3, 1],
+    ]
+    own = {name: regime for name, regime in regimes.REGIMES.items() if regime.like}
+    assert all(
+        regimes.REGIMES[r.like]._replace(train=r.train, like=r.like) == r for r in own.values()
+    )
+
+
 def test_a_loss_that_is_not_finite_ends_the_cell(small, monkeypatch):
     hot = regimes.Regime(Scene(), train={"warmup": 0, "optimizer": "sgd"})
     monkeypatch.setattr(regimes, "REGIMES", {**regimes.REGIMES, "hot": hot})
