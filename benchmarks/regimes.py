@@ -397,8 +397,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/regimes"), help="the cells")
     parser.add_argument("--results", type=Path, help="default: OUT/results.json")
-    parser.add_argument("--only", nargs="+", choices=tuple(REGIMES), metavar="REGIME")
-    parser.add_argument("--losses", nargs="+", choices=tuple(LOSSES), metavar="LOSS")
+    for option, known in (("--only", REGIMES), ("--losses", LOSSES)):
+        named = "of " + ", ".join(map(repr, known))
+        parser.add_argument(option, nargs="+", choices=tuple(known), metavar="NAME", help=named)
     parser.add_argument("--steps", type=int, help="fewer steps, for a trial")
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread; 0: this one")
     options = parser.parse_args(arguments)

@@ -16,11 +16,10 @@ import numpy as np
 
 from benchmarks.figures import blank
 from benchmarks.pages import markdown, save_plot, write_tables
-from benchmarks.regimes import read
+from benchmarks.regimes import RESULTS, read
 from focal.retinanet.report.draw import PALETTE
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-RESULTS = DOCS / "results" / "regimes.json"
 PAGE = DOCS / "when_focal.md"
 PICTURES = DOCS / "pictures"
 
@@ -40,10 +39,14 @@ LABELS: Mapping[str, str] = {
     "base": "3 classes, 2 objects",
     "sparse": "3 classes, 1 smaller object on a larger image",
     "unused classes": "3 classes and 77 without objects",
+    "base, short": "3 classes, 2 objects, 200 steps",
+    "base, long": "3 classes, 2 objects, 1,800 steps",
+    "base, SGD": "3 classes, 2 objects, SGD",
 }
 """What the regimes are called on the page."""
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "imbalance": ("base", "sparse", "unused classes"),
+    "training": ("base, short", "base", "base, long", "base, SGD"),
 }
 """The regimes of each table."""
 LOOKED_AT = "base", "unused classes"
@@ -52,17 +55,23 @@ LOOKED_AT = "base", "unused classes"
 def tables(results: Mapping[str, Any]) -> dict[str, str]:
     """The tables by name, in Markdown."""
     found = {}
-    for group, names in GROUPS.items():
-        own = {name: results[name] for name in names}
-        regimes = Counter(loss for losses in own.values() for loss in losses)
-        compared = {loss: partial(_shown, loss) for loss in COLORS if regimes[loss] > 1}
-        found[group] = _table(own, {"logits per positive": _ratio, **compared})
-        gains = ((a, b) for a, b in PAIRS if {a, b} <= compared.keys())
+    for group in GROUPS:
+        own, compared = _compared(group, results)
+        shown = {loss: partial(_shown, loss) for loss in compared}
+        found[group] = _table(own, {"logits per positive": _ratio, **shown})
+        gains = ((a, b) for a, b in PAIRS if {a, b} <= set(compared))
         columns = {f"{a} less {b}": partial(_gain, a, b) for a, b in gains}
         found[f"{group} gain"] = _table(own, columns)
     own = {name: results[name] for name in LABELS}
     found["chosen"] = _table(own, {loss: partial(_chosen, loss) for loss in COLORS})
     return found
+
+
+def _compared(group: str, results: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The regimes of a group, and the losses that were measured in half of them or more."""
+    own = {name: results[name] for name in GROUPS[group]}
+    regimes = Counter(loss for losses in own.values() for loss in losses)
+    return own, [loss for loss in COLORS if 2 * regimes[loss] >= len(own)]
 
 
 def _table(
@@ -107,21 +116,22 @@ def _chosen(loss: str, losses: Mapping[str, Any]) -> str:
     return "" if cell is None else f"{cell['alpha'][0]:g}, {cell['rate'][0]:g}"
 
 
-def ap_picture(results: Mapping[str, Any], out: Path) -> None:
+def ap_picture(group: str, results: Mapping[str, Any], out: Path) -> None:
     """AP of every loss in each regime: every seed a point, the mean a line."""
     plot, (axis,) = blank()
-    rows = [(LABELS[name], results[name]) for name in GROUPS["imbalance"]]
-    for k, (loss, color) in enumerate(COLORS.items()):
-        for i, (_, losses) in enumerate(rows):
+    own, compared = _compared(group, results)
+    for k, loss in enumerate(compared):
+        color = COLORS[loss]
+        axis.plot([], [], color=color, lw=3, label=loss)
+        for i, losses in enumerate(own.values()):
             if loss not in losses:
                 continue
             values = 100 * np.array(losses[loss]["AP"])
-            x = i + (k - 2.5) * 0.13
+            x = i + (k - (len(compared) - 1) / 2) * 0.13
             axis.plot([x] * len(values), values, ".", color=color, alpha=0.5)
-            label = loss if i == 0 else None
-            axis.plot([x - 0.05, x + 0.05], [values.mean()] * 2, color=color, lw=3, label=label)
-    ticks = [f"{label}: {_ratio(losses)} logits per positive" for label, losses in rows]
-    axis.set_xticks(range(len(rows)), ["\n".join(wrap(tick, 24)) for tick in ticks], fontsize=8)
+            axis.plot([x - 0.05, x + 0.05], [values.mean()] * 2, color=color, lw=3)
+    ticks = ["\n".join(wrap(LABELS[name], 72 // len(own))) for name in own]
+    axis.set_xticks(range(len(own)), ticks, fontsize=8)
     axis.set(ylabel="AP, percent", ylim=(0, None))
     axis.legend(frameon=False, fontsize=8, ncols=2)
     save_plot(out, plot)
@@ -199,7 +209,8 @@ def margins_picture(results: Mapping[str, Any], out: Path) -> None:
 
 
 PLOTS = {
-    "regimes_ap.png": ap_picture,
+    "regimes_ap.png": partial(ap_picture, "imbalance"),
+    "regimes_training.png": partial(ap_picture, "training"),
     "regimes_film.png": film_picture,
     "regimes_margins.png": margins_picture,
     "regimes_calibration.png": calibration_picture,
