@@ -5,8 +5,7 @@ python -m benchmarks.regimes_page
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from textwrap import wrap
@@ -16,10 +15,11 @@ import numpy as np
 
 from benchmarks.figures import blank
 from benchmarks.pages import markdown, save_plot, write_tables
-from benchmarks.regimes import RESULTS, read
+from benchmarks.regimes import read
 from focal.retinanet.report.draw import PALETTE
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+RESULTS = DOCS / "results" / "regimes.json"
 PAGE = DOCS / "when_focal.md"
 PICTURES = DOCS / "pictures"
 
@@ -36,32 +36,31 @@ PAIRS = ("FL .5", "CE"), ("FL .5", "CE prior"), ("FL 2", "CE")
 SHOWN = "CE", "FL .5", "FL 2"
 """The losses of which the gradient, the margins and the scores are shown."""
 LABELS: Mapping[str, str] = {
-    "base": "3 classes, 2 objects",
     "sparse": "3 classes, 1 smaller object on a larger image",
-    "unused classes": "3 classes and 77 without objects",
     "base, short": "3 classes, 2 objects, 200 steps",
+    "base": "3 classes, 2 objects",
     "base, long": "3 classes, 2 objects, 1,800 steps",
+    "unused classes": "3 classes and 77 without objects",
     "unused classes, long": "3 classes and 77 without objects, 1,800 steps",
     "base, SGD": "3 classes, 2 objects, SGD",
 }
 """What the regimes are called on the page."""
-GROUPS: Mapping[str, tuple[str, ...]] = {
-    "imbalance": ("base", "sparse", "unused classes"),
+GROUPS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
+    "imbalance": (("base", "sparse", "unused classes"), tuple(COLORS)),
     "training": (
-        *("base, short", "base", "base, long"),
-        *("unused classes", "unused classes, long"),
-        "base, SGD",
+        [name for name in LABELS if name != "sparse"],
+        SHOWN,
     ),
 }
-"""The regimes of each table."""
+"""The regimes and losses of each table."""
 LOOKED_AT = "base", "unused classes"
 
 
 def tables(results: Mapping[str, Any]) -> dict[str, str]:
     """The tables by name, in Markdown."""
     found = {}
-    for group in GROUPS:
-        own, compared = _compared(group, results)
+    for group, (names, compared) in GROUPS.items():
+        own = {name: results[name] for name in names}
         shown = {loss: partial(_shown, loss) for loss in compared}
         found[group] = _table(own, {"logits per positive": _ratio, **shown})
         gains = ((a, b) for a, b in PAIRS if {a, b} <= set(compared))
@@ -70,13 +69,6 @@ def tables(results: Mapping[str, Any]) -> dict[str, str]:
     own = {name: results[name] for name in LABELS}
     found["chosen"] = _table(own, {loss: partial(_chosen, loss) for loss in COLORS})
     return found
-
-
-def _compared(group: str, results: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The regimes of a group, and the losses that were measured in half of them or more."""
-    own = {name: results[name] for name in GROUPS[group]}
-    regimes = Counter(loss for losses in own.values() for loss in losses)
-    return own, [loss for loss in COLORS if 2 * regimes[loss] >= len(own)]
 
 
 def _table(
@@ -124,19 +116,19 @@ def _chosen(loss: str, losses: Mapping[str, Any]) -> str:
 def ap_picture(group: str, results: Mapping[str, Any], out: Path) -> None:
     """AP of every loss in each regime: every seed a point, the mean a line."""
     plot, (axis,) = blank()
-    own, compared = _compared(group, results)
+    names, compared = GROUPS[group]
     for k, loss in enumerate(compared):
         color = COLORS[loss]
         axis.plot([], [], color=color, lw=3, label=loss)
-        for i, losses in enumerate(own.values()):
-            if loss not in losses:
+        for i, name in enumerate(names):
+            if loss not in results[name]:
                 continue
-            values = 100 * np.array(losses[loss]["AP"])
+            values = 100 * np.array(results[name][loss]["AP"])
             x = i + (k - (len(compared) - 1) / 2) * 0.13
             axis.plot([x] * len(values), values, ".", color=color, alpha=0.5)
             axis.plot([x - 0.05, x + 0.05], [values.mean()] * 2, color=color, lw=3)
-    ticks = ["\n".join(wrap(LABELS[name], 72 // len(own))) for name in own]
-    axis.set_xticks(range(len(own)), ticks, fontsize=8)
+    ticks = ["\n".join(wrap(LABELS[name], 72 // len(names))) for name in names]
+    axis.set_xticks(range(len(names)), ticks, fontsize=8)
     axis.set(ylabel="AP, percent", ylim=(0, None))
     axis.legend(frameon=False, fontsize=8, ncols=2)
     save_plot(out, plot)

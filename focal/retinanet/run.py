@@ -18,7 +18,7 @@ from focal.retinanet.pretrained import Pretrained, read_pretrained
 from focal.retinanet.report import report
 from focal.retinanet.report.curves import loss_plot
 from focal.retinanet.settings import apply, preset_settings, recorded_settings
-from focal.retinanet.training.loop import Callback, train
+from focal.retinanet.training.loop import Callback, check_data, train
 from focal.retinanet.training.run_folder import new_folder, refuse_run
 from focal.retinanet.training.stopping import Signals
 from focal.retinanet.training.tensorboard import TensorBoard
@@ -152,14 +152,11 @@ def run(
         if not writes:  # one process logs
             logging.getLogger("focal").setLevel(logging.WARNING)
         folder, pretrained = None if out is None else Path(out), None
-        if folder is None:
-            if resume:
-                raise ValueError("resume: the run folder, out (--out), must be given")
-        elif resume:
-            if not folder.is_dir():
-                text = f"{folder}: expected the folder of a run to resume; found none"
-                raise FileNotFoundError(text)
-        elif writes:
+        if resume and folder is None:
+            raise ValueError("resume: the run folder, out (--out), must be given")
+        if resume and folder is not None and not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: expected the folder of a run to resume; found none")
+        if not resume and folder is not None and writes:
             refuse_run(folder)
         begun = {k: str(v) if isinstance(v, os.PathLike) else v for k, v in start.items()}
         if folder is not None and resume and (folder / "config.json").is_file():
@@ -171,7 +168,8 @@ def run(
             settings, pretrained = _settings(data, begun, fit_to_data, changes)
         detector, train_config = settings
         replicas.check(train_config)
-        if folder is None:  # when all else is known to be right
+        check_data(detector, train_config, data, val)
+        if folder is None:
             number = int(new_folder(Path("runs")).name) if writes else 0
             folder = Path("runs") / str(replicas.maximum(number))
         if tensorboard and writes:

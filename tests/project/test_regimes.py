@@ -186,21 +186,21 @@ def test_a_finished_cell_is_not_run_again(small, tmp_path, monkeypatch):
     assert len(ran) == 3
 
 
-def test_a_regime_like_another_is_not_searched(small, tmp_path, monkeypatch):
-    kept = {"regime": "unused classes", "loss": "CE", "alpha": [0.75, 0.75], "rate": [3e-3, 3e-3]}
-    (tmp_path / "kept.json").write_text(json.dumps([kept]))
-    monkeypatch.setattr(regimes, "RESULTS", tmp_path / "kept.json")
+def test_a_regime_like_another_has_its_search(small, tmp_path, monkeypatch):
     monkeypatch.setattr(regimes, "TEST_SEEDS", (0, 1))
-    found = regimes.chain("unused classes, long", "CE", tmp_path / "out", 1)
-    assert found["search"] == []
-    assert [[line[k] for k in ("alpha", "rate", "seed")] for line in found["test"]] == [
-        [0.75, 3e-3, 0],
-        [0.75, 3e-3, 1],
+    monkeypatch.setattr(regimes, "run_cell", lambda cell, _: {"AP": cell.alpha - cell.rate})
+    found = regimes.chain("unused classes, long", "CE", tmp_path)
+    assert {line["regime"] for line in found["search"]} == {"unused classes"}
+    assert {line["train"]["steps"] for line in found["search"]} == {600}
+    assert [[line[k] for k in ("regime", "alpha", "rate", "seed")] for line in found["test"]] == [
+        ["unused classes, long", 0.75, 3e-3, seed] for seed in (0, 1)
     ]
-    own = {name: regime for name, regime in regimes.REGIMES.items() if regime.like}
-    assert all(
-        regimes.REGIMES[r.like]._replace(train=r.train, like=r.like) == r for r in own.values()
-    )
+    assert {line["train"]["steps"] for line in found["test"]} == {1800}
+
+
+def test_regimes_like_others_differ_in_training_alone():
+    for regime in filter(lambda regime: regime.like, regimes.REGIMES.values()):
+        assert regimes.REGIMES[regime.like]._replace(train=regime.train, like=regime.like) == regime
 
 
 def test_a_loss_that_is_not_finite_ends_the_cell(small, monkeypatch):
@@ -212,7 +212,7 @@ def test_a_loss_that_is_not_finite_ends_the_cell(small, monkeypatch):
 
 
 def test_every_regime_can_be_set_up_and_those_of_the_page_are_known():
-    shown = {name for group in regimes_page.GROUPS.values() for name in group}
+    shown = {name for names, _ in regimes_page.GROUPS.values() for name in names}
     assert shown <= set(regimes_page.LABELS) <= set(regimes.REGIMES)
     assert set(regimes_page.COLORS) == set(regimes.LOSSES)
     for name in regimes.REGIMES:

@@ -373,8 +373,9 @@ def test_the_default_folder_is_new(tmp_path, monkeypatch):
     for expected in ("4", "5"):
         fit(Numbers(1), steps=1, fit_to_data=False, device="cpu", **QUICK)
         assert (tmp_path / "runs" / expected / "report.html").is_file()
-    with pytest.raises(ValueError, match="batch_size"):
-        fit(Numbers(1), steps=1, fit_to_data=False, device="cpu", **{**QUICK, "batch_size": 0})
+    for wrong in ({"batch_size": 0}, {"patience": 3}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            fit(Numbers(1), steps=1, fit_to_data=False, device="cpu", **{**QUICK, **wrong})
     assert sorted(os.listdir("runs")) == ["3", "4", "5"]
 
 

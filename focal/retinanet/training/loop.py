@@ -29,7 +29,7 @@ from focal.retinanet.training.run_folder import RunFolder
 from focal.retinanet.training.stopping import Signals, Stopped
 from focal.retinanet.weights import save_weights
 
-__all__ = ["Callback", "learning_rate", "train"]
+__all__ = ["Callback", "check_data", "learning_rate", "train"]
 
 Callback = Callable[[int, dict[str, Any]], object]
 """Called with the step and what is logged of it: a line of metrics.jsonl."""
@@ -100,9 +100,7 @@ def train(
         ValueError: the classes are not those of the datasets, the checkpoint is damaged or of
             another run, or an example cannot be used.
     """
-    _check_classes(config, dataset, validation)
-    if train_config.patience and not (train_config.eval_every and validation):
-        raise ValueError("train: patience needs eval_every > 0 and a validation split")
+    check_data(config, train_config, dataset, validation)
     library = backend_module(backend)
     replicas = replicas or library.replicas(device)
     replicas.check(train_config)
@@ -170,13 +168,18 @@ def train(
     return model
 
 
-def _check_classes(config: RetinaNetConfig, *datasets: Dataset | None) -> None:
-    for dataset in datasets:
-        if dataset is not None and class_names(dataset) != config.classes:
+def check_data(
+    config: RetinaNetConfig, train: TrainConfig, dataset: Dataset, validation: Dataset | None
+) -> None:
+    """Raise a ValueError where the settings do not fit the data."""
+    for split in (dataset, validation):
+        if split is not None and class_names(split) != config.classes:
             raise ValueError(
-                f"train: {dataset_name(dataset)} has the classes {class_names(dataset)}; "
+                f"train: {dataset_name(split)} has the classes {class_names(split)}; "
                 f"expected {config.classes}"
             )
+    if train.patience and not (train.eval_every and validation):
+        raise ValueError("train: patience needs eval_every > 0 and a validation split")
 
 
 @dataclass
