@@ -81,7 +81,7 @@ class Regime(NamedTuple):
     detector: Mapping[str, Any] = {}
     train: Mapping[str, Any] = {}
     like: str = ""
-    """The regime that is searched instead, for alpha and learning rate; this one is too slow."""
+    """The regime whose search gives alpha and learning rate, where an own one takes too long."""
 
 
 # Cross entropy under imbalance has low scores; the AP does not depend on a lower threshold.

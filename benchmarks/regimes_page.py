@@ -34,23 +34,21 @@ COLORS = {
 PAIRS = ("FL .5", "CE"), ("FL .5", "CE prior"), ("FL 2", "CE")
 """The losses that are compared seed by seed."""
 SHOWN = "CE", "FL .5", "FL 2"
-"""The losses of which the gradient, the margins and the scores are shown."""
+"""The losses that are followed over training: by its length, and by gradient, margins, scores."""
 LABELS: Mapping[str, str] = {
-    "sparse": "3 classes, 1 smaller object on a larger image",
-    "base, short": "3 classes, 2 objects, 200 steps",
     "base": "3 classes, 2 objects",
-    "base, long": "3 classes, 2 objects, 1,800 steps",
+    "sparse": "3 classes, 1 smaller object on a larger image",
     "unused classes": "3 classes and 77 without objects",
+    "base, short": "3 classes, 2 objects, 200 steps",
+    "base, long": "3 classes, 2 objects, 1,800 steps",
     "unused classes, long": "3 classes and 77 without objects, 1,800 steps",
     "base, SGD": "3 classes, 2 objects, SGD",
 }
 """What the regimes are called on the page."""
+LENGTHS = ["base, short", "base", "base, long", "unused classes", "unused classes, long"]
 GROUPS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
     "imbalance": (("base", "sparse", "unused classes"), tuple(COLORS)),
-    "training": (
-        [name for name in LABELS if name != "sparse"],
-        SHOWN,
-    ),
+    "training": ((*LENGTHS, "base, SGD"), SHOWN),
 }
 """The regimes and losses of each table."""
 LOOKED_AT = "base", "unused classes"
