@@ -393,8 +393,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/regimes"), help="the cells")
     parser.add_argument("--results", type=Path, help="default: OUT/results.json")
     for option, known in (("--only", REGIMES), ("--losses", LOSSES)):
-        named = "of " + ", ".join(map(repr, known))
-        parser.add_argument(option, nargs="+", choices=tuple(known), metavar="NAME", help=named)
+        text = f"default: all of {', '.join(map(repr, known))}"
+        parser.add_argument(option, nargs="+", choices=tuple(known), metavar="NAME", help=text)
     parser.add_argument("--steps", type=int, help="fewer steps, for a trial")
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread; 0: this one")
     options = parser.parse_args(arguments)
