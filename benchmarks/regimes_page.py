@@ -34,7 +34,7 @@ COLORS = {
 PAIRS = ("FL .5", "CE"), ("FL .5", "CE prior"), ("FL 2", "CE")
 """The losses that are compared seed by seed."""
 SHOWN = "CE", "FL .5", "FL 2"
-"""The losses that are followed over training: by its length, and by gradient, margins, scores."""
+"""The losses of all groups, followed by gradient, margins and scores, too."""
 LABELS: Mapping[str, str] = {
     "base": "3 classes, 2 objects",
     "sparse": "3 classes, 1 smaller object on a larger image",
@@ -43,15 +43,20 @@ LABELS: Mapping[str, str] = {
     "base, long": "3 classes, 2 objects, 1,800 steps",
     "unused classes, long": "3 classes and 77 without objects, 1,800 steps",
     "base, SGD": "3 classes, 2 objects, SGD",
+    "one class, few": "1 class, 2 objects",
+    "distractors": "1 class, 2 objects and 4 distractors",
+    "labels missing": "3 classes, 2 objects, 30 % of labels missing",
+    "labels wrong": "3 classes, 2 objects, 30 % of labels wrong",
 }
 """What the regimes are called on the page."""
 LENGTHS = ["base, short", "base", "base, long", "unused classes", "unused classes, long"]
 GROUPS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
     "imbalance": (("base", "sparse", "unused classes"), tuple(COLORS)),
     "training": ((*LENGTHS, "base, SGD"), SHOWN),
+    "data": (("one class, few", "distractors", "base", "labels missing", "labels wrong"), SHOWN),
 }
 """The regimes and losses of each table."""
-LOOKED_AT = "base", "unused classes"
+LOOKED_AT = "base", "unused classes", "distractors"
 
 
 def tables(results: Mapping[str, Any]) -> dict[str, str]:
@@ -138,7 +143,7 @@ def _shown_colors() -> list[tuple[str, str]]:
 
 def film_picture(results: Mapping[str, Any], out: Path) -> None:
     """The share of the gradient that easy negatives have, over training."""
-    plot, axes = blank(2)
+    plot, axes = blank(len(LOOKED_AT))
     for axis, name in zip(axes, LOOKED_AT, strict=True):
         for loss, color in _shown_colors():
             film = results[name][loss]["film"]
@@ -146,7 +151,7 @@ def film_picture(results: Mapping[str, Any], out: Path) -> None:
             shares = [100 * frame["gradient"]["easy negatives"] for frame in film]
             axis.plot(steps, shares, color=color, label=loss)
         axis.set(xscale="log", xlabel="step", ylim=(0, 100))
-        axis.set_title(LABELS[name], fontsize=10)
+        axis.set_title("\n".join(wrap(LABELS[name], 26)), fontsize=9)
     axes[0].set_ylabel("gradient from easy negatives, percent")
     axes[0].legend(frameon=False)
     save_plot(out, plot)
@@ -154,7 +159,7 @@ def film_picture(results: Mapping[str, Any], out: Path) -> None:
 
 def calibration_picture(results: Mapping[str, Any], out: Path) -> None:
     """The share of positives among the anchors and classes of about one score."""
-    plot, axes = blank(2)
+    plot, axes = blank(len(LOOKED_AT))
     for axis, name in zip(axes, LOOKED_AT, strict=True):
         for loss, color in _shown_colors():
             seeds = results[name][loss]["calibration"]
@@ -163,7 +168,7 @@ def calibration_picture(results: Mapping[str, Any], out: Path) -> None:
             axis.plot(score[there], hits[there], "o-", color=color, label=loss, markersize=3)
         axis.plot([0, 1], [0, 1], color="#1f2328", linewidth=0.8, linestyle="--")
         axis.set(xlabel="score", xlim=(0, 1), ylim=(0, 1))
-        axis.set_title(LABELS[name], fontsize=10)
+        axis.set_title("\n".join(wrap(LABELS[name], 26)), fontsize=9)
     axes[0].set_ylabel("share of positives")
     axes[0].legend(frameon=False)
     save_plot(out, plot)
@@ -183,7 +188,7 @@ def _pooled(seeds: list[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.
 
 def margins_picture(results: Mapping[str, Any], out: Path) -> None:
     """The logits of positives and of the hardest negatives over training."""
-    plot, axes = blank(2)
+    plot, axes = blank(len(LOOKED_AT))
     for axis, name in zip(axes, LOOKED_AT, strict=True):
         for loss, color in _shown_colors():
             film = results[name][loss]["film"]
@@ -195,17 +200,17 @@ def margins_picture(results: Mapping[str, Any], out: Path) -> None:
             every = [frame["step"] + 1 for frame in film]
             axis.plot(every, negatives, color=color, linestyle="--")
         axis.set(xscale="log", xlabel="step")
-        axis.set_title(LABELS[name], fontsize=10)
+        axis.set_title("\n".join(wrap(LABELS[name], 26)), fontsize=9)
     axes[0].set_ylabel("logit")
     axes[0].set_ylim(None, 4)
-    title = "positives, median (dashed: 99.9 % of negatives)"
-    axes[0].legend(frameon=False, fontsize=8, title=title, title_fontsize=8, loc="upper left")
+    axes[0].legend(frameon=False, fontsize=8, loc="upper left")
     save_plot(out, plot)
 
 
 PLOTS = {
     "regimes_ap.png": partial(ap_picture, "imbalance"),
     "regimes_training.png": partial(ap_picture, "training"),
+    "regimes_data.png": partial(ap_picture, "data"),
     "regimes_film.png": film_picture,
     "regimes_margins.png": margins_picture,
     "regimes_calibration.png": calibration_picture,
