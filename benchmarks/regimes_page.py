@@ -34,7 +34,7 @@ COLORS = {
 PAIRS = ("FL .5", "CE"), ("FL .5", "CE prior"), ("FL 2", "CE")
 """The losses that are compared seed by seed."""
 SHOWN = "CE", "FL .5", "FL 2"
-"""The losses of all groups, followed by gradient, margins and scores, too."""
+"""The losses that every group has; their gradient, margins and scores are shown, too."""
 LABELS: Mapping[str, str] = {
     "base": "3 classes, 2 objects",
     "sparse": "3 classes, 1 smaller object on a larger image",
