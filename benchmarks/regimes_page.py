@@ -196,7 +196,7 @@ def margins_picture(results: Mapping[str, Any], out: Path) -> None:
             positives = np.array([f["positive logits"] for f in film if f["positive logits"]])
             negatives = [frame["negative logits"][2] for frame in film]
             axis.plot(steps, positives[:, 2], color=color, label=loss)
-            axis.fill_between(steps, positives[:, 1], positives[:, 3], color=color, alpha=0.15)
+            axis.fill_between(steps, *positives[:, [1, 3]].T, color=color, alpha=0.15, lw=0)
             every = [frame["step"] + 1 for frame in film]
             axis.plot(every, negatives, color=color, linestyle="--")
         axis.set(xscale="log", xlabel="step")
