@@ -38,6 +38,7 @@ SHOWN = "CE", "FL .5", "FL 2"
 LABELS: Mapping[str, str] = {
     "base": "3 classes, 2 objects",
     "sparse": "3 classes, 1 smaller object on a larger image",
+    "24 classes": "24 classes, 2 objects",
     "unused classes": "3 classes and 77 without objects",
     "base, short": "3 classes, 2 objects, 200 steps",
     "base, long": "3 classes, 2 objects, 1,800 steps",
@@ -51,7 +52,7 @@ LABELS: Mapping[str, str] = {
 """What the regimes are called on the page."""
 LENGTHS = ["base, short", "base", "base, long", "unused classes", "unused classes, long"]
 GROUPS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
-    "imbalance": (("base", "sparse", "unused classes"), tuple(COLORS)),
+    "imbalance": (("base", "sparse", "24 classes", "unused classes"), tuple(COLORS)),
     "training": ((*LENGTHS, "base, SGD"), SHOWN),
     "data": (("one class, few", "distractors", "base", "labels missing", "labels wrong"), SHOWN),
 }
